@@ -1,0 +1,35 @@
+"""MambaFormer for Transformers: hybrid Mamba + attention language models, expert vectors, an exact cache."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .cache_mambaformer import MambaFormerCache
+from .configuration_mambaformer import MambaFormerConfig
+from .convert_mambaformer import convert
+from .dispatch_mambaformer import ExpertSwitchLogitsProcessor
+from .experts_mambaformer import ExpertLibrary, ExpertVector
+from .modeling_mambaformer import (
+    MambaFormerForCausalLM,
+    MambaFormerForSequenceClassification,
+    MambaFormerModel,
+    MambaFormerPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+
+AutoConfig.register(MambaFormerConfig.model_type, MambaFormerConfig, exist_ok=True)
+AutoModel.register(MambaFormerConfig, MambaFormerModel, exist_ok=True)
+AutoModelForCausalLM.register(MambaFormerConfig, MambaFormerForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MambaFormerConfig, MambaFormerForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "ExpertLibrary",
+    "ExpertSwitchLogitsProcessor",
+    "ExpertVector",
+    "MambaFormerCache",
+    "MambaFormerConfig",
+    "MambaFormerForCausalLM",
+    "MambaFormerForSequenceClassification",
+    "MambaFormerModel",
+    "MambaFormerPreTrainedModel",
+    "convert",
+]

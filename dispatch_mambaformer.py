@@ -1,0 +1,87 @@
+"""Changing experts while `generate` runs: which expert predicts which new token."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor
+
+
+class ExpertSchedule:
+    """Which expert is in force when new token n (0-based) is predicted: the entry with the largest key up to n.
+
+    Args:
+        entries: {n: expert}, in the forms that `expert_vector=` takes.
+        prompt_length: columns of `input_ids` before the first new token.
+
+    Raises:
+        TypeError: no mapping, or a key that is no integer.
+        ValueError: it is empty, or a key is negative.
+    """
+
+    def __init__(self, entries: Mapping[int, Any], prompt_length: int = 0):
+        self.entries, self.prompt_length = _checked_entries(entries), prompt_length
+
+    def in_force(self, num_new_tokens: int) -> Any:
+        """The expert that predicts the token after `num_new_tokens` new ones; `...` before the first entry."""
+        started = [n for n in self.entries if n <= num_new_tokens]
+        return self.entries[max(started)] if started else ...
+
+    def repeat_rows(self, repeats: int) -> "ExpertSchedule":
+        """The same schedule for a batch whose rows were each repeated, as beams and several answers are."""
+        return ExpertSchedule({n: repeat_rows(e, repeats) for n, e in self.entries.items()}, self.prompt_length)
+
+
+class ExpertSwitchLogitsProcessor(LogitsProcessor):
+    """Switches the expert of a cache while tokens are generated; the scores pass through unchanged.
+
+    A processor sees the scores of token n before token n + 1 is predicted, so what it sets is in force from then on.
+    The expert of token 0 is the one the cache has when generation starts. One processor serves one call of `generate`.
+
+    Args:
+        cache: the `past_key_values` that generation runs on (`model.make_cache()`).
+        schedule: {n: expert}, the expert in force from new token n (0-based, n >= 1) on.
+        choose: called with `(input_ids, scores)`, (rows, columns) and (rows, vocabulary), after each prediction;
+            returns the expert for the next one, in any form that `cache.set_expert` takes.
+
+    Raises:
+        ValueError: not exactly one of `schedule` and `choose`; or an entry for token 0, which is predicted before any
+            processor runs (call `cache.set_expert` first).
+    """
+
+    def __init__(self, cache, schedule: Mapping[int, Any] | None = None, choose: Callable | None = None):
+        if (schedule is None) == (choose is None):
+            raise ValueError("Give exactly one of `schedule` and `choose`.")
+        if schedule is not None and min(_checked_entries(schedule)) < 1:
+            raise ValueError("New token 0 is predicted before any processor runs: call `cache.set_expert` for it.")
+        self.cache, self.schedule, self.choose = cache, schedule, choose
+        self.prompt_length: int | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1]
+        next_token = input_ids.shape[1] - self.prompt_length + 1
+        if self.choose is not None:
+            self.cache.set_expert(self.choose(input_ids, scores))
+        elif next_token in self.schedule:
+            self.cache.set_expert(self.schedule[next_token])
+        return scores
+
+
+def repeat_rows(expert: Any, repeats: int) -> Any:
+    """A list of experts, one a row, for a batch whose rows were each repeated; anything else stays as it is."""
+    return [row for row in expert for _ in range(repeats)] if isinstance(expert, (list, tuple)) else expert
+
+
+def _checked_entries(entries: Mapping[int, Any]) -> dict[int, Any]:
+    if not isinstance(entries, Mapping):
+        raise TypeError(f"A schedule is a dict {{new token: expert}}, got {type(entries).__name__}.")
+    for n in entries:
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"A schedule's keys count new tokens and are integers, got {n!r}.")
+    if not entries or min(entries) < 0:
+        raise ValueError(f"A schedule's keys count new tokens from 0, got {sorted(entries)}.")
+    return dict(entries)
+
+
+__all__ = ["ExpertSchedule", "ExpertSwitchLogitsProcessor"]

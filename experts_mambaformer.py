@@ -1,0 +1,829 @@
+"""Expert vectors: one scale per singular value of a frozen weight, their files, and the bases they act in.
+
+For a weight `W = U diag(s) V^T` an expert's vector `z` means `W' = U diag(s * z) V^T` (SVF, Transformer-squared,
+arXiv 2501.06252); `z = 1` is the base. With `Q` the singular vectors on W's narrow side, the same is
+
+    out >= in (side "input",  Q = V):  W' x = W (x + Q ((z - 1) * Q^T x))
+    out <  in (side "output", Q = U):  W' x = y + Q ((z - 1) * Q^T y),  y = W x
+
+so W itself is never touched, may be quantized or sharded, and every row of a batch may have its own `z`.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import threading
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+EXPERT_FORMAT = "mambaformer.expert_vector"
+BASIS_FORMAT = "mambaformer.singular_basis"
+FORMAT_VERSION = 1
+SPECTRUM_LENGTH = 4
+SPECTRUM_TOLERANCE = 0.05
+# Rows of a tall matrix that are reduced at a time: bounds the memory that the basis of a vocabulary matrix needs.
+REDUCTION_ROWS = 8192
+
+
+def _write_atomically(path: Path, data: bytes):
+    """`path` holds either its old content or all of `data`, whatever fails in between."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file of `file_format`. Errors: ValueError for other content, OSError if unreadable."""
+    with open(path, "rb") as file:  # the system's own error for a missing or forbidden file
+        start = file.read(4)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(path, header, file_format)
+            # Copies, because the library hands out views of the mapped file.
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118
+    except SafetensorError as error:
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise ValueError(
+                f"{path} is a pickle or torch.save file, which can run code when it is opened: load it where you "
+                "trust it and write its vectors with `ExpertVector(vectors).save(path)`."
+            ) from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): it is damaged or cut short, fetch or save it again."
+        ) from error
+
+
+def _check_header(path: Path, header: Mapping[str, str], file_format: str):
+    if header.get("format") != file_format:
+        raise ValueError(
+            f"{path} is a safetensors file, but not of format {file_format!r} (its header says "
+            f"{header.get('format')!r}): pass a file that this library saved."
+        )
+    version = header.get("version", "")
+    if version.isdecimal() and int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has version {version} of format {file_format!r}, newer than {FORMAT_VERSION}, the newest that "
+            "is understood here: upgrade mambaformer."
+        )
+    if version != str(FORMAT_VERSION):
+        raise ValueError(f"{path} has the unknown version {version!r} of format {file_format!r}: save it again.")
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _copy_of_vector(vector: Tensor) -> Tensor:
+    return vector.detach().to("cpu", _at_least_float32(vector.dtype), copy=True).contiguous()
+
+
+def _check_vector(name: Any, vector: Any):
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"An expert vector's keys are names of linear modules, got {name!r}.")
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"The vector of `{name}` must be a tensor, got {type(vector).__name__}.")
+    if vector.ndim != 1 or not vector.numel() or not vector.is_floating_point():
+        raise ValueError(
+            f"The vector of `{name}` must be floating point, of shape (rank,) with rank >= 1, got {vector.dtype} of "
+            f"shape {tuple(vector.shape)}: give one scale per singular value."
+        )
+    if not torch.isfinite(vector.detach().to(_at_least_float32(vector.dtype))).all():
+        raise ValueError(f"The vector of `{name}` has NaN or infinite entries: it cannot scale a weight.")
+
+
+def _fingerprint(vectors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(vectors):
+        values = vectors[name].detach().to("cpu", torch.float64) + 0.0  # + 0.0 turns -0.0 into 0.0
+        changed = (values != 1).nonzero()
+        if not changed.numel():
+            continue
+        data = values[: int(changed[-1]) + 1].numpy().astype("<f8").tobytes()
+        key = name.encode()
+        digest.update(b"%d %d " % (len(key), len(data)) + key + data)
+    return digest.hexdigest()
+
+
+BASE_FINGERPRINT = _fingerprint({})
+
+
+class ExpertVector:
+    """A re-tuning of a model: the vector `z` of each linear module that it changes, 1 being the base.
+
+    Source: SVF (arXiv 2501.06252). Its identity is its content: see `fingerprint`.
+
+    Args:
+        vectors: module name (`"model.layers.0.self_attn.q_proj"`) -> `z` of shape (rank,), for the singular values
+            in descending order; those beyond `rank` keep scale 1, as do the modules that are left out. Stored as
+            float32 (float64 if given) copies on the CPU; tensors that require grad are kept as they are.
+        name, metadata: labels (`metadata` as JSON can hold it), no part of the identity.
+
+    Raises:
+        TypeError, ValueError: a vector that is not a finite floating-point tensor of shape (rank,), rank >= 1.
+    """
+
+    def __init__(self, vectors: Mapping[str, Tensor], name: str | None = None, metadata: dict | None = None):
+        if not isinstance(vectors, Mapping):
+            raise TypeError(f"`vectors` must map module names to tensors, got {type(vectors).__name__}.")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"`name` must be a string, got {type(name).__name__}.")
+        for key, vector in vectors.items():
+            _check_vector(key, vector)
+        self._vectors = {key: z if z.requires_grad else _copy_of_vector(z) for key, z in vectors.items()}
+        self._fingerprint: tuple[list[int], str] | None = None
+        self.name = name
+        self.metadata = _checked_metadata(metadata)
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """Module name -> `z`, read-only."""
+        return MappingProxyType(self._vectors)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether some vector is being trained, so that the content may change at any time."""
+        return any(vector.requires_grad for vector in self._vectors.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what the expert does: equal for equal effect, `BASE_FINGERPRINT` for the base.
+
+        Names, metadata, the float type, the order of modules, trailing ones and all-one vectors do not count.
+        """
+        versions = [_version_of(vector) for vector in self._vectors.values()]
+        if self._fingerprint is None or self._fingerprint[0] != versions or self.requires_grad:
+            self._fingerprint = (versions, _fingerprint(self._vectors))
+        return self._fingerprint[1]
+
+    @property
+    def is_base(self) -> bool:
+        """Whether every scale is 1."""
+        return self.fingerprint == BASE_FINGERPRINT
+
+    def __getitem__(self, module_name: str) -> Tensor:
+        return self._vectors[module_name]
+
+    def __contains__(self, module_name: object) -> bool:
+        return module_name in self._vectors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __bool__(self) -> bool:
+        return True  # an expert without vectors is still an expert, the base
+
+    def __eq__(self, other: object) -> bool:
+        if not is_expert(other):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        rank = max((vector.numel() for vector in self._vectors.values()), default=0)
+        return (
+            f"{type(self).__name__}(name={self.name!r}, modules={len(self)}, rank<={rank}, "
+            f"fingerprint={self.fingerprint[:12]!r})"
+        )
+
+    def save(self, path: str | os.PathLike):
+        """Write a safetensors file, whole or not at all; a file that was there stays if writing fails."""
+        header = {
+            "format": EXPERT_FORMAT,
+            "version": str(FORMAT_VERSION),
+            "name": json.dumps(self.name),
+            "metadata": json.dumps(_checked_metadata(self.metadata)),
+            "fingerprint": self.fingerprint,
+        }
+        header["labels"] = _digest_of_labels(header)
+        tensors = {key: _copy_of_vector(vector) for key, vector in self._vectors.items()}
+        _write_atomically(Path(path), to_safetensors(tensors, header))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ExpertVector":
+        """Read what `save` wrote; nothing is ever unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a pickle, a damaged or cut file, another kind of safetensors file, a newer version, or
+                vectors that are not what the header's fingerprint says.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: load it into an `ExpertLibrary`, or pass one of its files.")
+        vectors, header = _read(path, EXPERT_FORMAT)
+        try:
+            expert = cls(vectors, json.loads(header["name"]), json.loads(header["metadata"]))
+            expected = header["fingerprint"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid expert: {error}") from error
+        if expert.fingerprint != expected:
+            raise ValueError(f"{path} holds other vectors than were saved (fingerprint mismatch): it is damaged.")
+        labels = _digest_of_labels(header)
+        if header.get("labels", labels) != labels:
+            raise ValueError(f"{path} holds another name or other metadata than were saved: it is damaged.")
+        return expert
+
+    @classmethod
+    def blend(cls, parts: Iterable[tuple[float, "ExpertVector"]], name: str | None = None) -> "ExpertVector":
+        """Mix experts: `z = 1 + sum of weight * (z_e - 1)`, what an expert leaves out being 1.
+
+        Source: the linear mixing of Transformer-squared (arXiv 2501.06252), taken around the base; it is the
+        paper's own wherever the weights add up to 1.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("There is nothing to blend: give a list of (weight, expert).")
+        for weight, expert in parts:
+            if not is_expert(expert):
+                raise TypeError(f"`blend` takes pairs (weight, expert), got {type(expert).__name__} for an expert.")
+            if not math.isfinite(weight):
+                raise ValueError(f"Weights of a blend must be finite, got {weight}.")
+        parts = [(weight, expert) for weight, expert in parts if weight != 0]
+        if [weight for weight, _ in parts] == [1]:
+            return cls(parts[0][1].vectors, name)  # exact, where 1 + (z - 1) would round
+        keys = dict.fromkeys(key for _, expert in parts for key in expert.vectors)
+        return cls({key: _blend([(w, e.vectors[key]) for w, e in parts if key in e.vectors]) for key in keys}, name)
+
+
+def _digest_of_labels(header: Mapping[str, str]) -> str:
+    return hashlib.sha256(f"{header['name']}\n{header['metadata']}".encode()).hexdigest()
+
+
+def _checked_metadata(metadata: dict | None) -> dict:
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError(f"`metadata` must be a dict, got {type(metadata).__name__}.")
+    try:
+        return json.loads(json.dumps(metadata or {}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`metadata` must be what JSON can hold: {error}.") from error
+
+
+def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    rank = max(vector.numel() for _, vector in parts)
+    device = parts[0][1].device
+    delta = torch.zeros(rank, dtype=torch.float64, device=device)
+    for weight, vector in parts:
+        change = weight * (vector.to(device, torch.float64) - 1)
+        delta = delta + nn.functional.pad(change, (0, rank - vector.numel()))
+    is_double = any(vector.dtype == torch.float64 for _, vector in parts)
+    return (1 + delta).to(torch.float64 if is_double else torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class SingularBasis:
+    """The singular vectors on a weight's narrow side, strongest first.
+
+    `vectors` Q (n, r) with n = min(in, out); `values` (r,) descending; `side` is "input" (out >= in, Q = V) or
+    "output" (Q = U).
+    """
+
+    vectors: Tensor
+    values: Tensor
+    side: str
+
+    @property
+    def rank(self) -> int:
+        return self.values.numel()
+
+    def cut(self, rank: int) -> "SingularBasis":
+        """The first `rank` directions, as views."""
+        return SingularBasis(self.vectors[:, :rank], self.values[:rank], self.side)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> "SingularBasis":
+        """The vectors in `dtype`; compact, so that what comes back does not keep a larger basis alive."""
+        values = self.values.to(device).contiguous()
+        return SingularBasis(self.vectors.to(device, dtype).contiguous(), values, self.side)
+
+
+def side_of(out_features: int, in_features: int) -> str:
+    """The narrow side of a weight (out, in), on which its basis lives; square weights count as "input"."""
+    return "input" if out_features >= in_features else "output"
+
+
+def compute_basis(weight: Tensor, rank: int | None = None) -> SingularBasis:
+    """The singular basis of a weight (out, in), in float32 (float64 for float64), all of it or the first `rank`.
+
+    The long side is first reduced to a triangle with the same singular values and narrow-side vectors (QR, block by
+    block: TSQR, Demmel et al., UCB/EECS-2008-74), so that memory and time stay near those of an n x n SVD.
+    Errors: ValueError for a weight or rank that has no basis.
+    """
+    _check_weight(weight)
+    side = side_of(*weight.shape)
+    tall = weight.detach() if side == "input" else weight.detach().mT  # (long, n)
+    rank = _checked_rank(rank, tall.shape[1])
+    triangle = _triangle(tall)
+    if not torch.isfinite(triangle).all():
+        raise ValueError("The weight has NaN or infinite entries, so it has no singular basis: check the checkpoint.")
+    _, values, rows = torch.linalg.svd(triangle)
+    return SingularBasis(rows[:rank].mT.contiguous(), values[:rank].contiguous(), side)
+
+
+def _triangle(tall: Tensor) -> Tensor:
+    """R (n, n) with R^T R = M^T M for M (long, n)."""
+    columns = tall.shape[1]
+    triangle = tall.new_empty((0, columns), dtype=_at_least_float32(tall.dtype))
+    for block in tall.split(max(REDUCTION_ROWS, 2 * columns)):
+        stacked = torch.cat([triangle, block.to(triangle.dtype)])
+        triangle = torch.linalg.qr(stacked, mode="r").R
+    return triangle
+
+
+def _check_weight(weight: Tensor):
+    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(
+            f"A singular basis needs a floating-point weight (out, in), got {weight.dtype} of shape "
+            f"{tuple(weight.shape)} on {weight.device}: load and dequantize the weight first."
+        )
+
+
+def _checked_rank(rank: int | None, most: int) -> int:
+    rank = most if rank is None else rank
+    if not 1 <= rank <= most:
+        raise ValueError(f"`rank` must be between 1 and min(in, out) = {most}, got {rank}.")
+    return rank
+
+
+@contextmanager
+def _undisturbed(name: str):
+    """Errors name the module, and bases made while only inferring can still be trained through later."""
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"There is no singular basis for `{name}`. {error}") from error
+
+
+@dataclass
+class _Entry:
+    """What is known of one weight: its content's digest and the bases in memory."""
+
+    digest: str
+    stamp: tuple = ()
+    weight: Callable[[], Tensor | None] = field(default=lambda: None)
+    casts: dict[tuple, SingularBasis] = field(default_factory=dict)
+    unsaved: SingularBasis | None = None  # the whole basis, only where the disk could not take it
+
+
+class SingularBases:
+    """The bases of a model's weights, computed once per content: kept in memory by name and on disk by digest.
+
+    A weight that is changed in place or replaced gets a new basis at the next `get`; a change through `weight.data`
+    leaves no trace that could be seen. Safe to share between threads.
+
+    Args:
+        cache_dir: folder of the disk cache. Default: the environment variable MAMBAFORMER_CACHE, else
+            `mambaformer/singular_bases` under Hugging Face's home. A folder that cannot be written only costs time.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike | None = None):
+        default = os.environ.get("MAMBAFORMER_CACHE") or Path(hub_constants.HF_HOME, "mambaformer", "singular_bases")
+        self.cache_dir = Path(default if cache_dir is None else cache_dir).expanduser()
+        self._entries: dict[str, _Entry] = {}
+        self._lock = threading.RLock()
+        self._is_writable = True
+
+    def __getstate__(self) -> dict:
+        return {"cache_dir": self.cache_dir}  # a copied model has other weights, and locks cannot be copied
+
+    def __setstate__(self, state: dict):
+        self.__init__(state["cache_dir"])
+
+    def get(
+        self,
+        name: str,
+        weight: Tensor,
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> SingularBasis:
+        """The basis of `weight` (the module's own parameter), cut to `rank`, in `dtype` on `device`.
+
+        Default: all of it, in float32 (float64 for float64), on the weight's device. Errors: ValueError.
+        """
+        with self._lock, _undisturbed(name):
+            _check_weight(weight)
+            rank = _checked_rank(rank, min(weight.shape))
+            cast_to = (dtype or _at_least_float32(weight.dtype), torch.device(device or weight.device))
+            entry = self._entry(name, weight)
+            known = entry.casts.get(cast_to)
+            if known is None or known.rank < rank:
+                known = entry.casts[cast_to] = self._whole(weight, entry).cut(rank).to(*cast_to)
+            return known.cut(rank)
+
+    def prepare(self, named_weights: Mapping[str, Tensor], progress: bool | None = None):
+        """Compute the bases that are neither on disk nor in memory, so that `get` is quick.
+
+        `progress`: a bar; default: only if something is to be computed.
+        """
+        with self._lock:
+            missing = [name for name, weight in named_weights.items() if not self._is_known(name, weight)]
+            for name in tqdm(missing, desc="Singular bases", disable=not (missing if progress is None else progress)):
+                with _undisturbed(name):
+                    self._whole(named_weights[name], self._entries[name])
+
+    def _is_known(self, name: str, weight: Tensor) -> bool:
+        with _undisturbed(name):
+            _check_weight(weight)
+            entry = self._entry(name, weight)
+        return bool(entry.unsaved or entry.casts) or self._path(entry.digest).is_file()
+
+    def _entry(self, name: str, weight: Tensor) -> _Entry:
+        entry = self._entries.get(name)
+        stamp = (weight.data_ptr(), _version_of(weight), weight.shape, weight.dtype, weight.device)
+        # The stamp alone could come back: a new tensor may be put where a freed one was.
+        if entry is not None and entry.stamp == stamp and entry.weight() is weight:
+            return entry
+        digest = _digest_of_weight(weight)
+        if entry is None or entry.digest != digest:
+            entry = self._entries[name] = _Entry(digest)
+        elif entry.stamp[-1] != weight.device:
+            entry.casts.clear()  # the model has moved, and takes its bases along
+        entry.stamp, entry.weight = stamp, weakref.ref(weight)
+        return entry
+
+    def _whole(self, weight: Tensor, entry: _Entry) -> SingularBasis:
+        basis = entry.unsaved or self._load(entry.digest, weight)
+        if basis is None:
+            basis = compute_basis(weight).to(_at_least_float32(weight.dtype), "cpu")
+            if not self._save(entry.digest, basis):
+                entry.unsaved = basis
+        return basis
+
+    def _path(self, digest: str) -> Path:
+        return self.cache_dir / f"{digest}.safetensors"
+
+    def _load(self, digest: str, weight: Tensor) -> SingularBasis | None:
+        try:
+            tensors, header = _read(self._path(digest), BASIS_FORMAT)
+        except (OSError, ValueError):
+            return None  # absent or damaged: computed again and put in its place
+        if header.get("checksum") != _checksum(digest, tensors) or tensors.keys() != {"vectors", "values"}:
+            return None
+        return SingularBasis(tensors["vectors"], tensors["values"], side_of(*weight.shape))
+
+    def _save(self, digest: str, basis: SingularBasis) -> bool:
+        if not self._is_writable:
+            return False
+        tensors = {"vectors": basis.vectors, "values": basis.values}
+        header = {"format": BASIS_FORMAT, "version": str(FORMAT_VERSION), "checksum": _checksum(digest, tensors)}
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            _write_atomically(self._path(digest), to_safetensors(tensors, header))
+        except OSError as error:
+            self._is_writable = False
+            logger.warning(
+                "Singular bases cannot be kept in %s (%s) and will be computed again in the next process: set "
+                "MAMBAFORMER_CACHE to a folder that can be written.",
+                self.cache_dir,
+                error,
+            )
+        return self._is_writable
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+
+def _digest_of_weight(weight: Tensor) -> str:
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
+    digest.update(_bytes_of(weight))
+    return digest.hexdigest()
+
+
+def _checksum(weight_digest: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of what a cache file holds and of the weight it is for, so that a renamed file is not believed either."""
+    digest = hashlib.sha256(weight_digest.encode())
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)} ".encode())
+        digest.update(_bytes_of(tensors[key]))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledBasis:
+    """An expert at one module: `vectors` Q (n, r), `delta` = z - 1 of shape (r,), or (B, 1, r) per row, and `side`."""
+
+    vectors: Tensor
+    delta: Tensor
+    side: str
+
+
+def scale_basis(basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None) -> ScaledBasis | None:
+    """`z` (r,), or a list with one (None = base) per row, made ready for `project`; None if nothing is scaled.
+
+    `delta` is float32, or float64 if the basis is; shorter vectors are filled up with the base.
+    """
+    if isinstance(z, Tensor):
+        return ScaledBasis(_first(basis, z.numel()), _delta(basis, z), basis.side)
+    rank = max((vector.numel() for vector in z or () if vector is not None), default=0)
+    if not rank:
+        return None
+    rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in z]
+    delta = torch.stack([nn.functional.pad(row, (0, rank - row.numel())) for row in rows])
+    return ScaledBasis(_first(basis, rank), delta[:, None], basis.side)  # delta: (B, r) -> (B, 1, r)
+
+
+def _first(basis: SingularBasis, rank: int) -> Tensor:
+    return basis.vectors[:, : _checked_rank(rank, basis.rank)]
+
+
+def _delta(basis: SingularBasis, z: Tensor) -> Tensor:
+    return z.to(basis.vectors.device, _at_least_float32(basis.vectors.dtype)) - 1
+
+
+def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None = None) -> Tensor:
+    """`module` (linear, seen only from outside) with its singular values scaled: (..., in) -> (..., out).
+
+    Rows whose `delta` is 0 get the base's own bits. Q is used in the dtype of the activations; the scaling runs in
+    the wider of that and `delta`'s. Whatever wraps the linear map (an adapter) is scaled along with it.
+    """
+    if scaled is None:
+        return module(hidden_states)
+    if scaled.side == "input":
+        return module(hidden_states + _change(hidden_states, scaled))
+    outputs = module(hidden_states)
+    bias = getattr(module, "bias", None)
+    # The bias is no part of W: it is taken out of what is scaled, and stays as it is in what is returned.
+    return outputs + _change(outputs if bias is None else outputs - bias, scaled)
+
+
+def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
+    delta = scaled.delta
+    if delta.ndim == 3 and (states.ndim != 3 or delta.shape[0] != states.shape[0]):
+        raise ValueError(
+            f"There are experts for {delta.shape[0]} rows, but the activations are {tuple(states.shape)}: make them "
+            "(batch, length, channels) with as many rows."
+        )
+    basis = scaled.vectors.to(states.dtype)
+    coordinates = (states @ basis) * delta  # (..., r)
+    return coordinates.to(states.dtype) @ basis.mT
+
+
+def merged_weight(weight: Tensor, basis: SingularBasis, z: Tensor) -> Tensor:
+    """`U diag(s * z) V^T` of a weight (out, in), computed in float32 at least, returned in the weight's dtype."""
+    dtype = _at_least_float32(weight.dtype)
+    wide = weight.detach().to(dtype)
+    directions = _first(basis, z.numel()).to(weight.device, dtype)
+    delta = z.to(weight.device, dtype) - 1
+    if basis.side == "input":
+        return (wide + ((wide @ directions) * delta) @ directions.mT).to(weight.dtype)
+    return (wide + directions @ (delta[:, None] * (directions.mT @ wide))).to(weight.dtype)
+
+
+def check_expert(expert: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
+    """Refuse an expert that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
+    unknown = [name for name in expert.vectors if name not in sizes]
+    if unknown:
+        close = sorted({hint for name in unknown for hint in difflib.get_close_matches(name, sizes, n=2)})
+        hint = f" Did you mean {close}?" if close else f" Some that exist: {list(sizes)[:3]}."
+        raise ValueError(
+            f"The expert {expert.name!r} has vectors for modules that this model does not have: {unknown[:5]}"
+            f"{' and more' if len(unknown) > 5 else ''}.{hint} It may belong to another model."
+        )
+    for name, vector in expert.vectors.items():
+        if vector.numel() > min(sizes[name]):
+            raise ValueError(
+                f"The expert {expert.name!r} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
+                f"only {min(sizes[name])} singular values: it was made for another model."
+            )
+
+
+def spectrum_of(bases: Mapping[str, SingularBasis]) -> dict[str, list[float]]:
+    """The first singular values of each module: what training stores in `metadata["spectrum"]`."""
+    return {name: basis.values[:SPECTRUM_LENGTH].tolist() for name, basis in bases.items()}
+
+
+def check_spectrum(expert: ExpertVector, name: str, values: Tensor):
+    """Refuse an expert whose `metadata["spectrum"]` is not that of module `name`, whose singular values are `values`.
+
+    A relative deviation of more than 5% in the first values counts as other weights. Without a spectrum, no check.
+    """
+    expected = expert.metadata.get("spectrum", {}).get(name)
+    if not expected:
+        return
+    found = values[:SPECTRUM_LENGTH].tolist()
+    # Values that are noise beside the first one say nothing about the weights.
+    floor = 1e-3 * abs(expected[0])
+    if any(not abs(a - b) <= max(SPECTRUM_TOLERANCE * abs(b), floor) for a, b in zip(found, expected, strict=False)):
+        raise ValueError(
+            f"The expert {expert.name!r} was trained on other weights: the singular values of `{name}` start with "
+            f"{found}, those it was trained on with {expected}. Use it with the model that it was trained on."
+        )
+
+
+def is_expert(value: Any) -> bool:
+    """Whether `value` is an expert vector, be it of another copy of this module (remote code may load two)."""
+    return hasattr(value, "vectors") and hasattr(value, "fingerprint")
+
+
+class ExpertLibrary:
+    """Experts by name, in memory or still to be loaded. Safe to share between threads.
+
+    Names are file names too: letters, digits, `-`, `_` and `.`, not starting with a dot.
+    """
+
+    def __init__(self):
+        self._entries: dict[str, ExpertVector | Callable[[], str | os.PathLike]] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        return {"entries": dict(self._entries)}  # locks cannot be copied
+
+    def __setstate__(self, state: dict):
+        self.__init__()
+        self._entries = state["entries"]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def add(self, expert: ExpertVector, name: str | None = None):
+        """Keep `expert` under `name` (default: its own), replacing what was there."""
+        if not is_expert(expert):
+            raise TypeError(f"An `ExpertVector` is needed, got {type(expert).__name__}.")
+        name = _checked_name(expert.name if name is None else name)
+        with self._lock:
+            self._entries[name] = expert if expert.name == name else _with_name(expert, name)
+
+    def add_lazy(self, name: str, loader: Callable[[], str | os.PathLike]):
+        """Keep `loader`, which returns the path of an expert's file, and call it when `name` is first used."""
+        with self._lock:
+            self._entries[_checked_name(name)] = loader
+
+    def load(self, path: str | os.PathLike, name: str | None = None) -> list[str]:
+        """Add a file, or every `*.safetensors` of a folder, all or none. Returns their names.
+
+        `name` (for a file) defaults to the stored one, and that to the file's.
+        """
+        path = Path(path)
+        if path.is_dir() and name is not None:
+            raise ValueError(f"{path} is a folder and its files have names: pass `name` only with one file.")
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} holds no *.safetensors file: pass a folder of saved experts.")
+        experts: dict[str, ExpertVector] = {}
+        for file in files:
+            expert = ExpertVector.load(file)
+            key = _checked_name(name or expert.name or file.stem)
+            if key in experts:
+                raise ValueError(f"{path} holds two experts named {key!r}: load them one by one with `name=`.")
+            experts[key] = expert
+        for key, expert in experts.items():
+            self.add(expert, key)
+        return list(experts)
+
+    def save(self, folder: str | os.PathLike):
+        """Write every expert as `{name}.safetensors`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in self.names:
+            self[name].save(folder / f"{name}.safetensors")
+
+    def __getitem__(self, name: str) -> ExpertVector:
+        with self._lock:
+            self._check_known(name)
+            entry = self._entries[name]
+            if not is_expert(entry):
+                entry = self._entries[name] = _with_name(ExpertVector.load(entry()), name)
+            return entry
+
+    def __delitem__(self, name: str):
+        with self._lock:
+            self._check_known(name)
+            del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.names})"
+
+    def _check_known(self, name: str):
+        if name not in self._entries:
+            known = f"known are {sorted(self._entries)}" if self._entries else "there are none yet"
+            raise ValueError(f"There is no expert named {name!r}; {known}. Add it with `load` or `add`.")
+
+
+def _checked_name(name: str | None) -> str:
+    if name is None:
+        raise ValueError("The expert has no name: pass `name=`.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            f"{name!r} cannot name an expert, as it becomes a file name: use letters, digits, '-', '_' and '.' "
+            "(not at the start), and pass it as `name=`."
+        )
+    return name
+
+
+def _with_name(expert: ExpertVector, name: str) -> ExpertVector:
+    return ExpertVector(expert.vectors, name, expert.metadata)
+
+
+def resolve_expert(expert_vector: Any, library: ExpertLibrary | None = None) -> ExpertVector | list | None:
+    """What a user passes as `expert_vector` -> an expert, None for the base, or a list of these, one per row.
+
+    Takes None, a name in `library`, an `ExpertVector`, a dict of tensors, or a list of these. An expert that scales
+    nothing is the base, unless it is being trained. Errors: TypeError, ValueError.
+    """
+    if isinstance(expert_vector, (list, tuple)):
+        if not expert_vector:
+            raise ValueError("`expert_vector` is an empty list: give one expert (None for the base) per row.")
+        return [_resolve_one(row, library) for row in expert_vector]
+    return _resolve_one(expert_vector, library)
+
+
+def _resolve_one(value: Any, library: ExpertLibrary | None) -> ExpertVector | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if library is None:
+            raise ValueError(f"The expert {value!r} is given by name, but there is no library to find it in.")
+        value = library[value]
+    elif isinstance(value, Mapping):
+        value = ExpertVector(value)
+    elif not is_expert(value):
+        raise TypeError(
+            "`expert_vector` takes None, a name, an ExpertVector, a dict of tensors, or a list with one of these per "
+            f"row, got {type(value).__name__}."
+        )
+    is_trained = any(vector.requires_grad for vector in value.vectors.values())
+    return None if value.fingerprint == BASE_FINGERPRINT and not is_trained else value
+
+
+def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) -> str | tuple[str, ...]:
+    """Hashable identity of what `resolve_expert` returned: a fingerprint, or a tuple of them if the rows differ.
+
+    Errors: ValueError if `resolved` is a list that has not one entry for each of `rows`.
+    """
+    if not isinstance(resolved, list):
+        return BASE_FINGERPRINT if resolved is None else resolved.fingerprint
+    if rows is not None and len(resolved) != rows:
+        raise ValueError(
+            f"`expert_vector` lists {len(resolved)} experts for a batch of {rows} rows: give one per row."
+        )
+    keys = tuple(expert_key(row) for row in resolved)
+    return keys[0] if len(set(keys)) == 1 else keys
+
+
+__all__ = [
+    "BASE_FINGERPRINT",
+    "ExpertLibrary",
+    "ExpertVector",
+    "ScaledBasis",
+    "SingularBases",
+    "SingularBasis",
+    "check_expert",
+    "check_spectrum",
+    "compute_basis",
+    "expert_key",
+    "is_expert",
+    "merged_weight",
+    "project",
+    "resolve_expert",
+    "scale_basis",
+    "side_of",
+    "spectrum_of",
+]

@@ -1,0 +1,1059 @@
+"""MambaFormer (arXiv 2402.04248): Mamba and attention in one stack, with expert vectors and an exact cache.
+
+Reads from the inside out: norm, rotary embedding, the three mixers, a layer, the stack, and what stands on it. Padding
+is dealt with once, in `MambaFormerModel.forward`: rows are packed, so that their real tokens come first, and every
+layer sees packed rows.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.hub import cached_file
+
+from .cache_mambaformer import Layout, MambaFormerCache, Retention, Span, plan_layout
+from .configuration_mambaformer import MambaFormerConfig
+from .dispatch_mambaformer import ExpertSchedule, ExpertSwitchLogitsProcessor
+from .experts_mambaformer import (
+    ExpertLibrary,
+    ExpertVector,
+    ScaledBasis,
+    SingularBases,
+    check_expert,
+    check_spectrum,
+    expert_key,
+    merged_weight,
+    project,
+    resolve_expert,
+    scale_basis,
+)
+from .ops_mambaformer import causal_conv1d, selective_scan
+
+logger = logging.get_logger(__name__)
+
+EXPERTS_FOLDER = "experts"
+# Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
+CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------- mixers
+
+
+class MambaFormerRMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467, equation 4), computed in float32 at least."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(at_least_float32(hidden_states.dtype))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class MambaFormerRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE (arXiv 2104.09864, equation 34) for given positions.
+
+    Keeps no buffer: the frequencies follow from the configuration, so there is nothing to go stale when a model is
+    built on the meta device or moved to another dtype.
+    """
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__()
+        self.config = config
+
+    def inverse_frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+        """Frequencies (head_dim / 2,) and the factor on cosines and sines."""
+        rope_type = self.config.rope_parameters.get("rope_type", "default")
+        if rope_type != "default":
+            frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](self.config, device)
+            return frequencies.to(dtype), factor
+        exponents = torch.arange(0, self.config.head_dim, 2, device=device).to(dtype) / self.config.head_dim
+        return 1.0 / (self.config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (rows or 1, tokens) -> cosines and sines (rows or 1, tokens, head_dim) in the states' dtype."""
+        dtype = at_least_float32(hidden_states.dtype)
+        frequencies, factor = self.inverse_frequencies(position_ids.device, dtype)
+        angles = position_ids[..., None].to(dtype) * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys)."""
+    rows, heads, num_tokens, head_dim = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # (rows, key heads, group * tokens, head_dim)
+    weights = (grouped @ key.transpose(2, 3) * scaling).view(rows, heads, num_tokens, -1)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = torch.softmax(weights, dim=-1, dtype=at_least_float32(weights.dtype)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    grouped = weights.view(rows, key.shape[1], -1, weights.shape[-1])
+    return (grouped @ value).view(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), weights
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What attention layers that retain alike share in one forward: the mask and the implementation that takes it."""
+
+    mask: Any = None
+    implementation: str = "sdpa"
+
+
+class MambaFormerAttention(nn.Module):
+    """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention: AttentionPlan,
+        experts: dict[str, ScaledBasis],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Packed (rows, tokens, hidden) -> the same shape, and the attention weights where they are computed."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = project(self.q_proj, hidden_states, experts.get("q_proj")).view(heads).transpose(1, 2)
+        key = project(self.k_proj, hidden_states, experts.get("k_proj")).view(heads).transpose(1, 2)
+        value = project(self.v_proj, hidden_states, experts.get("v_proj")).view(heads).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = eager_attention_forward
+        if attention.implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[attention.implementation]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed, weights = attend(
+            self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
+
+
+class MambaFormerMambaMixer(nn.Module):
+    """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), with Jamba's inner norms if asked for."""
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        channels, self.state_size, self.rank = (
+            config.mamba_intermediate_size,
+            config.mamba_d_state,
+            config.mamba_dt_rank,
+        )
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
+        )
+        self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
+        self.dt_proj = nn.Linear(self.rank, channels, bias=True)
+        self.A_log = nn.Parameter(torch.empty(channels, self.state_size))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.mamba_proj_bias)
+        if config.mamba_inner_norms:
+            self.dt_layernorm = MambaFormerRMSNorm(self.rank, config.rms_norm_eps)
+            self.b_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
+            self.c_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
+        self.has_inner_norms = config.mamba_inner_norms
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        experts: dict[str, ScaledBasis],
+        past_key_values: MambaFormerCache | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
+        states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx)
+        inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
+        kernel = self.conv1d.weight[:, 0]
+        inputs, window = causal_conv1d(inputs, kernel, self.conv1d.bias, states.get("conv"), lengths)
+        dt, B, C = self.selection(inputs, experts)
+        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
+        mixed, state = selective_scan(inputs, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
+        if past_key_values is not None:
+            past_key_values.layers[self.layer_idx].update_conv_state(window)
+            past_key_values.layers[self.layer_idx].update_recurrent_state(state)
+        return project(self.out_proj, mixed, experts.get("out_proj"))
+
+    def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
+        """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
+        sizes = [self.rank, self.state_size, self.state_size]
+        dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
+        if self.has_inner_norms:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        dt = project(self.dt_proj, dt, experts.get("dt_proj"))
+        return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
+
+
+class MambaFormerMLP(nn.Module):
+    """Gated MLP (arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor, experts: dict[str, ScaledBasis]) -> torch.Tensor:
+        gate = self.act_fn(project(self.gate_proj, hidden_states, experts.get("gate_proj")))
+        return project(
+            self.down_proj,
+            gate * project(self.up_proj, hidden_states, experts.get("up_proj")),
+            experts.get("down_proj"),
+        )
+
+
+class MambaFormerLayer(GradientCheckpointingLayer):
+    """The mixers of one layer type and, if configured, an MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        mixers = config.mixers(layer_idx)
+        self.has_attention, self.has_mamba = "attention" in mixers, "mamba" in mixers
+        self.has_mlp = config.intermediate_size is not None
+        if self.has_attention:
+            self.self_attn_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.self_attn = MambaFormerAttention(config, layer_idx)
+        if self.has_mamba:
+            self.mamba_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mamba = MambaFormerMambaMixer(config, layer_idx)
+        if self.has_mlp:
+            self.mlp_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = MambaFormerMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention: AttentionPlan | None,
+        experts: dict[str, dict[str, ScaledBasis]],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        lengths: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attentions, prefix = None, f"layers.{self.layer_idx}"
+        if self.has_attention:
+            mixed, attentions = self.self_attn(
+                self.self_attn_layernorm(hidden_states),
+                attention,
+                experts.get(f"{prefix}.self_attn", {}),
+                position_embeddings,
+                past_key_values,
+                **kwargs,
+            )
+            hidden_states = hidden_states + mixed
+        if self.has_mamba:
+            normed = self.mamba_layernorm(hidden_states)
+            mamba_experts = experts.get(f"{prefix}.mamba", {})
+            hidden_states = hidden_states + self.mamba(normed, mamba_experts, past_key_values, lengths)
+        if self.has_mlp:
+            normed = self.mlp_layernorm(hidden_states)
+            hidden_states = hidden_states + self.mlp(normed, experts.get(f"{prefix}.mlp", {}))
+        return hidden_states, attentions
+
+
+# -------------------------------------------------------------------------------------- what is fed to one forward
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The columns that one forward is given: (rows, tokens) each, or (rows, tokens, hidden) for `inputs_embeds`.
+
+    `mask` is boolean and `None` when every token is real; `position_ids` are positions that the user chose.
+    """
+
+    token_ids: torch.Tensor
+    inputs_embeds: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows with their real tokens first, and the way back; `order` and `restore` are (rows, tokens)."""
+
+    lengths: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    restore: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> "Packing":
+        if mask is None:
+            return cls()
+        lengths = mask.sum(1)
+        if mask.shape[1] == 1:
+            return cls(lengths)
+        # On the way back a pad takes the place of the last real token before it, so that whoever reads the last
+        # column reads what was last said, whichever side is padded.
+        restore = (mask.cumsum(1) - 1).clamp(min=0)
+        return cls(lengths, torch.argsort(mask.to(torch.int8), dim=1, descending=True, stable=True), restore)
+
+    def pack(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns if self.order is None else _pick(columns, self.order)
+
+    def unpack(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.restore is None else _pick(rows, self.restore)
+
+
+def _pick(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if columns.dim() == 3:
+        index = index[..., None].expand(-1, -1, columns.shape[2])
+    return columns.expand(index.shape[0], *columns.shape[1:]).gather(1, index)
+
+
+class Recorder:
+    """Collects hidden states and attention weights, in the order in which the tokens were given."""
+
+    def __init__(self, config, packing: Packing, output_hidden_states: bool | None, output_attentions: bool | None):
+        self.packing = packing
+        self.wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self.wants_attention = config.output_attentions if output_attentions is None else output_attentions
+        self.hidden_found: list[torch.Tensor] = []
+        self.attention_found: list[torch.Tensor] = []
+
+    def hidden(self, hidden_states: torch.Tensor) -> None:
+        if self.wants_hidden:
+            self.hidden_found.append(self.packing.unpack(hidden_states))
+
+    def attention(self, weights: torch.Tensor | None) -> None:
+        """Takes (rows, heads, tokens, keys); keys are in the order of the cache's slots."""
+        if self.wants_attention and weights is not None:
+            by_token = self.packing.unpack(weights.transpose(1, 2).flatten(2))
+            self.attention_found.append(by_token.unflatten(2, (weights.shape[1], -1)).transpose(1, 2))
+
+    def results(self, num_new: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
+        """Those of the last `num_new` tokens, or `None` for what was not asked for."""
+        hidden = tuple(states[:, -num_new:] for states in self.hidden_found)
+        attentions = tuple(weights[:, :, -num_new:] for weights in self.attention_found)
+        return {"hidden_states": hidden or None, "attentions": attentions or None}
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """An expert made ready for one model: scaled bases by module, and what it takes to recognise it again."""
+
+    expert: Any = None
+    key: Any = None
+    scaled: Any = None
+    weights: Any = None
+
+    def experts(self) -> dict[str, dict[str, ScaledBasis]]:
+        """{path of a mixer: {name of a linear module: its scaled basis}}"""
+        return self.scaled or {}
+
+
+def weights_stamp(model: nn.Module) -> Any:
+    """Tells whether weights changed, without reading them: every in-place write and every new tensor changes it."""
+    if torch.compiler.is_compiling():
+        return None
+    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))
+
+
+def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
+    """What a user may call an expert -> `(expert, key)`; a list of equal rows is one expert, the base is `None`."""
+    expert = resolve_expert(expert_vector, library)
+    key = expert_key(expert)
+    if isinstance(expert, list) and not isinstance(key, tuple):
+        expert = expert[0]
+    return (None, None) if expert is None else (expert, key)
+
+
+def _expert_file(config: MambaFormerConfig, name: str) -> str:
+    return cached_file(config._name_or_path, f"{EXPERTS_FOLDER}/{name}.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+class MambaFormerPreTrainedModel(PreTrainedModel):
+    """What all MambaFormers share: loading, initialization, experts and the making of caches."""
+
+    config_class = MambaFormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MambaFormerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = False  # `crop` restores every state, so speculative decoding may roll back
+
+    def __init__(self, config: MambaFormerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self._expert_library = ExpertLibrary()
+        for name in config.experts or []:
+            self._expert_library.add_lazy(name, functools.partial(_expert_file, config, name))
+        self._singular_bases = SingularBases()
+        self._unmerged: dict[str, Any] | None = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if not isinstance(module, MambaFormerMambaMixer):
+            return
+        # S4D-real and the step sizes of the paper (section 3.6): A = -(1 ... N), dt log-uniform in its range.
+        low, high = self.config.time_step_min, self.config.time_step_max
+        states = torch.arange(1, module.state_size + 1, dtype=torch.float32, device=module.A_log.device)
+        init.copy_(module.A_log, torch.log(states).expand_as(module.A_log))
+        init.ones_(module.D)
+        init.uniform_(module.dt_proj.weight, -(module.rank**-0.5), module.rank**-0.5)
+        uniform = torch.rand(module.dt_proj.bias.shape, device=module.dt_proj.bias.device)
+        dt = (low * (high / low) ** uniform).clamp(min=self.config.time_step_floor)
+        init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    # ---- caches
+
+    def make_cache(
+        self, storage: str = "dense", max_cache_len: int | None = None, on_expert_change: str = "recompute"
+    ) -> MambaFormerCache:
+        """A cache for this model; the options are those of `MambaFormerCache`."""
+        resolve = functools.partial(resolve_with_key, self._expert_library)
+        return MambaFormerCache(self.config, storage, max_cache_len, on_expert_change, resolve)
+
+    # ---- experts
+
+    @property
+    def experts(self) -> ExpertLibrary:
+        """The experts that may be called by name; those of the checkpoint are read when first used."""
+        return self._expert_library
+
+    def load_experts(self, path: str) -> list[str]:
+        """Adds the expert of a file, or all of a folder, to `experts`; returns their names."""
+        return self._expert_library.load(path)
+
+    def linear_modules(self) -> dict[str, nn.Module]:
+        """The linear modules that an expert may scale, by the names that experts use."""
+        prefix = "" if self.base_model is not self else "model."
+        found = {prefix + name: module for name, module in self.named_modules() if name.endswith("_proj")}
+        head = self.get_output_embeddings()
+        return found if head is None else {**found, "lm_head": head}
+
+    def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
+        """Resolves and checks the expert of a forward; changes nothing."""
+        weights = None if cache is None else weights_stamp(self.base_model)
+        if expert_vector is not ...:
+            expert, key = resolve_with_key(self._expert_library, expert_vector)
+        elif cache is not None:
+            expert, key = cache.expert_vector, cache.in_force.expert_key
+        else:
+            expert, key = None, None
+        if expert is None:
+            return ExpertPlan(weights=weights)
+        known = None if cache is None else cache.expert_plan
+        if known is not None and known.key == key and known.weights == weights:
+            return known
+        return ExpertPlan(expert, key, self._scaled_bases(expert), weights)
+
+    def _scaled_bases(self, expert: Any) -> dict[str, dict[str, ScaledBasis]]:
+        if self._unmerged is not None:
+            raise ValueError("An expert is merged into the weights: call `unmerge_expert()` before using another one.")
+        modules = self.linear_modules()
+        rows = expert if isinstance(expert, list) else [expert]
+        for row in rows:
+            if row is not None:
+                self._check_expert(row, modules)
+        scaled: dict[str, dict[str, ScaledBasis]] = {}
+        for name in dict.fromkeys(name for row in rows if row is not None for name in row.vectors):
+            if name not in modules:
+                continue  # the head, for a model without one
+            z = [None if row is None else row.vectors.get(name) for row in rows]
+            weight = modules[name].weight
+            basis = self._singular_bases.get(name, weight, dtype=at_least_float32(weight.dtype), device=weight.device)
+            for row in rows:
+                if row is not None:
+                    check_spectrum(row, name, basis.values)
+            owner, _, short = name.removeprefix("model.").rpartition(".")
+            scaled.setdefault(owner, {})[short] = scale_basis(basis, z if isinstance(expert, list) else z[0])
+        return scaled
+
+    def _check_expert(self, expert: ExpertVector, modules: dict[str, nn.Module]) -> None:
+        sizes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+        if "lm_head" not in sizes:
+            sizes["lm_head"] = (self.config.vocab_size, self.config.hidden_size)
+        check_expert(expert, sizes)
+
+    def merge_expert(self, expert_vector: Any) -> None:
+        """Writes an expert into the weights, W' = U diag(s * z) V^T, so that it costs nothing per token.
+
+        The weights it changes are kept aside for `unmerge_expert`. Caches notice the change by themselves.
+
+        Raises:
+            ValueError: one is merged already, or the expert does not fit the model. TypeError: it is no single expert.
+        """
+        if self._unmerged is not None:
+            raise ValueError("An expert is merged already: call `unmerge_expert()` first.")
+        expert, _ = resolve_with_key(self._expert_library, expert_vector)
+        if isinstance(expert, list):
+            raise TypeError("`merge_expert` takes one expert for all rows, got a list: pass it as `expert_vector=`.")
+        modules = self.linear_modules()
+        vectors = {} if expert is None else expert.vectors
+        if expert is not None:
+            self._check_expert(expert, modules)
+        merged = {}
+        for name, z in vectors.items():
+            basis = self._singular_bases.get(name, modules[name].weight)
+            check_spectrum(expert, name, basis.values)
+            merged[name] = merged_weight(modules[name].weight, basis, z.detach())
+        self._unmerged = {}
+        for name, weight in merged.items():
+            self._unmerged[name] = _swap_weight(modules[name], weight, self._is_tied(modules[name]))
+
+    def unmerge_expert(self) -> None:
+        """Puts back the weights of before `merge_expert`, bit for bit.
+
+        Raises:
+            ValueError: nothing is merged.
+        """
+        if self._unmerged is None:
+            raise ValueError("No expert is merged: there is nothing to undo.")
+        modules = self.linear_modules()
+        for name, weight in self._unmerged.items():
+            if isinstance(weight, nn.Parameter):
+                modules[name].weight = weight
+            else:
+                _swap_weight(modules[name], weight, is_tied=False)
+        self._unmerged = None
+
+    def _is_tied(self, module: nn.Module) -> bool:
+        embedding = self.get_input_embeddings()
+        return module is not embedding and module.weight is embedding.weight
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""
+        if self._unmerged is not None and any(isinstance(w, nn.Parameter) for w in self._unmerged.values()):
+            raise ValueError("An expert is merged into the tied `lm_head`: call `unmerge_expert()` before saving.")
+        self.config.experts = list(self._expert_library) or None
+        if self.config.experts:
+            self._expert_library.save(f"{save_directory}/{EXPERTS_FOLDER}")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+@torch.no_grad()
+def _swap_weight(module: nn.Module, weight: torch.Tensor, is_tied: bool) -> torch.Tensor:
+    """Gives `module` the values of `weight`; returns what puts the old ones back."""
+    if is_tied:
+        old, module.weight = module.weight, nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        return old
+    old = module.weight.detach().clone()
+    module.weight.copy_(weight)
+    return old
+
+
+class MambaFormerModel(MambaFormerPreTrainedModel):
+    """The stack without a head: token ids or embeddings -> hidden states (rows, tokens, hidden_size)."""
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([MambaFormerLayer(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = None if config.rope_parameters is None else MambaFormerRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        expert_vector: Any = ...,
+        expert_plan: ExpertPlan | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Feeds new tokens behind those of the cache.
+
+        Args:
+            attention_mask: 0 (pad) or 1 for the new tokens (rows, tokens), or for those of the cache and the new ones.
+                Pads may stand anywhere; the states at a pad are those of the last real token before it.
+            position_ids: positions for RoPE (rows, tokens); by default each row counts its real tokens.
+            past_key_values: a cache of `make_cache`; by default one is made if `use_cache`.
+            expert_vector: see `MambaFormerForCausalLM.forward`.
+            expert_plan: the same, prepared by a model that stands on this one.
+
+        Raises:
+            ValueError, TypeError: input that does not fit; the cache is then as it was.
+        """
+        feed = self._check_feed(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        plan = self._plan(expert_vector, past_key_values) if expert_plan is None else expert_plan
+        cache = self._cache_for(use_cache, past_key_values)
+        whole = self._whole_feed(feed, plan, cache)
+        packing = Packing.of(whole.mask)
+        num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
+        if cache is None:
+            span = Span(num_tokens, lengths=packing.lengths)
+        else:
+            span = cache.begin(num_tokens, packing.lengths, device, anew=cache.is_stale)
+
+        hidden_states = packing.pack(self._embed(whole))
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            chosen = whole.position_ids
+            positions = span.positions(device) if chosen is None else packing.pack(chosen)
+            position_embeddings = self.rotary_emb(hidden_states, positions)
+        attention = self._plan_attention(span, cache, hidden_states)
+        recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
+        for layer_idx, layer in enumerate(self.layers):
+            recorded.hidden(hidden_states)
+            hidden_states, weights = layer(
+                hidden_states,
+                attention=attention.get(self.config.window(layer_idx)),
+                experts=plan.experts(),
+                position_embeddings=position_embeddings,
+                past_key_values=cache,
+                lengths=span.lengths,
+                **kwargs,
+            )
+            recorded.attention(weights)
+        hidden_states = self.norm(hidden_states)
+        recorded.hidden(hidden_states)
+        if cache is not None:
+            cache.commit(span, feed.token_ids, feed.mask, feed.position_ids, feed.inputs_embeds is not None)
+            cache.expert_plan = plan
+        num_new = feed.token_ids.shape[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
+            past_key_values=cache,
+            **recorded.results(num_new),
+        )
+
+    # ---- what a forward is given
+
+    def _check_feed(self, input_ids, inputs_embeds, attention_mask, position_ids, cache) -> Feed:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+            raise ValueError(f"`input_ids` must be integers (rows, tokens), got {_described(input_ids)}.")
+        if inputs_embeds is not None and (
+            inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size
+        ):
+            raise ValueError(
+                f"`inputs_embeds` must be (rows, tokens, {self.config.hidden_size}), got {_described(inputs_embeds)}."
+            )
+        rows, num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if num_tokens == 0:
+            raise ValueError("A forward needs at least one token: `input_ids` is empty.")
+        if cache is not None:
+            self._check_cache(cache, rows, num_tokens)
+        mask = _checked_mask(attention_mask, rows, num_tokens, cache)
+        if position_ids is not None:
+            if position_ids.shape not in ((rows, num_tokens), (1, num_tokens)):
+                raise ValueError(f"`position_ids` must be ({rows}, {num_tokens}), got {_described(position_ids)}.")
+            position_ids = position_ids.expand(rows, -1)
+        if input_ids is None:
+            input_ids = torch.full((rows, num_tokens), -1, dtype=torch.long, device=inputs_embeds.device)
+        return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
+
+    def _check_cache(self, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:
+        if not hasattr(cache, "in_force"):
+            raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
+        if cache.config is not self.config and not cache.fits(self.config):
+            raise ValueError(
+                "`past_key_values` was made for another configuration: make one with `model.make_cache()`."
+            )
+        if cache.batch_size not in (-1, rows):
+            raise ValueError(
+                f"The batch has {rows} rows but the cache has {cache.batch_size}: use `cache.batch_repeat_interleave` or "
+                "`cache.batch_select_indices` to make them agree."
+            )
+        if cache.max_cache_len is not None and not torch.compiler.is_compiling():
+            needed = cache.get_seq_length() + num_tokens
+            if needed > cache.max_cache_len:
+                raise ValueError(
+                    f"The cache holds {cache.max_cache_len} columns and would need {needed}: make it with a larger "
+                    "`max_cache_len`, or with storage='dense'."
+                )
+
+    def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
+        is_checkpointing = self.gradient_checkpointing and self.training
+        if given is not None and is_checkpointing:
+            raise ValueError("Gradient checkpointing runs layers twice and cannot use a cache: leave it out.")
+        if given is not None:
+            return given
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if wanted and is_checkpointing:
+            logger.warning_once("Gradient checkpointing runs layers twice: `use_cache=True` is ignored.")
+        return self.make_cache() if wanted and not is_checkpointing else None
+
+    def _whole_feed(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Feed:
+        """Puts the expert in force; returns the new tokens, behind those that have to be encoded again, if any."""
+        rows = feed.token_ids.shape[0]
+        if isinstance(plan.expert, list) and len(plan.expert) != rows:
+            raise ValueError(
+                f"`expert_vector` has {len(plan.expert)} entries for {rows} rows of the batch: give one each."
+            )
+        if cache is None:
+            return feed
+        cache.adopt(plan.expert, plan.key)
+        if not torch.compiler.is_compiling():
+            cache.observe_weights(weights_stamp(self) if plan.weights is None else plan.weights)
+        return self._behind_history(feed, cache) if cache.is_stale else feed
+
+    def _behind_history(self, feed: Feed, cache: MambaFormerCache) -> Feed:
+        token_ids, mask, position_ids = cache.history()
+        earlier, new = torch.ones_like(token_ids, dtype=torch.bool), torch.ones_like(feed.token_ids, dtype=torch.bool)
+        if mask is not None or feed.mask is not None:
+            mask = torch.cat([earlier if mask is None else mask, new if feed.mask is None else feed.mask], dim=1)
+        if position_ids is not None or feed.position_ids is not None:
+            counted = ((torch.cat([earlier, new], dim=1) if mask is None else mask).cumsum(1) - 1).clamp(min=0)
+            both = (position_ids, feed.position_ids)
+            parts = zip(both, counted.split([token_ids.shape[1], new.shape[1]], dim=1), strict=True)
+            position_ids = torch.cat([usual if own is None else own for own, usual in parts], dim=1)
+        embeds = feed.inputs_embeds
+        if embeds is not None:
+            embeds = torch.cat([self.embed_tokens(token_ids).to(embeds.dtype), embeds], dim=1)
+        return Feed(torch.cat([token_ids, feed.token_ids], dim=1), embeds, mask, position_ids)
+
+    def _embed(self, feed: Feed) -> torch.Tensor:
+        return self.embed_tokens(feed.token_ids) if feed.inputs_embeds is None else feed.inputs_embeds
+
+    # ---- what its attention layers see
+
+    def _plan_attention(self, span: Span, cache, hidden_states: torch.Tensor) -> dict[int | None, AttentionPlan]:
+        """One plan for each retention, by its window; a layer that does not attend never asks."""
+        found = {}
+        for layer_idx in range(self.config.num_hidden_layers):
+            window = self.config.window(layer_idx)
+            if window not in found and "attention" in self.config.mixers(layer_idx):
+                retention = Retention.of(self.config, layer_idx)
+                if cache is None:
+                    layout = plan_layout(retention, span, hidden_states.device)
+                else:
+                    layout = cache.layout(layer_idx)
+                found[window] = self._attention_plan(retention, layout, span, hidden_states)
+        return found
+
+    def _attention_plan(self, retention: Retention, layout: Layout, span: Span, hidden_states) -> AttentionPlan:
+        implementation, device = self.config._attn_implementation, hidden_states.device
+        key_positions = layout.key_positions
+        if key_positions is None and (span.num_tokens == 1 or implementation in CAUSAL_BY_ITSELF):
+            return AttentionPlan(None, implementation)
+        if implementation.startswith("flash"):
+            implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
+        query_positions = span.positions(device)
+        key_positions = query_positions if key_positions is None else key_positions
+        rows = max(query_positions.shape[0], key_positions.shape[0])
+        query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
+
+        def is_visible(row, head, query, key):
+            return retention.is_visible(query_positions[row, query], key_positions[row, key])
+
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        mask = make_mask(
+            batch_size=rows,
+            q_length=query_positions.shape[1],
+            kv_length=key_positions.shape[1],
+            mask_function=is_visible,
+            allow_is_causal_skip=False,
+            dtype=hidden_states.dtype,
+            device=device,
+            config=self.config,
+        )
+        return AttentionPlan(mask, implementation)
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _checked_mask(attention_mask, rows: int, num_tokens: int, cache: MambaFormerCache | None) -> torch.Tensor | None:
+    """The new tokens' part of a mask, boolean (rows, tokens); `None` when it has no pads."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        raise ValueError("`attention_mask` must be a 2-D tensor of 0 (pad) and 1: causal masks are made by the model.")
+    width = attention_mask.shape[1]
+    mask = attention_mask[:, -num_tokens:].bool()
+    if torch.compiler.is_compiling():
+        return mask
+    seen = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.shape[0] != rows or width not in (num_tokens, seen + num_tokens):
+        raise ValueError(
+            f"`attention_mask` is {tuple(attention_mask.shape)} but must be ({rows}, {num_tokens}) for the new tokens"
+            + (f", or ({rows}, {seen + num_tokens}) with those of the cache." if seen else ".")
+        )
+    if seen and num_tokens > 1 and width > num_tokens:
+        _check_past_mask(attention_mask[:, :seen].bool(), cache)
+    return None if bool(mask.all()) else mask
+
+
+def _check_past_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
+    fed = cache.log.mask.tensor
+    if not bool(mask.all() if fed is None else (mask == fed[:, : mask.shape[1]]).all()):
+        raise ValueError(
+            "`attention_mask` calls other cached tokens pads than when they were fed: pass the mask that was used "
+            "then, or only that of the new tokens."
+        )
+
+
+class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
+    """A language model: token ids -> logits (rows, tokens, vocab_size)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__(config)
+        self.model = MambaFormerModel(config)
+        self.model._expert_library = self._expert_library
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        expert_vector: Any = ...,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Feeds new tokens behind those of the cache; what is shared with `MambaFormerModel.forward` is told there.
+
+        Args:
+            labels: next-token targets are `labels` shifted by one, -100 is ignored (rows, tokens).
+            logits_to_keep: logits of only the last so many tokens (0: of all), or of those at these indices.
+            expert_vector: what re-tunes the weights (SVF, arXiv 2501.06252): `None` (the base), a name in
+                `model.experts`, an `ExpertVector`, {module: scales}, or a list with one of these per row. Not given,
+                it is what the cache has in force. A change acts on the cached text as `on_expert_change` says.
+        """
+        plan = self._plan(expert_vector, past_key_values)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            expert_plan=plan,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        head_experts = plan.experts().get("", {})
+        logits = project(self.lm_head, outputs.last_hidden_state[:, kept], head_experts.get("lm_head"))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # ---- generation
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, expert_vector: Any = ..., expert_schedule=None, **kwargs):
+        """`generate` of Transformers, with experts.
+
+        Args:
+            expert_vector: the expert in force, in the forms of `forward`; not given, it is the cache's.
+            expert_schedule: {n: expert}, the expert in force when new token n (0-based) is predicted.
+
+        Raises:
+            ValueError, TypeError: an expert that does not fit, or both arguments for token 0; nothing has run then.
+        """
+        entries = dict(expert_schedule) if expert_schedule is not None else {}
+        if expert_vector is not ...:
+            if 0 in entries:
+                raise ValueError("`expert_vector` and `expert_schedule[0]` both name the first expert: give one.")
+            entries[0] = expert_vector
+        if expert_schedule is not None or entries:
+            for expert in entries.values():
+                self._plan(expert, None)
+            prompt = inputs if inputs is not None else kwargs.get("input_ids")
+            has_embeds = kwargs.get("inputs_embeds") is not None
+            length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
+            kwargs["expert_schedule"] = ExpertSchedule(entries, length)
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        expert_schedule: ExpertSchedule | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """What the next forward is fed: the new tokens, or all of them when a change of expert dropped the cache."""
+        if expert_schedule is not None:
+            num_new_tokens = max(input_ids.shape[1] - expert_schedule.prompt_length, 0)
+            expert = expert_schedule.in_force(num_new_tokens)
+            if past_key_values is None:
+                kwargs["expert_vector"] = expert
+            elif expert is not ...:
+                past_key_values.set_expert(expert)
+        if not is_first_iteration and past_key_values is not None and not past_key_values.has_previous_state():
+            if inputs_embeds is not None:
+                raise ValueError(
+                    "The change of expert dropped a prompt that was given as `inputs_embeds` and cannot be fed again: "
+                    "make the cache with on_expert_change='continue', or give the prompt as `input_ids`."
+                )
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    # Hooks of `GenerationMixin` that have no public name. Nothing else in the project rests on private ones of it.
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """Puts a cache under `past_key_values`; the library would put one under `cache_params` for a name like ours."""
+        implementation = generation_config.cache_implementation
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            if implementation is not None:
+                raise ValueError("Give either `past_key_values` or `cache_implementation`, not both.")
+            if not hasattr(cache, "in_force"):
+                raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
+            cache._is_user_defined = True
+        elif generation_config.use_cache is False:
+            return
+        elif implementation in (None, "dynamic"):
+            model_kwargs["past_key_values"] = self.make_cache()
+        elif implementation == "static":
+            size = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = self.make_cache("static", max_cache_len=size)
+        else:
+            raise ValueError(
+                f"`cache_implementation` {implementation!r} is not supported: choose 'dynamic' or 'static', or pass a "
+                "cache of `model.make_cache()` as `past_key_values`."
+            )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
+        """No positions: the cache counts the real tokens of each row itself, over all turns."""
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """The new tokens' part of the 2-D mask, whose shape stays the same from token to token."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        schedule = model_kwargs.get("expert_schedule")
+        if schedule is not None and expand_size > 1:
+            model_kwargs["expert_schedule"] = schedule.repeat_rows(expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+
+class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
+    """A classifier of texts: token ids -> logits (rows, num_labels), read at the last real token."""
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MambaFormerModel(config)
+        self.model._expert_library = self._expert_library
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Without an `attention_mask`, tokens that are `config.pad_token_id` count as pads."""
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        logits = self.score(outputs.last_hidden_state[:, -1])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+MambaFormerModel.register_for_auto_class("AutoModel")
+MambaFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MambaFormerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MambaFormerConfig.register_for_auto_class()
+
+__all__ = [
+    "ExpertSwitchLogitsProcessor",
+    "MambaFormerForCausalLM",
+    "MambaFormerForSequenceClassification",
+    "MambaFormerModel",
+    "MambaFormerPreTrainedModel",
+]

@@ -1,0 +1,168 @@
+"""The slow, obvious oracle: MambaFormer in float64, one row at a time, one token at a time.
+
+It reads like the papers, imports nothing but torch, knows neither batches nor pads nor caches, and judges everything
+that does. All of it is differentiable, so it judges gradients too.
+
+Sources: Mamba (arXiv 2312.00752, algorithm 2), MambaFormer (2402.04248), attention sinks (2309.17453), RoPE
+(2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section 3.1). Letters: D channels, N state size, K taps
+of the convolution.
+"""
+
+import torch
+
+SLIDING = ("sliding_attention", "hybrid_sliding")
+WITH_ATTENTION = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
+WITH_MAMBA = ("linear_attention", "hybrid", "hybrid_sliding")
+
+
+def reference_logits(state_dict, config_dict, token_rows, experts=None):
+    """Logits of every token of every row, each row by itself: a list of (tokens in the row, vocabulary) tensors.
+
+    Args:
+        state_dict: of a `MambaFormerForCausalLM`; converted to float64.
+        config_dict: `config.to_dict()`.
+        token_rows: a list of lists of token ids.
+        experts: `None`, or one entry a row: `None` (base), a dict from module name to z, or a list of
+            `(start, None or dict)` segments: tokens from `start` on are processed by that expert's weights, while the
+            states and keys of earlier tokens stay as the earlier expert left them.
+    """
+    experts = [None] * len(token_rows) if experts is None else experts
+    built = {}  # an expert's weights are the same in every row
+    return [_row(state_dict, config_dict, row, expert, built) for row, expert in zip(token_rows, experts, strict=True)]
+
+
+def _row(state_dict, config, tokens, expert, built):
+    segments = expert if isinstance(expert, list) else [(0, expert)]
+    reader, logits = ReferenceRow(config), []
+    for position, token in enumerate(tokens):
+        in_force = [z for start, z in segments if start <= position][-1]
+        if id(in_force) not in built:
+            built[id(in_force)] = tuned_weights(state_dict, in_force)
+        logits.append(reader.read(token, built[id(in_force)]))
+    return torch.stack(logits) if logits else torch.zeros(0, config["vocab_size"], dtype=torch.float64)
+
+
+def tuned_weights(state_dict, vectors=None):
+    """Float64 copies of the weights under an expert: W' = U diag(s * z) V^T; what z leaves out is 1."""
+    weights = {name: tensor.to(torch.float64) for name, tensor in state_dict.items()}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # tied; an expert tunes the head alone
+    for module, short_z in (vectors or {}).items():
+        U, s, Vh = torch.linalg.svd(weights[module + ".weight"], full_matrices=False)
+        z = torch.ones_like(s)
+        z[: len(short_z)] = short_z.to(torch.float64)
+        weights[module + ".weight"] = U @ torch.diag(s * z) @ Vh
+    return weights
+
+
+class ReferenceRow:
+    """Reads one text token by token. All that it remembers is in plain sight: keys, values, conv inputs, h."""
+
+    def __init__(self, config):
+        self.config = config
+        self.position = 0
+        layers = range(config["num_hidden_layers"])
+        D = config["mamba_expand"] * config["hidden_size"]
+        self.keys = [[] for _ in layers]  # per token (key/value heads, head size)
+        self.values = [[] for _ in layers]
+        self.conv_inputs = [[] for _ in layers]  # per token (D,)
+        self.h = [torch.zeros(D, config["mamba_d_state"], dtype=torch.float64) for _ in layers]
+
+    def read(self, token, weights):
+        """Logits (vocabulary,) after one more token, under these weights."""
+        config = self.config
+        x = weights["model.embed_tokens.weight"][token]
+        for layer, kind in enumerate(config["layer_types"]):
+            at = Names(weights, f"model.layers.{layer}.", config["rms_norm_eps"])
+            if kind in WITH_ATTENTION:
+                x = x + self.attention(layer, kind, at, at.norm("self_attn_layernorm", x))
+            if kind in WITH_MAMBA:
+                x = x + self.mamba(layer, at, at.norm("mamba_layernorm", x))
+            if config["intermediate_size"] is not None:
+                x = x + mlp(at, at.norm("mlp_layernorm", x))
+        self.position += 1
+        top = Names(weights, "", config["rms_norm_eps"])
+        return top.linear("lm_head", top.norm("model.norm", x))
+
+    def attention(self, layer, kind, at, x):
+        config = self.config
+        heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+        queries = at.linear("self_attn.q_proj", x).view(heads, size)
+        keys = at.linear("self_attn.k_proj", x).view(kv_heads, size)
+        values = at.linear("self_attn.v_proj", x).view(kv_heads, size)
+        if config["rope_parameters"] is not None:
+            theta = config["rope_parameters"]["rope_theta"]
+            queries, keys = rotate(queries, self.position, theta), rotate(keys, self.position, theta)
+        self.keys[layer].append(keys)
+        self.values[layer].append(values)
+        seen = [p for p in range(self.position + 1) if self.visible(kind, p)]
+        outputs = []
+        for head in range(heads):
+            kv_head = head // (heads // kv_heads)
+            scores = torch.stack([queries[head] @ self.keys[layer][p][kv_head] for p in seen]) / size**0.5
+            shares = torch.exp(scores - scores.max())
+            shares = shares / shares.sum()
+            outputs.append(sum(share * self.values[layer][p][kv_head] for share, p in zip(shares, seen, strict=True)))
+        return at.linear("self_attn.o_proj", torch.cat(outputs))
+
+    def visible(self, kind, key_position):
+        """Whether the newest token sees this earlier (or own) position."""
+        if kind not in SLIDING:
+            return True
+        near = self.position - key_position < self.config["sliding_window"]
+        return near or key_position < self.config["num_sink_tokens"]
+
+    def mamba(self, layer, at, x):
+        config = self.config
+        D, N, K = config["mamba_expand"] * config["hidden_size"], config["mamba_d_state"], config["mamba_d_conv"]
+        hidden, gate = at.linear("mamba.in_proj", x).split([D, D])
+        self.conv_inputs[layer].append(hidden)
+        taps = at["mamba.conv1d.weight"][:, 0]  # (D, K); the last tap meets the newest token
+        u = at.get("mamba.conv1d.bias", torch.zeros_like(hidden))
+        for back, old in enumerate(reversed(self.conv_inputs[layer][-K:])):
+            u = u + taps[:, K - 1 - back] * old
+        u = u * torch.sigmoid(u)
+        dt, B, C = at.linear("mamba.x_proj", u).split([config["mamba_dt_rank"], N, N])
+        if config["mamba_inner_norms"]:
+            dt, B, C = (
+                at.norm("mamba.dt_layernorm", dt),
+                at.norm("mamba.b_layernorm", B),
+                at.norm("mamba.c_layernorm", C),
+            )
+        dt = torch.log1p(torch.exp(at.linear("mamba.dt_proj", dt)))
+        A = -torch.exp(at["mamba.A_log"])
+        self.h[layer] = torch.exp(dt[:, None] * A) * self.h[layer] + (dt * u)[:, None] * B[None, :]
+        y = self.h[layer] @ C + at["mamba.D"] * u
+        return at.linear("mamba.out_proj", y * gate * torch.sigmoid(gate))
+
+
+class Names:
+    """Weights under one prefix, and the two things that are done with them."""
+
+    def __init__(self, weights, prefix, eps):
+        self.weights, self.prefix, self.eps = weights, prefix, eps
+
+    def __getitem__(self, name):
+        return self.weights[self.prefix + name]
+
+    def get(self, name, default):
+        return self.weights.get(self.prefix + name, default)
+
+    def linear(self, name, x):
+        return self[name + ".weight"] @ x + self.get(name + ".bias", 0.0)
+
+    def norm(self, name, x):
+        return x / torch.sqrt((x * x).mean() + self.eps) * self[name + ".weight"]
+
+
+def mlp(at, x):
+    gate = at.linear("mlp.gate_proj", x)
+    return at.linear("mlp.down_proj", gate * torch.sigmoid(gate) * at.linear("mlp.up_proj", x))
+
+
+def rotate(vectors, position, theta):
+    """RoPE in Llama's layout: entry i of the first half turns together with entry i of the second half."""
+    half = vectors.shape[-1] // 2
+    angles = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    first, second = vectors[..., :half], vectors[..., half:]
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
