@@ -625,12 +625,13 @@ class MambaFormerCache(Cache):
         self._each_layer("commit")
         self.log.append(self.clock.columns, token_ids, mask, position_ids)
         self.log.has_embeddings |= is_embedded
+        # The counts first: under static storage the span's start is a view of the columns.
+        if span.lengths is not None or self.clock.counts is not None:
+            self.clock.counts = span.ends(token_ids.device)
         if self.max_cache_len is None:
             self.clock.columns += token_ids.shape[1]
         else:
             self.clock.columns.add_(token_ids.shape[1])
-        if span.lengths is not None or self.clock.counts is not None:
-            self.clock.counts = span.ends(token_ids.device)
         self.clock.is_empty, self._rows = False, token_ids.shape[0]
         self.encoded_under = self.in_force
 

@@ -193,12 +193,11 @@ def convert(
         TypeError: `source` is neither a model nor a path.
     """
     directory, gguf_file = _locate(source, gguf_file)
-    _check_output_dir(output_dir, directory)
+    _check_output_dir(output_dir, directory if gguf_file is None else None)
     model = source if directory is None else _load(directory, gguf_file)
     family = _family(getattr(getattr(model, "config", None), "model_type", None))
-    dtype = _resolve_dtype(dtype, model)
     config, new_layers = _target_config(family, model.config, upcycle, mamba)
-    target = _build(config, seed).to(device=model.device, dtype=dtype)
+    target = _build(config, new_layers, _resolve_dtype(dtype, model), seed).to(model.device)
     _copy_weights(target, model, family, new_layers)
     _start_as_identity(target, new_layers)
     target.generation_config = copy.deepcopy(model.generation_config)
@@ -229,6 +228,7 @@ def _locate(source, gguf_file: str | None) -> tuple[Path | None, str | None]:
 
 
 def _check_output_dir(output_dir, directory: Path | None):
+    """Refuses a place that cannot be written, or that holds the source's own config.json (`directory`)."""
     if output_dir is None:
         return
     if Path(output_dir).is_file():
@@ -340,11 +340,18 @@ def _new_block_fields(mamba: dict | None, new_layers: list[int], layer_types: li
     return mamba
 
 
-def _build(config: MambaFormerConfig, seed: int) -> MambaFormerForCausalLM:
+def _build(config: MambaFormerConfig, new_layers: list[int], dtype: torch.dtype, seed: int) -> MambaFormerForCausalLM:
+    """A model on the CPU whose new blocks are initialized and whose other tensors are still to be written."""
+    with torch.device("meta"):
+        model = MambaFormerForCausalLM(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    model.tie_weights()
     # The CPU's generator alone is seeded, and given back: `torch.manual_seed` would reach the other devices' too.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return MambaFormerForCausalLM(config)
+        for layer_idx in new_layers:
+            model.model.layers[layer_idx].mamba.apply(model._init_weights)
+    return model
 
 
 def _copy_weights(target: MambaFormerForCausalLM, source: nn.Module, family: Family, new_layers: list[int]):
@@ -360,9 +367,10 @@ def _copy_weights(target: MambaFormerForCausalLM, source: nn.Module, family: Fam
 
 
 def _check_tensors(ours: dict, theirs: dict, origin: dict[str, str | None]):
+    used = set(origin.values())
     problems = {
         "missing in the source": [name for name in ours if origin[name] not in theirs],
-        "not used": [name for name in theirs if name not in origin.values()],
+        "not used": [name for name in theirs if name not in used],
         "of another shape": [
             name for name in ours if _shape(theirs.get(origin[name])) not in (None, ours[name].shape)
         ],

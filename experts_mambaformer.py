@@ -321,6 +321,8 @@ class SingularBasis:
 
     def cut(self, rank: int) -> "SingularBasis":
         """The first `rank` directions, as views."""
+        if rank == self.rank:
+            return self
         return SingularBasis(self.vectors[:, :rank], self.values[:rank], self.side)
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> "SingularBasis":
@@ -790,7 +792,7 @@ def _resolve_one(value: Any, library: ExpertLibrary | None) -> ExpertVector | No
             f"row, got {type(value).__name__}."
         )
     is_trained = any(vector.requires_grad for vector in value.vectors.values())
-    return None if value.fingerprint == BASE_FINGERPRINT and not is_trained else value
+    return value if is_trained or value.fingerprint != BASE_FINGERPRINT else None
 
 
 def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) -> str | tuple[str, ...]:

@@ -43,12 +43,20 @@ from .experts_mambaformer import (
     project,
     resolve_expert,
     scale_basis,
+    spectrum_of,
 )
 from .ops_mambaformer import causal_conv1d, selective_scan
 
 logger = logging.get_logger(__name__)
 
 EXPERTS_FOLDER = "experts"
+# Which class of the saved folder each Auto class finds there.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mambaformer.MambaFormerConfig",
+    "AutoModel": "modeling_mambaformer.MambaFormerModel",
+    "AutoModelForCausalLM": "modeling_mambaformer.MambaFormerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mambaformer.MambaFormerForSequenceClassification",
+}
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -478,8 +486,22 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         head = self.get_output_embeddings()
         return found if head is None else {**found, "lm_head": head}
 
+    def prepare_experts(self, names: list[str] | None = None) -> None:
+        """Computes the singular bases of these linear modules (default: all), or reads them from the disk cache.
+
+        Experts do it for what they scale when they are first used; this does it at a chosen time, with a progress bar.
+        """
+        modules = self.linear_modules()
+        self._singular_bases.prepare({name: modules[name].weight for name in names or modules})
+
+    def spectrum(self, names: list[str]) -> dict[str, list[float]]:
+        """The first singular values of these linear modules: an expert's `metadata["spectrum"]` ties it to them."""
+        modules = self.linear_modules()
+        return spectrum_of({name: self._singular_bases.get(name, modules[name].weight) for name in names})
+
     def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
         """Resolves and checks the expert of a forward; changes nothing."""
+        _check_is_ours(cache)
         weights = None if cache is None else weights_stamp(self.base_model)
         if expert_vector is not ...:
             expert, key = resolve_with_key(self._expert_library, expert_vector)
@@ -490,7 +512,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         if expert is None:
             return ExpertPlan(weights=weights)
         known = None if cache is None else cache.expert_plan
-        if known is not None and known.key == key and known.weights == weights:
+        # A compiled step cannot stamp the weights: it takes the plan that an eager forward left behind.
+        if known is not None and known.key == key and (torch.compiler.is_compiling() or known.weights == weights):
             return known
         return ExpertPlan(expert, key, self._scaled_bases(expert), weights)
 
@@ -508,7 +531,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
                 continue  # the head, for a model without one
             z = [None if row is None else row.vectors.get(name) for row in rows]
             weight = modules[name].weight
-            basis = self._singular_bases.get(name, weight, dtype=at_least_float32(weight.dtype), device=weight.device)
+            rank = max(len(scales) for scales in z if scales is not None)
+            basis = self._singular_bases.get(name, weight, rank, weight.dtype, weight.device)
             for row in rows:
                 if row is not None:
                     check_spectrum(row, name, basis.values)
@@ -572,6 +596,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""
         if self._unmerged is not None and any(isinstance(w, nn.Parameter) for w in self._unmerged.values()):
             raise ValueError("An expert is merged into the tied `lm_head`: call `unmerge_expert()` before saving.")
+        self.config.auto_map = dict(AUTO_MAP)
         self.config.experts = list(self._expert_library) or None
         if self.config.experts:
             self._expert_library.save(f"{save_directory}/{EXPERTS_FOLDER}")
@@ -700,16 +725,12 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
 
     def _check_cache(self, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:
-        if not hasattr(cache, "in_force"):
-            raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
         if cache.config is not self.config and not cache.fits(self.config):
-            raise ValueError(
-                "`past_key_values` was made for another configuration: make one with `model.make_cache()`."
-            )
+            raise ValueError("`past_key_values` is of another configuration: make one with `model.make_cache()`.")
         if cache.batch_size not in (-1, rows):
             raise ValueError(
-                f"The batch has {rows} rows but the cache has {cache.batch_size}: use `cache.batch_repeat_interleave` or "
-                "`cache.batch_select_indices` to make them agree."
+                f"The batch has {rows} rows but the cache has {cache.batch_size}: make them agree with "
+                "`cache.batch_repeat_interleave` or `cache.batch_select_indices`."
             )
         if cache.max_cache_len is not None and not torch.compiler.is_compiling():
             needed = cache.get_seq_length() + num_tokens
@@ -805,6 +826,12 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             config=self.config,
         )
         return AttentionPlan(mask, implementation)
+
+
+def _check_is_ours(cache: Any) -> None:
+    # Not by its class: remote code may have loaded a second copy of it.
+    if cache is not None and not hasattr(cache, "in_force"):
+        raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
 
 
 def _described(tensor: torch.Tensor) -> str:
@@ -970,14 +997,13 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """Puts a cache under `past_key_values`; the library would put one under `cache_params` for a name like ours."""
+        """Puts a cache under `past_key_values`; for a name like ours the library would say `cache_params`."""
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             if implementation is not None:
                 raise ValueError("Give either `past_key_values` or `cache_implementation`, not both.")
-            if not hasattr(cache, "in_force"):
-                raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
+            _check_is_ours(cache)
             cache._is_user_defined = True
         elif generation_config.use_cache is False:
             return

