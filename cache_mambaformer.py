@@ -1,13 +1,7 @@
 """The cache of MambaFormer: all that one request has, and nothing that another one could see.
 
-Three ideas carry it:
-
-- *Slots are a function of positions.* A token's position is the number of real tokens before it in its row, and the
-  retention says in which slot the key of position p lives. What a query may see then follows from two positions;
-  windows, sinks and padding are one rule.
-- *Storage and retention compose.* A `Buffer` grows or is of fixed size; a `Retention` keeps all or slides.
-- *A forward is a transaction.* Layers write where nothing visible lives, or stage what they would overwrite;
-  `commit` makes it all true at once, so a forward that fails leaves the cache as it was.
+*A forward is a transaction.* Layers write where nothing visible lives, or stage what they would overwrite; a change of
+expert is planned first. `commit` makes all of it true at once, so a forward that fails leaves the cache as it was.
 """
 
 from collections.abc import Callable
@@ -17,347 +11,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from .storage_mambaformer import Buffer, KeyValueStore, Layout, RecurrentStore, Retention, Span, plan_layout, usable
+
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
-# Room that a growing buffer takes beyond what it needs, so that appending a token rarely copies.
-MIN_SPARE_SLOTS, SPARE_FRACTION = 64, 4
-
-
-# --------------------------------------------------------------------------------------- retention: which keys stay
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which keys stay, and where: all of them, or the first `sinks` and a ring of the last `window`.
-
-    Position p lives in slot p while everything is kept or p is a sink (StreamingLLM, arXiv 2309.17453), else in slot
-    `sinks + (p - sinks) % window`.
-    """
-
-    window: int | None = None
-    sinks: int = 0
-
-    @classmethod
-    def of(cls, config, layer_idx: int) -> "Retention":
-        """That of layer `layer_idx`."""
-        window = config.window(layer_idx)
-        return cls() if window is None else cls(window, config.num_sink_tokens)
-
-    def is_visible(self, query_position: torch.Tensor, key_position: torch.Tensor) -> torch.Tensor:
-        """Whether a query sees a key, from their positions alone; -1 is no position."""
-        visible = (key_position >= 0) & (key_position <= query_position)
-        if self.window is None:
-            return visible
-        return visible & ((query_position - key_position < self.window) | (key_position < self.sinks))
-
-    def num_slots(self, num_tokens: int) -> int:
-        """Slots that rows of up to `num_tokens` tokens need."""
-        return num_tokens if self.window is None else min(num_tokens, self.window + self.sinks)
-
-    def slot(self, position: Any) -> Any:
-        """Slot of a position, given as an integer or as a tensor of any shape."""
-        if self.window is None:
-            return position
-        in_ring = self.sinks + (position - self.sinks) % self.window
-        if isinstance(position, int):
-            return position if position < self.sinks else in_ring
-        return torch.where(position < self.sinks, position, in_ring)
-
-    def positions(self, counts: torch.Tensor, num_slots: int) -> torch.Tensor:
-        """Position that each slot holds after `counts` (rows,) tokens: (rows, num_slots), -1 where it is empty."""
-        slots, counts = torch.arange(num_slots, device=counts.device), counts[:, None]
-        if self.window is None:
-            return torch.where(slots < counts, slots, -1)
-        newest = counts - 1 - self.sinks
-        in_ring = newest - (newest - (slots - self.sinks)) % self.window
-        in_ring = torch.where(in_ring >= 0, in_ring + self.sinks, -1)
-        return torch.where(slots >= self.sinks, in_ring, torch.where(slots < counts, slots, -1))
-
-
-@dataclass(frozen=True)
-class Span:
-    """The new tokens of one forward: row b holds the positions from `start[b]`, `lengths[b]` of them.
-
-    Rows are packed: their real tokens come first, and what stands behind them are pads, which never count.
-
-    Args:
-        num_tokens: width of the forward, pads included.
-        start: real tokens before it: an integer while no row ever had a pad, else a tensor (rows,) or (1,).
-        lengths: real tokens of each row, (rows,); `None` when all are real.
-        columns: width that was fed before, pads included; `None` when only the device knows it (static storage).
-    """
-
-    num_tokens: int
-    start: Any = 0
-    lengths: torch.Tensor | None = None
-    columns: int | None = 0
-
-    def starts(self, device: torch.device) -> torch.Tensor:
-        """`start` as a tensor (rows,) or (1,)."""
-        if isinstance(self.start, int):
-            return torch.full((1,), self.start, dtype=torch.long, device=device)
-        return self.start
-
-    def positions(self, device: torch.device) -> torch.Tensor:
-        """Position of every token: (rows or 1, num_tokens)."""
-        return self.starts(device)[:, None] + torch.arange(self.num_tokens, device=device)
-
-    def ends(self, device: torch.device) -> torch.Tensor:
-        """Real tokens of each row with those of the span: (rows or 1,)."""
-        return self.starts(device) + (self.num_tokens if self.lengths is None else self.lengths)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the layers of one retention take in a span; made once per forward.
-
-    Args:
-        num_slots: slots in use once the span is in.
-        key_positions: (rows or 1, keys), the positions of what attention sees; `None` when no mask is needed.
-        slots: where the new keys go, if they may be written in place: the first of adjoining slots, or a tensor
-            (rows or 1, num_tokens). Attention then sees the first `num_slots` slots.
-        num_stored, sources: if the new keys would overwrite some that their own queries still see: attention sees the
-            `num_stored` old slots and the new keys behind them, and `sources` (rows or 1, num_slots) says which of
-            these each slot holds from the commit on.
-    """
-
-    num_slots: int
-    key_positions: torch.Tensor | None
-    slots: Any = None
-    num_stored: int = 0
-    sources: torch.Tensor | None = None
-
-
-def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_size: int | None = None) -> Layout:
-    """Plans how `retention` takes in `span`, for growing storage or for one of `fixed_size` slots."""
-    num_slots = retention.num_slots(span.columns + span.num_tokens if fixed_size is None else fixed_size)
-    if retention.window is None or (span.num_tokens == 1 and span.lengths is None):
-        return _plan_in_place(retention, span, device, num_slots, fixed_size is not None)
-    return _plan_staged(retention, span, device, num_slots, fixed_size is not None)
-
-
-def _plan_in_place(retention, span, device, num_slots, is_fixed) -> Layout:
-    is_known = isinstance(span.start, int)
-    sees_all = is_known and not is_fixed and (span.num_tokens == 1 or span.start == 0)
-    if retention.window is None:
-        # A slot that holds nothing yet has a position that no query of its row has reached.
-        key_positions = torch.arange(num_slots, device=device)[None]
-    else:
-        key_positions = retention.positions(span.ends(device), num_slots)
-    return Layout(
-        num_slots=num_slots,
-        key_positions=None if sees_all else key_positions,
-        slots=retention.slot(span.start if is_known else span.positions(device)),
-    )
-
-
-def _plan_staged(retention, span, device, num_slots, is_fixed) -> Layout:
-    num_stored = num_slots if is_fixed else retention.num_slots(span.columns)
-    sees_all = isinstance(span.start, int) and span.start == 0 and not is_fixed and span.num_tokens <= retention.window
-    starts = span.starts(device)
-    key_positions = span.positions(device)
-    if num_stored:
-        stored = retention.positions(starts, num_stored)
-        key_positions = torch.cat([stored.expand(key_positions.shape[0], -1), key_positions], dim=1)
-    held = retention.positions(span.ends(device), num_slots)
-    own_slot = torch.arange(num_slots, device=device).clamp(max=max(num_stored - 1, 0))
-    return Layout(
-        num_slots=num_slots,
-        key_positions=None if sees_all else key_positions,
-        num_stored=num_stored,
-        sources=torch.where(held >= starts[:, None], num_stored + held - starts[:, None], own_slot),
-    )
-
-
-# ------------------------------------------------------------------------------------------- storage: where they are
-
-
-class Buffer:
-    """A tensor whose dimension `dim` has room to grow, or a fixed size; slots that were never written are zero.
-
-    Growing buffers are shared by a fork until one side writes. Fixed ones keep their address.
-    """
-
-    def __init__(self, dim: int, fixed_size: int | None = None):
-        self.dim, self.fixed_size = dim, fixed_size
-        self.tensor: torch.Tensor | None = None
-        self.is_shared = False
-
-    def reserve(self, like: torch.Tensor, size: int) -> None:
-        """Makes room for `size` slots shaped like those of `like`."""
-        if self.tensor is not None and self.tensor.shape[self.dim] >= size:
-            return
-        capacity = self.fixed_size or size + max(MIN_SPARE_SLOTS, size // SPARE_FRACTION)
-        shape = list(like.shape)
-        shape[self.dim] = capacity
-        old, self.tensor, self.is_shared = self.tensor, like.new_zeros(shape), False
-        if old is not None:
-            self.tensor.narrow(self.dim, 0, old.shape[self.dim]).copy_(old)
-
-    def write(self, slots: Any, new: torch.Tensor) -> None:
-        """Puts `new` into adjoining slots from `slots` on, or into the slots of a tensor (rows or 1, tokens)."""
-        new = new.to(self.tensor.dtype)
-        # A graph may hold the old values for its backward pass.
-        if self.is_shared or (torch.is_grad_enabled() and (new.requires_grad or self.tensor.requires_grad)):
-            self.tensor, self.is_shared = self.tensor.clone(), False
-        if isinstance(slots, int):
-            self.tensor.narrow(self.dim, slots, new.shape[self.dim]).copy_(new)
-        elif slots.shape[0] == 1:
-            self.tensor.index_copy_(self.dim, slots[0], new)
-        else:
-            self.tensor.scatter_(self.dim, _along(slots, new, self.dim), new)
-
-    def view(self, size: int) -> torch.Tensor:
-        """The first `size` slots."""
-        return self.tensor if size == self.tensor.shape[self.dim] else self.tensor.narrow(self.dim, 0, size)
-
-    def replace(self, new: torch.Tensor) -> None:
-        """Puts `new` into the first slots, whatever they held."""
-        if self.fixed_size is None and new.shape[self.dim] == self.tensor.shape[self.dim]:
-            self.tensor, self.is_shared = new, False
-        else:
-            self.write(0, new)
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        if self.tensor is not None:
-            self.tensor, self.is_shared = _select_rows(self.tensor, rows, self.fixed_size is not None), False
-
-    def drop(self) -> None:
-        if self.tensor is not None:
-            self.tensor = self.tensor.zero_() if self.fixed_size is not None else None
-        self.is_shared = False
-
-    def fork(self) -> "Buffer":
-        other = Buffer(self.dim, self.fixed_size)
-        if self.tensor is not None:
-            self.is_shared = other.is_shared = self.fixed_size is None
-            other.tensor = self.tensor if self.is_shared else self.tensor.clone()
-        return other
-
-
-def _along(index: torch.Tensor, like: torch.Tensor, dim: int) -> torch.Tensor:
-    """Spreads `index` (rows or 1, n) over all dimensions of `like` but `dim`."""
-    shape = [index.shape[0]] + [1] * (like.dim() - 1)
-    shape[dim] = index.shape[1]
-    full = list(like.shape)
-    full[dim] = index.shape[1]
-    return index.view(shape).expand(full)
-
-
-def _select_rows(tensor: torch.Tensor, rows: torch.Tensor, in_place: bool) -> torch.Tensor:
-    selected = tensor.index_select(0, rows.to(tensor.device))
-    return tensor.copy_(selected) if in_place and selected.shape == tensor.shape else selected
-
-
-class KeyValueStore:
-    """Keys and values of one layer, each (rows, heads, slots, head_dim)."""
-
-    def __init__(self, retention: Retention, fixed_size: int | None = None):
-        fixed_size = None if fixed_size is None else retention.num_slots(fixed_size)
-        self.retention, self.keys, self.values = retention, Buffer(2, fixed_size), Buffer(2, fixed_size)
-        self.staged: list[torch.Tensor] | None = None
-        self.num_slots = self.staged_slots = 0
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes in the new keys and values, (rows, heads, tokens, head_dim); returns what attention sees."""
-        seen, self.staged = [], None if layout.sources is None else []
-        self.staged_slots = layout.num_slots
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer.reserve(new, layout.num_slots)
-            if layout.sources is None:
-                buffer.write(layout.slots, new)
-                seen.append(buffer.view(layout.num_slots))
-            else:
-                both = torch.cat([buffer.view(layout.num_stored), new], dim=2) if layout.num_stored else new
-                self.staged.append(both.gather(2, _along(layout.sources, both, 2)))
-                seen.append(both)
-        return seen[0], seen[1]
-
-    def commit(self) -> None:
-        if self.staged is not None:
-            self.keys.replace(self.staged[0])
-            self.values.replace(self.staged[1])
-            self.staged = None
-        self.num_slots = self.staged_slots
-
-    def discard(self) -> None:
-        self.staged, self.staged_slots = None, self.num_slots
-
-    def drop(self) -> None:
-        self.staged, self.num_slots, self.staged_slots = None, 0, 0
-        self.keys.drop()
-        self.values.drop()
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        self.keys.select_rows(rows)
-        self.values.select_rows(rows)
-
-    def fork_into(self, other: "KeyValueStore") -> None:
-        other.keys, other.values = self.keys.fork(), self.values.fork()
-        other.num_slots = other.staged_slots = self.num_slots
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        if self.keys.tensor is None:
-            return {}
-        return {"keys": self.keys.view(self.num_slots), "values": self.values.view(self.num_slots)}
-
-    def allocated(self) -> dict[str, torch.Tensor]:
-        return {} if self.keys.tensor is None else {"keys": self.keys.tensor, "values": self.values.tensor}
-
-    def can_forget(self, columns: int) -> bool:
-        """Whether tokens can be taken back by the clock alone: a ring must not have wrapped."""
-        return self.retention.num_slots(columns) == columns
-
-    def truncate(self, columns: int) -> None:
-        if self.keys.fixed_size is None:
-            self.num_slots = min(self.num_slots, self.retention.num_slots(columns))
-
-
-class RecurrentStore:
-    """The states of one recurrent mixer, by name; what they are is the mixer's business.
-
-    Mamba keeps `"conv"` (rows, kernel - 1, channels), its last inputs, and `"ssm"` (rows, channels, state), float32.
-    """
-
-    def __init__(self, is_fixed: bool = False):
-        self.is_fixed = is_fixed
-        self.states: dict[str, torch.Tensor] = {}
-        self.staged: dict[str, torch.Tensor] = {}
-
-    def update(self, name: str, state: torch.Tensor) -> None:
-        self.staged[name] = state
-
-    def commit(self) -> None:
-        for name, state in self.staged.items():
-            if self.is_fixed and name in self.states:
-                self.states[name].copy_(state)
-            else:
-                self.states[name] = state.clone() if self.is_fixed else state
-        self.staged = {}
-
-    def discard(self) -> None:
-        self.staged = {}
-
-    def drop(self) -> None:
-        # A state of zeros is the state before the first token.
-        self.states = {name: state.zero_() for name, state in self.states.items()} if self.is_fixed else {}
-        self.staged = {}
-
-    def select_rows(self, rows: torch.Tensor) -> None:
-        self.states = {name: _select_rows(state, rows, self.is_fixed) for name, state in self.states.items()}
-
-    def fork_into(self, other: "RecurrentStore") -> None:
-        other.states = {name: state.clone() if self.is_fixed else state for name, state in self.states.items()}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(self.states)
-
-    allocated = tensors
-
-    def can_forget(self, columns: int) -> bool:
-        return False
-
-    def truncate(self, columns: int) -> None:
-        """Nothing to cut: a state has no length."""
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -499,6 +155,24 @@ LAYER_CLASSES = {
 }
 
 
+@dataclass(frozen=True)
+class Transition:
+    """What a forward does to the request before its tokens: nothing is true of it until the commit.
+
+    Args:
+        expert, in_force: what the forward puts in force.
+        anew: the remembered tokens are encoded again, or dropped, so the forward starts from empty states.
+        drops_text: they are dropped.
+        mixes: they stay as something else encoded them.
+    """
+
+    expert: Any
+    in_force: InForce
+    anew: bool = False
+    drops_text: bool = False
+    mixes: bool = False
+
+
 class TokenLog:
     """What was fed, column by column with its pads: enough to feed it again."""
 
@@ -597,32 +271,42 @@ class MambaFormerCache(Cache):
 
     # ---- a forward, as the model drives it
 
-    def begin(self, num_tokens: int, lengths: torch.Tensor | None, device: torch.device, anew: bool = False) -> Span:
-        """Opens a forward of `num_tokens` columns with `lengths` (rows,) real tokens each; `anew`: from the beginning.
+    def begin(self, transition: Transition, num_tokens: int, lengths: torch.Tensor | None, device) -> Span:
+        """Opens a forward of `num_tokens` columns with `lengths` (rows,) real tokens each.
 
-        Nothing that `commit` has not made true is ever seen, so a forward that fails needs no clean-up.
+        Nothing is seen of it before `commit`, so a forward that fails needs no clean-up: where states had to be
+        dropped, the next forward computes them again from the remembered tokens.
         """
         self._each_layer("discard")
-        if anew:
+        if transition.anew:
             self.encoded_under = None
             self._each_layer("drop")
-        clock = self._clock_on(device)
-        if anew:
-            clock = Clock(columns=clock.columns * 0)
+        if self.max_cache_len is not None:
+            # On the device, so that a compiled step never depends on its value.
+            columns = self.clock.columns
+            columns = torch.tensor(columns, device=device) if isinstance(columns, int) else usable(columns)
+            self.clock.columns = columns
+        clock = Clock(columns=self.clock.columns * 0) if transition.anew else self.clock
         columns = clock.columns if isinstance(clock.columns, int) else None
         span = Span(num_tokens, start=clock.start, lengths=lengths, columns=columns)
         retentions = {layer.attention.retention for layer in self.layers if layer.attention is not None}
         self._layouts = {kind: plan_layout(kind, span, device, self.max_cache_len) for kind in retentions}
         return span
 
-    def commit(self, span: Span, token_ids, mask=None, position_ids=None, is_embedded: bool = False) -> None:
+    def commit(
+        self, transition: Transition, span: Span, token_ids, mask=None, position_ids=None, is_embedded: bool = False
+    ) -> None:
         """Makes the forward of `span` true.
 
         Args:
             token_ids: the columns that were not fed before, (rows, tokens); so are `mask` and `position_ids`.
             is_embedded: they were given as embeddings, so `token_ids` says nothing.
         """
+        if transition.drops_text:
+            self._forget_text()
         self._each_layer("commit")
+        if position_ids is None and self.log.position_ids.tensor is not None:
+            position_ids = self._counted_positions(token_ids, mask)
         self.log.append(self.clock.columns, token_ids, mask, position_ids)
         self.log.has_embeddings |= is_embedded
         # The counts first: under static storage the span's start is a view of the columns.
@@ -633,7 +317,14 @@ class MambaFormerCache(Cache):
         else:
             self.clock.columns.add_(token_ids.shape[1])
         self.clock.is_empty, self._rows = False, token_ids.shape[0]
+        self._put_in_force(transition)
         self.encoded_under = self.in_force
+
+    def _counted_positions(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        counted = torch.ones_like(token_ids) if mask is None else mask.to(token_ids.dtype)
+        start = self.clock.start
+        start = start if isinstance(start, int) else start[:, None]
+        return (start + counted.cumsum(1) - 1).clamp(min=0)
 
     def layout(self, layer_idx: int) -> Layout:
         """How layer `layer_idx` takes in the open forward."""
@@ -643,15 +334,10 @@ class MambaFormerCache(Cache):
         """Takes in (rows, heads, tokens, head_dim) of the open forward; returns the keys and values attention sees."""
         return self.layers[layer_idx].update(key_states, value_states, self.layout(layer_idx))
 
-    def recurrent_states(self, layer_idx: int) -> dict[str, torch.Tensor]:
-        """States that layer `layer_idx` starts the open forward from; empty before the first token."""
-        return self.layers[layer_idx].recurrent.tensors()
-
-    def _clock_on(self, device: torch.device) -> Clock:
-        """The clock; static storage keeps it on the device, so that a compiled step never depends on its value."""
-        if self.max_cache_len is not None and isinstance(self.clock.columns, int):
-            self.clock.columns = torch.tensor(self.clock.columns, device=device)
-        return self.clock
+    def recurrent_states(self, layer_idx: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """States that layer `layer_idx` starts the open forward from, on the device of `like`; empty at first."""
+        states = self.layers[layer_idx].recurrent.tensors()
+        return {name: state.to(like.device) for name, state in states.items()}
 
     def _each_layer(self, method: str, *args) -> None:
         for layer in self.layers:
@@ -660,7 +346,7 @@ class MambaFormerCache(Cache):
     # ---- experts and weights
 
     def set_expert(self, expert) -> None:
-        """Puts `expert` in force; the next forward acts on it as `on_expert_change` says.
+        """Puts `expert` in force, as `on_expert_change` says; whatever it costs, the next forward pays.
 
         Args:
             expert: whatever `expert_vector=` takes: `None` (the base), a name, an `ExpertVector`, a dict of tensors,
@@ -671,39 +357,56 @@ class MambaFormerCache(Cache):
         """
         if expert is not None and self.resolve is None:
             raise ValueError("This cache belongs to no model yet: make it with `model.make_cache()`.")
-        self.adopt(*((None, None) if expert is None else self.resolve(expert)))
+        expert, key = (None, None) if expert is None else self.resolve(expert)
+        transition = self.plan(expert, key, self.in_force.weights)
+        if transition.in_force == self.in_force:
+            return
+        if transition.drops_text:
+            self.reset()
+        elif transition.mixes:
+            self.encoded_under = transition.in_force
+        self._put_in_force(transition)
 
-    def adopt(self, expert, key) -> None:
-        """`set_expert` for an expert that is resolved already; `key` tells experts apart by content."""
+    def plan(self, expert, key, weights) -> Transition:
+        """What it takes to go on under an expert, told from others by `key`, and weights with this stamp.
+
+        Raises:
+            ValueError: the change is refused; nothing has changed.
+        """
         if isinstance(expert, list) and self._rows not in (None, len(expert)):
             raise ValueError(
                 f"`expert_vector` has {len(expert)} entries but the cache has {self._rows} rows: give one each."
             )
-        if key != self.in_force.expert_key:
-            self._change("expert vector", InForce(key, self.in_force.weights))
-            self.expert_vector, self.expert_plan = expert, None
-
-    def observe_weights(self, stamp) -> None:
-        """Compares the model's weights with those that the text was encoded under; a change is one of experts too."""
-        if stamp != self.in_force.weights:
-            self._change("weights", InForce(self.in_force.expert_key, stamp))
-            self.expert_plan = None
-
-    def _change(self, what: str, in_force: "InForce") -> None:
-        if not self.clock.is_empty and self.on_expert_change == "recompute":
-            self._check_history()
-        if not self.clock.is_empty and self.on_expert_change == "error":
+        in_force = InForce(key, weights)
+        if self.clock.is_empty or in_force == self.encoded_under:
+            return Transition(expert, in_force)
+        if in_force == self.in_force:
+            return Transition(expert, in_force, anew=True)
+        if self.on_expert_change == "error":
+            what = "expert vector" if key != self.in_force.expert_key else "weights"
             raise ValueError(
                 f"The {what} changed while {self.get_seq_length()} columns are cached and `on_expert_change` is "
                 "'error': call `cache.reset()` and feed the text again, or make the cache with another policy."
             )
-        if self.on_expert_change == "reset":
-            self.reset()
-        elif self.on_expert_change == "continue" and not self.clock.is_empty:
-            self.is_mixed = True
-            if not self.is_stale:
-                self.encoded_under = in_force
-        self.in_force = in_force
+        if self.on_expert_change == "continue":
+            self._check_encoded()
+            return Transition(expert, in_force, mixes=True)
+        if self.on_expert_change == "recompute":
+            self._check_history()
+        return Transition(expert, in_force, anew=True, drops_text=self.on_expert_change == "reset")
+
+    def _put_in_force(self, transition: Transition) -> None:
+        self.is_mixed |= transition.mixes
+        if transition.in_force.expert_key != self.in_force.expert_key:
+            self.expert_plan = None
+        self.expert_vector, self.in_force = transition.expert, transition.in_force
+
+    def _check_encoded(self) -> None:
+        if self.encoded_under is None:
+            raise ValueError(
+                "Part of the text was rolled back, and what is left has to be encoded by the old expert before another"
+                " one goes on from it: feed a token first, or use on_expert_change='recompute'."
+            )
 
     @property
     def is_stale(self) -> bool:
@@ -805,13 +508,12 @@ class MambaFormerCache(Cache):
     def reset(self) -> None:
         """Forgets the text; the expert in force stays."""
         self._each_layer("drop")
+        self._forget_text()
+
+    def _forget_text(self) -> None:
         self.log = TokenLog(self.max_cache_len)
-        if not isinstance(self.clock.columns, int):
-            self.clock.columns.zero_()
-        else:
-            self.clock.columns = 0
-        self.clock.counts, self.clock.is_empty = None, True
-        self._rows, self.is_mixed, self._layouts = None, False, {}
+        self.clock.columns, self.clock.counts, self.clock.is_empty = self.clock.columns * 0, None, True
+        self._rows, self.is_mixed = None, False
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Makes row i of the cache what row `rows[i]` was."""

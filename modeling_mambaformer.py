@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.hub import cached_file
 
-from .cache_mambaformer import Layout, MambaFormerCache, Retention, Span, plan_layout
+from .cache_mambaformer import MambaFormerCache, Transition
 from .configuration_mambaformer import MambaFormerConfig
 from .dispatch_mambaformer import ExpertSchedule, ExpertSwitchLogitsProcessor
 from .experts_mambaformer import (
@@ -46,6 +46,7 @@ from .experts_mambaformer import (
     spectrum_of,
 )
 from .ops_mambaformer import causal_conv1d, selective_scan
+from .storage_mambaformer import Layout, Retention, Span, plan_layout
 
 logger = logging.get_logger(__name__)
 
@@ -173,9 +174,7 @@ class MambaFormerAttention(nn.Module):
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = eager_attention_forward
-        if attention.implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[attention.implementation]
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(
             self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -217,7 +216,7 @@ class MambaFormerMambaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
-        states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx)
+        states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx, hidden_states)
         inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
         kernel = self.conv1d.weight[:, 0]
         inputs, window = causal_conv1d(inputs, kernel, self.conv1d.bias, states.get("conv"), lengths)
@@ -386,28 +385,55 @@ class Recorder:
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """An expert made ready for one model: scaled bases by module, and what it takes to recognise it again."""
+    """An expert made ready for one model.
+
+    Args:
+        expert, key: what was resolved, and what tells it from others by content.
+        num_rows: length of the list that the user gave, if it was one.
+        scaled: {path of a mixer: {name of a linear module: its scaled basis}}.
+        weights, head: stamps of the stack's weights and of the head's.
+    """
 
     expert: Any = None
     key: Any = None
+    num_rows: int | None = None
     scaled: Any = None
     weights: Any = None
+    head: Any = None
 
     def experts(self) -> dict[str, dict[str, ScaledBasis]]:
-        """{path of a mixer: {name of a linear module: its scaled basis}}"""
         return self.scaled or {}
+
+    @property
+    def is_reusable(self) -> bool:
+        """A plan whose expert is being trained belongs to one graph."""
+        return not _is_trained(self.expert)
+
+
+def _is_trained(expert: Any) -> bool:
+    rows = expert if isinstance(expert, list) else [expert]
+    return any(vector.requires_grad for row in rows if row is not None for vector in row.vectors.values())
 
 
 def weights_stamp(model: nn.Module) -> Any:
-    """Tells whether weights changed, without reading them: every in-place write and every new tensor changes it."""
+    """Tells whether weights changed, without reading them: every in-place write and every new tensor changes it.
+
+    Weights made in inference mode do not count their writes, so merging and unmerging count theirs.
+    """
     if torch.compiler.is_compiling():
         return None
-    return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()))
+    merges = getattr(model, "num_merges", 0)
+    return hash((merges, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())))
 
 
 def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
-    """What a user may call an expert -> `(expert, key)`; a list of equal rows is one expert, the base is `None`."""
+    """What a user may call an expert -> `(expert, key)`; the base is `(None, None)`.
+
+    A list of equal rows is one expert, unless they are being trained: then each row has a gradient of its own.
+    """
     expert = resolve_expert(expert_vector, library)
+    if isinstance(expert, list) and _is_trained(expert):
+        return expert, tuple(expert_key(row) for row in expert)
     key = expert_key(expert)
     if isinstance(expert, list) and not isinstance(key, tuple):
         expert = expert[0]
@@ -442,7 +468,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         for name in config.experts or []:
             self._expert_library.add_lazy(name, functools.partial(_expert_file, config, name))
         self._singular_bases = SingularBases()
-        self._unmerged: dict[str, Any] | None = None
+        self._unmerged: list[tuple[nn.Module, torch.Tensor]] = []
+        self.num_merges = 0
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -502,24 +529,29 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
         """Resolves and checks the expert of a forward; changes nothing."""
         _check_is_ours(cache)
-        weights = None if cache is None else weights_stamp(self.base_model)
-        if expert_vector is not ...:
+        is_given = expert_vector is not ...
+        expert, key = None, None
+        if is_given:
             expert, key = resolve_with_key(self._expert_library, expert_vector)
         elif cache is not None:
             expert, key = cache.expert_vector, cache.in_force.expert_key
-        else:
-            expert, key = None, None
+        if self._merged_modules() and (is_given or expert is not None):
+            raise ValueError(
+                "An expert is merged into the weights: call `unmerge_expert()` before naming another one."
+            )
+        num_rows = len(expert_vector) if is_given and isinstance(expert_vector, (list, tuple)) else None
+        weights = None if cache is None else weights_stamp(self.base_model)
         if expert is None:
-            return ExpertPlan(weights=weights)
-        known = None if cache is None else cache.expert_plan
+            return ExpertPlan(num_rows=num_rows, weights=weights)
+        head = None if self.get_output_embeddings() is None else weights_stamp(self.get_output_embeddings())
+        known = None if cache is None or _is_trained(expert) else cache.expert_plan
         # A compiled step cannot stamp the weights: it takes the plan that an eager forward left behind.
-        if known is not None and known.key == key and (torch.compiler.is_compiling() or known.weights == weights):
+        is_fresh = torch.compiler.is_compiling() or (known and (known.weights, known.head) == (weights, head))
+        if known is not None and known.key == key and is_fresh:
             return known
-        return ExpertPlan(expert, key, self._scaled_bases(expert), weights)
+        return ExpertPlan(expert, key, num_rows, self._scaled_bases(expert), weights, head)
 
     def _scaled_bases(self, expert: Any) -> dict[str, dict[str, ScaledBasis]]:
-        if self._unmerged is not None:
-            raise ValueError("An expert is merged into the weights: call `unmerge_expert()` before using another one.")
         modules = self.linear_modules()
         rows = expert if isinstance(expert, list) else [expert]
         for row in rows:
@@ -552,25 +584,25 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         The weights it changes are kept aside for `unmerge_expert`. Caches notice the change by themselves.
 
         Raises:
-            ValueError: one is merged already, or the expert does not fit the model. TypeError: it is no single expert.
+            ValueError: one is merged already, or the expert does not fit the model.
+            TypeError: it is no single expert.
         """
-        if self._unmerged is not None:
+        if self._merged_modules():
             raise ValueError("An expert is merged already: call `unmerge_expert()` first.")
         expert, _ = resolve_with_key(self._expert_library, expert_vector)
-        if isinstance(expert, list):
-            raise TypeError("`merge_expert` takes one expert for all rows, got a list: pass it as `expert_vector=`.")
+        if expert is None or isinstance(expert, list):
+            raise TypeError("`merge_expert` takes one expert for all rows, and not the base.")
         modules = self.linear_modules()
-        vectors = {} if expert is None else expert.vectors
-        if expert is not None:
-            self._check_expert(expert, modules)
-        merged = {}
-        for name, z in vectors.items():
-            basis = self._singular_bases.get(name, modules[name].weight)
-            check_spectrum(expert, name, basis.values)
-            merged[name] = merged_weight(modules[name].weight, basis, z.detach())
-        self._unmerged = {}
-        for name, weight in merged.items():
-            self._unmerged[name] = _swap_weight(modules[name], weight, self._is_tied(modules[name]))
+        self._check_expert(expert, modules)
+        merged = []
+        for name, z in expert.vectors.items():
+            if name in modules:  # not so the head, for a model without one
+                basis = self._singular_bases.get(name, modules[name].weight)
+                check_spectrum(expert, name, basis.values)
+                merged.append((modules[name], merged_weight(modules[name].weight, basis, z.detach())))
+        for module, weight in merged:
+            self._merged_modules().append((module, _swap_weight(module, weight, self._is_tied(module))))
+        self.base_model.num_merges += 1
 
     def unmerge_expert(self) -> None:
         """Puts back the weights of before `merge_expert`, bit for bit.
@@ -578,15 +610,19 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: nothing is merged.
         """
-        if self._unmerged is None:
+        if not self._merged_modules():
             raise ValueError("No expert is merged: there is nothing to undo.")
-        modules = self.linear_modules()
-        for name, weight in self._unmerged.items():
+        while self._merged_modules():
+            module, weight = self._merged_modules().pop()
             if isinstance(weight, nn.Parameter):
-                modules[name].weight = weight
+                module.weight = weight
             else:
-                _swap_weight(modules[name], weight, is_tied=False)
-        self._unmerged = None
+                _swap_weight(module, weight, is_tied=False)
+        self.base_model.num_merges += 1
+
+    def _merged_modules(self) -> list[tuple[nn.Module, torch.Tensor]]:
+        """What is merged, with what undoes it; kept by the stack, which all models that stand on it share."""
+        return self.base_model._unmerged
 
     def _is_tied(self, module: nn.Module) -> bool:
         embedding = self.get_input_embeddings()
@@ -594,7 +630,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""
-        if self._unmerged is not None and any(isinstance(w, nn.Parameter) for w in self._unmerged.values()):
+        if any(isinstance(weight, nn.Parameter) for _, weight in self._merged_modules()):
             raise ValueError("An expert is merged into the tied `lm_head`: call `unmerge_expert()` before saving.")
         self.config.auto_map = dict(AUTO_MAP)
         self.config.experts = list(self._expert_library) or None
@@ -657,13 +693,14 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         feed = self._check_feed(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         plan = self._plan(expert_vector, past_key_values) if expert_plan is None else expert_plan
         cache = self._cache_for(use_cache, past_key_values)
-        whole = self._whole_feed(feed, plan, cache)
+        transition = self._transition(feed, plan, cache)
+        whole = self._behind_history(feed, cache) if transition.anew and not transition.drops_text else feed
         packing = Packing.of(whole.mask)
         num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
         if cache is None:
             span = Span(num_tokens, lengths=packing.lengths)
         else:
-            span = cache.begin(num_tokens, packing.lengths, device, anew=cache.is_stale)
+            span = cache.begin(transition, num_tokens, packing.lengths, device)
 
         hidden_states = packing.pack(self._embed(whole))
         position_embeddings = None
@@ -688,8 +725,9 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         recorded.hidden(hidden_states)
         if cache is not None:
-            cache.commit(span, feed.token_ids, feed.mask, feed.position_ids, feed.inputs_embeds is not None)
-            cache.expert_plan = plan
+            is_embedded = feed.inputs_embeds is not None
+            cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, is_embedded)
+            cache.expert_plan = plan if plan.is_reusable else None
         num_new = feed.token_ids.shape[1]
         return BaseModelOutputWithPast(
             last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
@@ -725,6 +763,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
 
     def _check_cache(self, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:
+        _check_is_ours(cache)
         if cache.config is not self.config and not cache.fits(self.config):
             raise ValueError("`past_key_values` is of another configuration: make one with `model.make_cache()`.")
         if cache.batch_size not in (-1, rows):
@@ -751,19 +790,20 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             logger.warning_once("Gradient checkpointing runs layers twice: `use_cache=True` is ignored.")
         return self.make_cache() if wanted and not is_checkpointing else None
 
-    def _whole_feed(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Feed:
-        """Puts the expert in force; returns the new tokens, behind those that have to be encoded again, if any."""
+    def _transition(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Transition:
         rows = feed.token_ids.shape[0]
-        if isinstance(plan.expert, list) and len(plan.expert) != rows:
+        if plan.num_rows not in (None, rows):
             raise ValueError(
-                f"`expert_vector` has {len(plan.expert)} entries for {rows} rows of the batch: give one each."
+                f"`expert_vector` has {plan.num_rows} entries for {rows} rows of the batch: give one each."
             )
         if cache is None:
-            return feed
-        cache.adopt(plan.expert, plan.key)
-        if not torch.compiler.is_compiling():
-            cache.observe_weights(weights_stamp(self) if plan.weights is None else plan.weights)
-        return self._behind_history(feed, cache) if cache.is_stale else feed
+            return Transition(plan.expert, None)
+        weights = plan.weights
+        if torch.compiler.is_compiling():
+            weights = cache.in_force.weights  # a compiled step cannot stamp the weights
+        elif weights is None:
+            weights = weights_stamp(self)
+        return cache.plan(plan.expert, plan.key, weights)
 
     def _behind_history(self, feed: Feed, cache: MambaFormerCache) -> Feed:
         token_ids, mask, position_ids = cache.history()
@@ -781,7 +821,12 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         return Feed(torch.cat([token_ids, feed.token_ids], dim=1), embeds, mask, position_ids)
 
     def _embed(self, feed: Feed) -> torch.Tensor:
-        return self.embed_tokens(feed.token_ids) if feed.inputs_embeds is None else feed.inputs_embeds
+        if feed.inputs_embeds is None:
+            return self.embed_tokens(feed.token_ids)
+        if feed.mask is None:
+            return feed.inputs_embeds
+        # What stands at a pad may be anything, and not even a weight of zero takes a NaN out of a sum.
+        return feed.inputs_embeds.masked_fill(~feed.mask[..., None], 0)
 
     # ---- what its attention layers see
 
@@ -968,6 +1013,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict[str, Any]:
         """What the next forward is fed: the new tokens, or all of them when a change of expert dropped the cache."""
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         if expert_schedule is not None:
             num_new_tokens = max(input_ids.shape[1] - expert_schedule.prompt_length, 0)
             expert = expert_schedule.in_force(num_new_tokens)
@@ -975,13 +1021,10 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
                 kwargs["expert_vector"] = expert
             elif expert is not ...:
                 past_key_values.set_expert(expert)
-        if not is_first_iteration and past_key_values is not None and not past_key_values.has_previous_state():
-            if inputs_embeds is not None:
-                raise ValueError(
-                    "The change of expert dropped a prompt that was given as `inputs_embeds` and cannot be fed again: "
-                    "make the cache with on_expert_change='continue', or give the prompt as `input_ids`."
-                )
+        was_dropped = past_key_values is not None and not past_key_values.has_previous_state()
+        if was_dropped and (num_cached or not is_first_iteration):
             next_sequence_length = None
+            self._check_whole_text(input_ids, inputs_embeds, num_cached)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -991,6 +1034,14 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+    @staticmethod
+    def _check_whole_text(input_ids, inputs_embeds, num_dropped: int) -> None:
+        if inputs_embeds is not None or input_ids.shape[1] <= num_dropped:
+            raise ValueError(
+                "The change of expert dropped the cached text (on_expert_change='reset'), and `generate` was not given"
+                " all of it as `input_ids` to feed it again: pass the whole text, or use on_expert_change='recompute'."
+            )
 
     # Hooks of `GenerationMixin` that have no public name. Nothing else in the project rests on private ones of it.
 

