@@ -337,7 +337,8 @@ class MambaFormerCache(Cache):
     def recurrent_states(self, layer_idx: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """States that layer `layer_idx` starts the open forward from, on the device of `like`; empty at first."""
         states = self.layers[layer_idx].recurrent.tensors()
-        return {name: state.to(like.device) for name, state in states.items()}
+        # Fixed states outlive their text, to keep their addresses; then they are zero, and may have other rows.
+        return {name: state.to(like.device) for name, state in states.items() if state.shape[0] == like.shape[0]}
 
     def _each_layer(self, method: str, *args) -> None:
         for layer in self.layers:
@@ -437,7 +438,7 @@ class MambaFormerCache(Cache):
 
     @property
     def token_ids(self) -> torch.Tensor | None:
-        """Ids of all columns fed, (rows, columns), pads included; -1 where embeddings were fed."""
+        """Ids of all columns fed, (rows, columns), pads included; -1 where embeddings were fed. A view, not a copy."""
         return None if self.log.token_ids.tensor is None else self.log.token_ids.view(self.get_seq_length())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -517,6 +518,7 @@ class MambaFormerCache(Cache):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Makes row i of the cache what row `rows[i]` was."""
+        self._select_experts(rows)
         if self.clock.is_empty:
             return
         self._each_layer("select_rows", rows)
@@ -525,24 +527,30 @@ class MambaFormerCache(Cache):
         if self.clock.counts is not None:
             counts = self.clock.counts
             self.clock.counts = counts.expand(self._rows).index_select(0, rows.to(counts.device))
-        if isinstance(self.expert_vector, list):
-            picked, is_stale = rows.tolist(), self.is_stale
-            self.expert_vector, self.expert_plan = [self.expert_vector[row] for row in picked], None
-            keys = tuple(self.in_force.expert_key[row] for row in picked)
-            self.in_force = InForce(keys, self.in_force.weights)
-            self.encoded_under = None if is_stale else self.in_force
         self._rows = rows.shape[0]
+
+    def _select_experts(self, rows: torch.Tensor) -> None:
+        if not isinstance(self.expert_vector, list):
+            return
+        picked, is_stale = rows.tolist(), self.is_stale
+        self.expert_vector, self.expert_plan = [self.expert_vector[row] for row in picked], None
+        keys = tuple(self.in_force.expert_key[row] for row in picked)
+        self.in_force = InForce(keys, self.in_force.weights)
+        self.encoded_under = None if is_stale else self.in_force
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if not self.clock.is_empty:
-            self.select_rows(torch.arange(self._rows).repeat_interleave(repeats))
+        self.select_rows(torch.arange(self._num_known_rows()).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if not self.clock.is_empty:
-            self.select_rows(torch.arange(self._rows)[torch.as_tensor(indices).cpu()])
+        self.select_rows(torch.arange(self._num_known_rows())[torch.as_tensor(indices).cpu()])
+
+    def _num_known_rows(self) -> int:
+        if self._rows is not None:
+            return self._rows
+        return len(self.expert_vector) if isinstance(self.expert_vector, list) else 0
 
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
@@ -567,7 +575,7 @@ class MambaFormerCache(Cache):
         """The nested view of the cache hand-out: `{"layers": {"initial_mamba": {...}, "layer_0": {...}, ...}}`.
 
         A layer has `mamba_cache` (`{"conv", "ssm"}`), `attn_kv_cache` (`{"keys", "values"}`), either of them `None`
-        where there is none, and `cache_length`, the columns fed.
+        where there is none, and `cache_length`, the columns fed. Tensors are views of what the cache holds.
         """
         starts_with_mamba = self.config.layer_types[0] == "linear_attention"
         names = ["initial_mamba"] if starts_with_mamba else []

@@ -130,11 +130,24 @@ class MambaFormerConfig(PreTrainedConfig):
             self._check_attention()
         if self.hidden_act != "silu" and any("mamba" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
             raise ValueError(f"`hidden_act` is {self.hidden_act!r} but Mamba layers need 'silu': set it to 'silu'.")
+        self._check_values()
+
+    def _check_values(self):
         if not 0 < self.time_step_floor <= self.time_step_min <= self.time_step_max:
             raise ValueError(
                 "`time_step_floor`, `time_step_min`, `time_step_max` must be positive and ascending, got "
                 f"{self.time_step_floor}, {self.time_step_min}, {self.time_step_max}."
             )
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}), got {self.pad_token_id}."
+            )
+        if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or []):
+            raise ValueError(f"`experts` must be a list of names, got {self.experts!r}.")
 
     def _check_positive(self, *names: str):
         for name in names:
@@ -161,12 +174,18 @@ class MambaFormerConfig(PreTrainedConfig):
     def _check_rope(self):
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for RoPE, got {self.head_dim}: change it or drop RoPE.")
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters` has a partial_rotary_factor: all of a head is rotated here, leave it out."
+            )
         rope_type = self.rope_parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"`rope_parameters` has rope_type {rope_type!r}: choose from {ROPE_TYPES}. Types whose angles depend "
                 "on the length of the text would turn cached keys wrong."
             )
+        if rope_type != "default" and "factor" not in self.rope_parameters:
+            raise ValueError(f"`rope_parameters` of rope_type {rope_type!r} need a `factor`.")
 
 
 __all__ = ["MambaFormerConfig"]

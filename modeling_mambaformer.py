@@ -51,6 +51,8 @@ from .storage_mambaformer import Layout, Retention, Span, plan_layout
 logger = logging.get_logger(__name__)
 
 EXPERTS_FOLDER = "experts"
+# Arguments of `from_pretrained` that say where on the Hub a file is.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Which class of the saved folder each Auto class finds there.
 AUTO_MAP = {
     "AutoConfig": "configuration_mambaformer.MambaFormerConfig",
@@ -440,10 +442,6 @@ def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, A
     return (None, None) if expert is None else (expert, key)
 
 
-def _expert_file(config: MambaFormerConfig, name: str) -> str:
-    return cached_file(config._name_or_path, f"{EXPERTS_FOLDER}/{name}.safetensors")
-
-
 # ------------------------------------------------------------------------------------------------------------ models
 
 
@@ -465,8 +463,6 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MambaFormerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         self._expert_library = ExpertLibrary()
-        for name in config.experts or []:
-            self._expert_library.add_lazy(name, functools.partial(_expert_file, config, name))
         self._singular_bases = SingularBases()
         self._unmerged: list[tuple[nn.Module, torch.Tensor]] = []
         self.num_merges = 0
@@ -486,6 +482,17 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         dt = (low * (high / low) ** uniform).clamp(min=self.config.time_step_floor)
         init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a model with the experts that were saved beside it, from a folder or the Hub."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        for name in model.config.experts or []:
+            file = f"{EXPERTS_FOLDER}/{name}.safetensors"
+            model._expert_library.load(cached_file(pretrained_model_name_or_path, file, **where), name)
+        return loaded
+
     # ---- caches
 
     def make_cache(
@@ -499,7 +506,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
 
     @property
     def experts(self) -> ExpertLibrary:
-        """The experts that may be called by name; those of the checkpoint are read when first used."""
+        """The experts that may be called by name."""
         return self._expert_library
 
     def load_experts(self, path: str) -> list[str]:
@@ -539,7 +546,10 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "An expert is merged into the weights: call `unmerge_expert()` before naming another one."
             )
-        num_rows = len(expert_vector) if is_given and isinstance(expert_vector, (list, tuple)) else None
+        if is_given:
+            self._check_what_scales_nothing(expert_vector)
+        rows = expert_vector if is_given else expert
+        num_rows = len(rows) if isinstance(rows, (list, tuple)) else None
         weights = None if cache is None else weights_stamp(self.base_model)
         if expert is None:
             return ExpertPlan(num_rows=num_rows, weights=weights)
@@ -571,6 +581,13 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
             owner, _, short = name.removeprefix("model.").rpartition(".")
             scaled.setdefault(owner, {})[short] = scale_basis(basis, z if isinstance(expert, list) else z[0])
         return scaled
+
+    def _check_what_scales_nothing(self, expert_vector: Any) -> None:
+        """Experts of ones are resolved to the base, and would pass whatever modules they name."""
+        for row in expert_vector if isinstance(expert_vector, (list, tuple)) else [expert_vector]:
+            if row is not None and resolve_expert(row, self._expert_library) is None:
+                row = self._expert_library[row] if isinstance(row, str) else row
+                self._check_expert(ExpertVector(getattr(row, "vectors", row)), self.linear_modules())
 
     def _check_expert(self, expert: ExpertVector, modules: dict[str, nn.Module]) -> None:
         sizes = {name: tuple(module.weight.shape) for name, module in modules.items()}
@@ -710,6 +727,8 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             position_embeddings = self.rotary_emb(hidden_states, positions)
         attention = self._plan_attention(span, cache, hidden_states)
         recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
+        if recorded.wants_attention and self.config._attn_implementation != "eager":
+            logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
         for layer_idx, layer in enumerate(self.layers):
             recorded.hidden(hidden_states)
             hidden_states, weights = layer(
@@ -853,7 +872,12 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
         query_positions = span.positions(device)
         key_positions = query_positions if key_positions is None else key_positions
+        num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
+        if implementation == "flex_attention":
+            query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
         rows = max(query_positions.shape[0], key_positions.shape[0])
+        if implementation == "flex_attention":
+            rows = hidden_states.shape[0]  # it asks for every row of the batch
         query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
 
         def is_visible(row, head, query, key):
@@ -862,8 +886,8 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         mask = make_mask(
             batch_size=rows,
-            q_length=query_positions.shape[1],
-            kv_length=key_positions.shape[1],
+            q_length=num_queries,
+            kv_length=num_keys,
             mask_function=is_visible,
             allow_is_causal_skip=False,
             dtype=hidden_states.dtype,
@@ -871,6 +895,17 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             config=self.config,
         )
         return AttentionPlan(mask, implementation)
+
+
+def _labels_of_real_tokens(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Leaves out pads, and the first real token of a row: no token of this forward comes before it and predicts it."""
+    has_context = F.pad(mask.cumsum(1)[:, :-1] > 0, (1, 0))
+    return labels.masked_fill(~(mask & has_context), -100)
+
+
+def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:
+    # Flex attention asks about whole blocks of 128, also beyond the last query and key.
+    return F.pad(positions, (0, -positions.shape[1] % 128), value=-1)
 
 
 def _check_is_ours(cache: Any) -> None:
@@ -942,7 +977,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         """Feeds new tokens behind those of the cache; what is shared with `MambaFormerModel.forward` is told there.
 
         Args:
-            labels: next-token targets are `labels` shifted by one, -100 is ignored (rows, tokens).
+            labels: next-token targets are `labels` shifted by one (rows, tokens); -100 and pads are ignored.
             logits_to_keep: logits of only the last so many tokens (0: of all), or of those at these indices.
             expert_vector: what re-tunes the weights (SVF, arXiv 2501.06252): `None` (the base), a name in
                 `model.experts`, an `ExpertVector`, {module: scales}, or a list with one of these per row. Not given,
@@ -965,6 +1000,8 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         logits = project(self.lm_head, outputs.last_hidden_state[:, kept], head_experts.get("lm_head"))
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                labels = _labels_of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -995,6 +1032,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         if expert_schedule is not None or entries:
             for expert in entries.values():
                 self._plan(expert, None)
+            entries = {n: resolve_expert(expert, self._expert_library) for n, expert in entries.items()}
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
             has_embeds = kwargs.get("inputs_embeds") is not None
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1

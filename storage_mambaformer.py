@@ -181,6 +181,8 @@ class Buffer:
 
     def reserve(self, like: torch.Tensor, size: int) -> None:
         """Makes room for `size` slots shaped like those of `like`."""
+        if self.tensor is not None and self.tensor.shape[0] != like.shape[0]:
+            self.tensor = None  # of a text that was dropped: the cache checks the rows of one that it holds
         if self.tensor is not None and (self.tensor.dtype != like.dtype or self.tensor.device != like.device):
             self.tensor, self.is_shared = self.tensor.to(like.device, like.dtype), False
         if self.tensor is not None and self.tensor.shape[self.dim] >= size:
@@ -346,7 +348,7 @@ class RecurrentStore:
     def commit(self) -> None:
         for name, state in self.staged.items():
             old = self.states.get(name)
-            keeps_address = self.is_fixed and old is not None and old.dtype == state.dtype
+            keeps_address = self.is_fixed and old is not None and (old.shape, old.dtype) == (state.shape, state.dtype)
             if keeps_address and is_writable(old) and not torch.is_grad_enabled():
                 old.copy_(state)
             else:

@@ -3,8 +3,8 @@
     python benchmarks/decode_context.py
 
 Runs a hybrid of SmolLM2's shape (30 layers of attention, Mamba and MLP, float32, random weights) on caches of 1k and
-4k tokens. In each round it times one step on either cache, and attention alone (Transformers' own SDPA function) on
-that cache's keys and values in all layers. Rounds alternate, so that both contexts see the same machine; medians count.
+4k tokens. In each round it times one step on either cache, and attention alone (Transformers' SDPA function) on that
+cache's keys and values in all layers. Rounds alternate, so that both contexts see the same machine; medians count.
 """
 
 import argparse

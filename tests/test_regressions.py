@@ -1,0 +1,310 @@
+"""Bugs that a hostile reading of the first version found; each test tells its story."""
+
+import shutil
+
+import pytest
+import torch
+
+from cases import VOCAB, random_expert, random_model, random_rows, shared_expert, shared_model, tiny_config
+from mambaformer import MambaFormerForCausalLM, MambaFormerForSequenceClassification
+
+GREEDY = {"do_sample": False, "pad_token_id": VOCAB}
+STORAGES = {"dense": {}, "static": {"storage": "static", "max_cache_len": 40}}
+
+
+def ids_of(seed=3, length=9):
+    return torch.tensor(random_rows(seed, lengths=(length,)))
+
+
+def whole(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **options).logits
+
+
+def same(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-10 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("policy", ["recompute", "reset", "continue"])
+def test_a_forward_that_fails_half_way_leaves_text_and_expert_as_they_were(policy, storage):
+    """An out-of-range token under a new expert: the expert was in force already, and "reset" had dropped the text."""
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache(on_expert_change=policy, **STORAGES[storage])
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        with pytest.raises(IndexError):
+            model(torch.tensor([[VOCAB]]), past_key_values=cache, expert_vector=expert)
+        assert cache.get_seq_length() == 5 and cache.expert_vector is None and not cache.is_mixed
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+def test_a_layer_that_fails_half_way_leaves_the_cache_usable(monkeypatch):
+    """Layers before the failing one had taken in their keys and states already."""
+    model, ids = random_model(tiny_config("everything")), ids_of()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        for length in (1, 3):
+            with monkeypatch.context() as patch:
+                patch.setattr(model.model.layers[-1].self_attn, "scaling", "no number")
+                with pytest.raises(TypeError):
+                    model(ids[:, 6 : 6 + length], past_key_values=cache)
+        same(model(ids[:, 6:], past_key_values=cache).logits, whole(model, ids)[:, 6:])
+
+
+def test_an_expert_that_is_trained_gets_its_gradient_whatever_the_cache_has_seen():
+    """A plan that a cache had kept from a forward without gradients was used again, and the gradient was lost."""
+    model, ids = shared_model("everything"), ids_of()
+    name = "model.layers.0.mamba.in_proj"
+    frozen, trained = torch.full((8,), 1.5), torch.full((8,), 1.5, requires_grad=True)
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache, expert_vector={name: frozen})
+    for _ in range(2):
+        model(ids[:, 4:6], past_key_values=cache.fork(), expert_vector={name: trained}).logits.sum().backward()
+    assert trained.grad.abs().max() > 0
+
+
+def test_two_experts_that_are_trained_in_one_batch_are_never_taken_for_one():
+    """Both start at ones, so their content is equal, and the second row was given the first row's scales."""
+    model, ids = shared_model("everything"), ids_of().expand(2, -1)
+    name = "model.layers.0.mamba.in_proj"
+    scales = [torch.ones(8, requires_grad=True) for _ in range(2)]
+    model(ids, expert_vector=[{name: z} for z in scales], use_cache=False).logits[1].sum().backward()
+    assert scales[0].grad is None or not scales[0].grad.any()
+    assert scales[1].grad.any()
+    alone = torch.ones(8, requires_grad=True)
+    model(ids, expert_vector=[None, {name: alone}], use_cache=False).logits[0].sum().backward()
+    assert alone.grad is None or not alone.grad.any()
+
+
+def test_gradients_flow_through_two_forwards_on_one_cache():
+    """The second forward wrote into keys that the first one's backward pass still needed."""
+    model = random_model(tiny_config("everything")).requires_grad_(False)
+    ids = ids_of()
+    weight = model.model.layers[1].self_attn.q_proj.weight.requires_grad_(True)
+    cache = model.make_cache()
+    parts = [model(ids[:, :5], past_key_values=cache).logits, model(ids[:, 5:], past_key_values=cache).logits]
+    torch.cat(parts, dim=1).square().sum().backward()
+    found, weight.grad = weight.grad, None
+    model(ids, use_cache=False).logits.square().sum().backward()
+    same(found, weight.grad)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(storage):
+    """Tensors of inference mode cannot be written outside of it: every variant crashed."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache(**STORAGES[storage])
+    with torch.inference_mode():
+        model(ids[:, :4], past_key_values=cache)
+    with torch.no_grad():
+        one = model(ids[:, 4:5], past_key_values=cache).logits
+    rest = model(ids[:, 5:], past_key_values=cache).logits
+    same(torch.cat([one, rest], dim=1), whole(model, ids)[:, 4:])
+    answer = model.generate(torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=3, **GREEDY)
+    expected = model.generate(torch.cat([ids, ids[:, :1]], dim=1), max_new_tokens=3, **GREEDY)
+    assert answer.tolist() == expected.tolist()
+
+
+def test_merging_is_noticed_by_a_cache_of_a_model_that_was_made_in_inference_mode():
+    """Weights of inference mode do not count their writes."""
+    with torch.inference_mode():
+        model = random_model(tiny_config("paper"))
+    expert, ids = random_expert(model, 1), ids_of()
+    with torch.inference_mode():
+        cache = model(ids[:, :5]).past_key_values
+        model.merge_expert(expert)
+        same(model(ids[:, 5:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 5:])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_changes_its_dtype_goes_on_with_its_cache(storage, dtype):
+    """Keys of the old dtype met queries of the new one."""
+    model, ids = random_model(tiny_config("everything")).float(), ids_of()
+    caches = [model.make_cache(on_expert_change=policy, **STORAGES[storage]) for policy in ("recompute", "continue")]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :5], past_key_values=cache)
+        model.to(dtype)
+        expected = whole(model, ids)[:, 5:]
+        for cache in caches:
+            found = model(ids[:, 5:], past_key_values=cache).logits
+            assert found.dtype == dtype
+            assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_positions_that_were_chosen_once_are_counted_on_when_they_are_not_chosen_again():
+    """Later turns without `position_ids` were not remembered, and encoding the text again crashed."""
+    model, expert, ids = shared_model("llama"), shared_expert("llama", 1), ids_of(length=90)
+    cache = model.make_cache()
+    chosen = torch.arange(5)[None] + 7
+    with torch.no_grad():
+        model(ids[:, :5], position_ids=chosen, past_key_values=cache)
+        model(ids[:, 5:88], past_key_values=cache)
+        found = model(ids[:, 88:], past_key_values=cache, expert_vector=expert).logits
+    positions = torch.cat([chosen, torch.arange(5, 90)[None]], dim=1)
+    same(found, whole(model, ids, position_ids=positions, expert_vector=expert)[:, 88:])
+
+
+def test_what_stands_at_a_pad_of_embeddings_never_reaches_a_real_token():
+    """NaN at a pad passed through attention, since 0 * NaN is NaN."""
+    model, ids = shared_model("everything"), ids_of()
+    embeds = model.get_input_embeddings()(ids).detach()
+    mask = torch.ones_like(ids)
+    mask[0, 4] = 0
+    clean = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    embeds[0, 4] = float("nan")
+    found = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(found[mask.bool()], clean[mask.bool()])
+
+
+def test_an_expert_is_merged_once_whichever_model_of_one_stack_is_asked():
+    """The causal model and its stack each kept their own account, so an expert could be applied twice."""
+    model = random_model(tiny_config("everything"))
+    expert = random_expert(model, 1)
+    before = whole(model, ids_of())
+    model.model.merge_expert(expert)
+    for attempt in (lambda: model.merge_expert(expert), lambda: model(ids_of(), expert_vector=expert)):
+        with pytest.raises(ValueError, match="unmerge_expert"):
+            attempt()
+    with pytest.raises(ValueError, match="unmerge_expert"):
+        model(ids_of(), expert_vector=None)
+    model.unmerge_expert()
+    assert torch.equal(whole(model, ids_of()), before)
+
+
+def test_a_classifier_takes_experts_that_were_made_with_a_head():
+    """Merging looked for an `lm_head` that a classifier does not have."""
+    config = tiny_config("everything", num_labels=3, pad_token_id=0)
+    classifier = MambaFormerForSequenceClassification(config).double().eval()
+    expert = random_expert(random_model(config), 1)
+    ids = ids_of(length=6).clamp(min=1)
+    with torch.no_grad():
+        on_the_fly = classifier(ids, expert_vector=expert).logits
+        classifier.merge_expert(expert)
+        same(classifier(ids).logits, on_the_fly)
+        padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
+        same(classifier(padded).logits, on_the_fly)
+        same(classifier(padded.flip(1), attention_mask=(padded != 0).flip(1)).logits, classifier(ids.flip(1)).logits)
+
+
+def test_the_attention_implementation_can_be_changed():
+    """Transformers looks for one way of writing the dispatch, and silently changed nothing without it."""
+    model, ids = random_model(tiny_config("everything")), ids_of()
+    sdpa = whole(model, ids)
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    same(whole(model, ids), sdpa)
+    with torch.no_grad():
+        outputs = model(ids, output_attentions=True, output_hidden_states=True)
+    assert len(outputs.attentions) == 4 and len(outputs.hidden_states) == 6
+    same(outputs.attentions[0].sum(-1), torch.ones(1, 4, 9, dtype=torch.float64))
+
+
+def test_flex_attention_sees_what_sdpa_sees():
+    """Flex attention asks for whole blocks of positions, and read behind the end of ours."""
+    model = random_model(tiny_config("sliding_sinks")).float()
+    ids = ids_of(length=12).expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, 6] = 0
+    expected = whole(model, ids, attention_mask=mask)
+    model.set_attn_implementation("flex_attention")
+    found = whole(model, ids, attention_mask=mask)
+    bound = 1e-4 * expected.abs().max().item()
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_chat_whose_expert_changes_under_reset_is_fed_again_as_a_whole(storage):
+    """The text was dropped after `generate` had cut the input to the new turn, so the answer knew only that turn."""
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache(on_expert_change="reset", **STORAGES[storage])
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=4, **GREEDY)
+    text = torch.cat([first, ids[:, :3]], dim=1)
+    options = {"max_new_tokens": 4, "expert_vector": expert, **GREEDY}
+    assert model.generate(text, past_key_values=cache, **options).tolist() == model.generate(text, **options).tolist()
+    with pytest.raises(ValueError, match="whole text"):
+        model.generate(ids[:, :2], past_key_values=cache, max_new_tokens=4, expert_vector=None, **GREEDY)
+
+
+def test_experts_of_a_checkpoint_outlive_its_folder(tmp_path):
+    """They were read when first used, from a place that might be gone by then."""
+    model = random_model(tiny_config("paper"))
+    model.experts.add(random_expert(model, 1), "bold")
+    model.save_pretrained(tmp_path / "model")
+    loaded = MambaFormerForCausalLM.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    assert loaded.experts["bold"] == model.experts["bold"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/experts/bold.safetensors").is_file()
+    MambaFormerForCausalLM(loaded.config).save_pretrained(tmp_path / "fresh")
+    assert not (tmp_path / "fresh/experts").exists()
+
+
+def test_one_expert_for_every_row_is_one_for_every_row_of_this_batch():
+    """Three equal experts were taken for one, and passed for a batch of two."""
+    model, expert = shared_model("paper"), shared_expert("paper", 1)
+    with pytest.raises(ValueError, match="3 entries for 2 rows"):
+        model(ids_of().expand(2, -1), expert_vector=[expert] * 3)
+
+
+def test_text_that_was_rolled_back_under_continue_is_not_encoded_by_the_next_expert():
+    """After `crop`, what was left was encoded again by the new expert although the policy says it stays."""
+    model, expert, ids = shared_model("hybrid"), shared_expert("hybrid", 1), ids_of()
+    cache = model.make_cache(on_expert_change="continue")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-3)
+        with pytest.raises(ValueError, match="rolled back"):
+            cache.set_expert(expert)
+        model(ids[:, 6:7], past_key_values=cache)
+        found = model(ids[:, 7:], past_key_values=cache, expert_vector=expert).logits
+        plain = model.make_cache(on_expert_change="continue")
+        model(ids[:, :7], past_key_values=plain)
+        same(found, model(ids[:, 7:], past_key_values=plain, expert_vector=expert).logits)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_cache_that_was_reset_takes_another_batch(storage):
+    """Static buffers kept the rows of the text before."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache(**STORAGES[storage])
+    with torch.no_grad():
+        for rows in (2, 1, 3):
+            cache.reset()
+            found = [model(part.expand(rows, -1), past_key_values=cache).logits for part in ids.split(5, dim=1)]
+            same(torch.cat(found, dim=1), whole(model, ids).expand(rows, -1, -1))
+
+
+def test_the_loss_is_that_of_the_real_tokens_wherever_the_pads_stand():
+    """The first token behind a left pad was scored by the logits at that pad, which come after it."""
+    model, ids = shared_model("everything"), ids_of(length=6)
+    pad = torch.full((1, 3), 5)
+    alone = model(ids, labels=ids, use_cache=False).loss
+    for parts in ([pad, ids], [ids, pad], [ids[:, :2], pad, ids[:, 2:]]):
+        text = torch.cat(parts, dim=1)
+        mask = torch.cat([torch.zeros_like(part) if part is pad else torch.ones_like(part) for part in parts], dim=1)
+        same(model(text, attention_mask=mask, labels=text, use_cache=False).loss, alone)
+
+
+def test_experts_of_ones_must_name_modules_of_the_model():
+    """They count as the base, and passed unchecked whatever they named."""
+    model = shared_model("paper")
+    for vectors in ({"model.nowhere": torch.ones(3)}, {"lm_head": torch.ones(500)}):
+        with pytest.raises(ValueError, match="model"):
+            model(ids_of(), expert_vector=vectors)
+
+
+def test_experts_per_row_that_were_set_before_the_first_token_follow_the_rows():
+    """A list set on an empty cache did not grow with `batch_repeat_interleave`."""
+    model, expert, ids = shared_model("paper"), shared_expert("paper", 1), ids_of()
+    cache = model.make_cache()
+    cache.set_expert([expert, None])
+    cache.batch_repeat_interleave(2)
+    with torch.no_grad():
+        found = model(ids.expand(4, -1), past_key_values=cache).logits
+    same(found[:2], whole(model, ids, expert_vector=expert).expand(2, -1, -1))
+    same(found[2:], whole(model, ids).expand(2, -1, -1))
