@@ -96,8 +96,8 @@ class AttentionCacheLayer(_CacheLayer, CacheLayerMixin):
     def __init__(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None = None):
         self._set_up(clock, stores, max_cache_len)
 
-    def update(self, key_states, value_states, layout, *args, **kwargs):
-        return self.attention.update(key_states, value_states, layout)
+    def update(self, key_states, value_states, layout, is_recorded=False, *args, **kwargs):
+        return self.attention.update(key_states, value_states, layout, is_recorded)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -330,9 +330,12 @@ class MambaFormerCache(Cache):
         """How layer `layer_idx` takes in the open forward."""
         return self._layouts[self.layers[layer_idx].attention.retention]
 
-    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        """Takes in (rows, heads, tokens, head_dim) of the open forward; returns the keys and values attention sees."""
-        return self.layers[layer_idx].update(key_states, value_states, self.layout(layer_idx))
+    def update(self, key_states, value_states, layer_idx: int, *args, is_recorded: bool = False, **kwargs):
+        """Takes in (rows, heads, tokens, head_dim) of the open forward; returns the keys and values attention sees.
+
+        `is_recorded`: a graph may save what is returned, so it must never be overwritten.
+        """
+        return self.layers[layer_idx].update(key_states, value_states, self.layout(layer_idx), is_recorded)
 
     def recurrent_states(self, layer_idx: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """States that layer `layer_idx` starts the open forward from, on the device of `like`; empty at first."""
@@ -360,8 +363,6 @@ class MambaFormerCache(Cache):
             raise ValueError("This cache belongs to no model yet: make it with `model.make_cache()`.")
         expert, key = (None, None) if expert is None else self.resolve(expert)
         transition = self.plan(expert, key, self.in_force.weights)
-        if transition.in_force == self.in_force:
-            return
         if transition.drops_text:
             self.reset()
         elif transition.mixes:

@@ -7,7 +7,7 @@ layer sees packed rows.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -175,7 +175,8 @@ class MambaFormerAttention(nn.Module):
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            is_recorded = any(states.requires_grad for states in (query, key, value))
+            key, value = past_key_values.update(key, value, self.layer_idx, is_recorded=is_recorded)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = attend(
@@ -558,7 +559,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         # A compiled step cannot stamp the weights: it takes the plan that an eager forward left behind.
         is_fresh = torch.compiler.is_compiling() or (known and (known.weights, known.head) == (weights, head))
         if known is not None and known.key == key and is_fresh:
-            return known
+            return replace(known, num_rows=num_rows)
         return ExpertPlan(expert, key, num_rows, self._scaled_bases(expert), weights, head)
 
     def _scaled_bases(self, expert: Any) -> dict[str, dict[str, ScaledBasis]]:
@@ -644,6 +645,13 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     def _is_tied(self, module: nn.Module) -> bool:
         embedding = self.get_input_embeddings()
         return module is not embedding and module.weight is embedding.weight
+
+    def tie_weights(self, *args, **kwargs):
+        if any(isinstance(weight, nn.Parameter) for _, weight in self._merged_modules()):
+            raise ValueError(
+                "An expert is merged into the tied `lm_head`: call `unmerge_expert()` before tying weights."
+            )
+        return super().tie_weights(*args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""

@@ -194,12 +194,15 @@ class Buffer:
         if old is not None:
             self.tensor.narrow(self.dim, 0, old.shape[self.dim]).copy_(old)
 
-    def write(self, slots: Any, new: torch.Tensor) -> None:
-        """Puts `new` into adjoining slots from `slots` on, or into the slots of a tensor (rows or 1, tokens)."""
+    def write(self, slots: Any, new: torch.Tensor, is_recorded: bool = False) -> None:
+        """Puts `new` into adjoining slots from `slots` on, or into the slots of a tensor (rows or 1, tokens).
+
+        `is_recorded`: a graph may save the result for its backward pass.
+        """
         new = new.to(self.tensor.dtype)
         if self.is_shared or not is_writable(self.tensor):
             self.tensor = (self.tensor if torch.is_grad_enabled() else self.tensor.detach()).clone()
-        self.is_shared = torch.is_grad_enabled()
+        self.is_shared = is_recorded
         if isinstance(slots, int):
             self.tensor.narrow(self.dim, slots, new.shape[self.dim]).copy_(new)
         elif slots.shape[0] == 1:
@@ -220,7 +223,8 @@ class Buffer:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         if self.tensor is not None:
-            self.tensor, self.is_shared = _select_rows(self.tensor, rows, self.fixed_size is not None), False
+            may_write = self.fixed_size is not None and not self.is_shared
+            self.tensor, self.is_shared = _select_rows(self.tensor, rows, may_write), False
 
     def drop(self) -> None:
         if self.tensor is not None:
@@ -261,10 +265,9 @@ def _along(index: torch.Tensor, like: torch.Tensor, dim: int) -> torch.Tensor:
     return index.view(shape).expand(full)
 
 
-def _select_rows(tensor: torch.Tensor, rows: torch.Tensor, in_place: bool) -> torch.Tensor:
+def _select_rows(tensor: torch.Tensor, rows: torch.Tensor, may_write: bool) -> torch.Tensor:
     selected = tensor.index_select(0, rows.to(tensor.device))
-    may_write = in_place and selected.shape == tensor.shape and is_writable(tensor) and not torch.is_grad_enabled()
-    return tensor.copy_(selected) if may_write else selected
+    return tensor.copy_(selected) if may_write and selected.shape == tensor.shape and is_writable(tensor) else selected
 
 
 class KeyValueStore:
@@ -276,14 +279,16 @@ class KeyValueStore:
         self.staged: list[torch.Tensor] | None = None
         self.num_slots = self.staged_slots = 0
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_recorded: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes in the new keys and values, (rows, heads, tokens, head_dim); returns what attention sees."""
         seen, self.staged = [], None if layout.sources is None else []
         self.staged_slots = layout.num_slots
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer.reserve(new, layout.num_slots)
             if layout.sources is None:
-                buffer.write(layout.slots, new)
+                buffer.write(layout.slots, new, is_recorded)
                 seen.append(buffer.view(layout.num_slots))
             else:
                 both = torch.cat([buffer.view(layout.num_stored), new], dim=2) if layout.num_stored else new
@@ -364,7 +369,8 @@ class RecurrentStore:
         self.staged = {}
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        self.states = {name: _select_rows(state, rows, self.is_fixed) for name, state in self.states.items()}
+        may_write = self.is_fixed and not torch.is_grad_enabled()
+        self.states = {name: _select_rows(state, rows, may_write) for name, state in self.states.items()}
 
     def fork_into(self, other: "RecurrentStore") -> None:
         other.states = {name: state.clone() if self.is_fixed else state for name, state in self.states.items()}

@@ -308,3 +308,47 @@ def test_experts_per_row_that_were_set_before_the_first_token_follow_the_rows():
         found = model(ids.expand(4, -1), past_key_values=cache).logits
     same(found[:2], whole(model, ids, expert_vector=expert).expand(2, -1, -1))
     same(found[2:], whole(model, ids).expand(2, -1, -1))
+
+
+def test_the_number_of_experts_is_checked_against_this_batch_and_no_earlier_one():
+    """The length of a list was remembered with the plan, and refused rows that were repeated since."""
+    model, expert, ids = shared_model("paper"), shared_expert("paper", 1), ids_of()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache, expert_vector=[expert])
+        cache.batch_repeat_interleave(2)
+        found = model(ids[:, 5:].expand(2, -1), past_key_values=cache).logits
+        same(found[1:], whole(model, ids, expert_vector=expert)[:, 5:])
+        with pytest.raises(ValueError, match="3 entries for 2 rows"):
+            model(ids[:, :1].expand(2, -1), past_key_values=cache, expert_vector=[expert] * 3)
+
+
+def test_an_expert_that_is_trained_takes_the_place_of_its_frozen_twin_in_a_cache():
+    """`set_expert` compared by content and kept the twin, so nothing was trained."""
+    model, ids, name = shared_model("everything"), ids_of(), "model.layers.0.mamba.in_proj"
+    trained = torch.full((8,), 1.5, requires_grad=True)
+    cache = model.make_cache()
+    cache.set_expert({name: torch.full((8,), 1.5)})
+    cache.set_expert({name: trained})
+    model(ids, past_key_values=cache).logits.sum().backward()
+    assert trained.grad.any()
+
+
+def test_decoding_a_frozen_model_with_gradients_enabled_copies_no_keys():
+    """Every token copied all keys, lest a graph needed them, although there was no graph."""
+    model, ids = random_model(tiny_config("full")).requires_grad_(False), ids_of()
+    cache, addresses = model.make_cache(), set()
+    for token in ids.split(1, dim=1):
+        model(token, past_key_values=cache)
+        addresses.add(cache.layers[0].keys.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_weights_are_not_tied_while_an_expert_is_merged_into_one_of_them():
+    """Tying took the expert out of the head without a word."""
+    model = random_model(tiny_config("paper"))
+    model.merge_expert(random_expert(model, 1))
+    with pytest.raises(ValueError, match="unmerge_expert"):
+        model.tie_weights()
+    model.unmerge_expert()
+    model.tie_weights()
