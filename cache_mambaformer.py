@@ -318,7 +318,7 @@ class MambaFormerCache(Cache):
             self.clock.columns.add_(token_ids.shape[1])
         self.clock.is_empty, self._rows = False, token_ids.shape[0]
         self._put_in_force(transition)
-        self.encoded_under = self.in_force
+        self.encoded_under, self.is_mixed = self.in_force, self.is_mixed or transition.mixes
 
     def _counted_positions(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         counted = torch.ones_like(token_ids) if mask is None else mask.to(token_ids.dtype)
@@ -365,8 +365,6 @@ class MambaFormerCache(Cache):
         transition = self.plan(expert, key, self.in_force.weights)
         if transition.drops_text:
             self.reset()
-        elif transition.mixes:
-            self.encoded_under = transition.in_force
         self._put_in_force(transition)
 
     def plan(self, expert, key, weights) -> Transition:
@@ -382,23 +380,23 @@ class MambaFormerCache(Cache):
         in_force = InForce(key, weights)
         if self.clock.is_empty or in_force == self.encoded_under:
             return Transition(expert, in_force)
-        if in_force == self.in_force:
+        is_change, policy = in_force != self.in_force, self.on_expert_change
+        if policy == "continue" and (is_change or self.encoded_under is not None):
+            self._check_encoded()
+            return Transition(expert, in_force, mixes=True)
+        if not is_change:
             return Transition(expert, in_force, anew=True)
-        if self.on_expert_change == "error":
+        if policy == "error":
             what = "expert vector" if key != self.in_force.expert_key else "weights"
             raise ValueError(
                 f"The {what} changed while {self.get_seq_length()} columns are cached and `on_expert_change` is "
                 "'error': call `cache.reset()` and feed the text again, or make the cache with another policy."
             )
-        if self.on_expert_change == "continue":
-            self._check_encoded()
-            return Transition(expert, in_force, mixes=True)
-        if self.on_expert_change == "recompute":
+        if policy == "recompute":
             self._check_history()
-        return Transition(expert, in_force, anew=True, drops_text=self.on_expert_change == "reset")
+        return Transition(expert, in_force, anew=True, drops_text=policy == "reset")
 
     def _put_in_force(self, transition: Transition) -> None:
-        self.is_mixed |= transition.mixes
         if transition.in_force.expert_key != self.in_force.expert_key:
             self.expert_plan = None
         self.expert_vector, self.in_force = transition.expert, transition.in_force
@@ -413,7 +411,13 @@ class MambaFormerCache(Cache):
     @property
     def is_stale(self) -> bool:
         """Whether the next forward has to encode the remembered tokens again first."""
-        return not self.clock.is_empty and self.encoded_under != self.in_force
+        if self.clock.is_empty or self.encoded_under == self.in_force:
+            return False
+        return self.encoded_under is None or self.on_expert_change != "continue"
+
+    def _is_about_to_mix(self) -> bool:
+        """Whether the next token goes on from a text that something else than what is in force has encoded."""
+        return not self.clock.is_empty and not self.is_stale and self.encoded_under != self.in_force
 
     def history(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Token ids, mask and own positions of all columns, (rows, columns) each; `None` for what was never given."""
@@ -488,7 +492,7 @@ class MambaFormerCache(Cache):
             return
         stores = [store for layer in self.layers for store in layer.stores.values()]
         if not all(store.can_forget(columns) for store in stores):
-            if self.is_mixed:
+            if self.is_mixed or self._is_about_to_mix():
                 raise ValueError(
                     "The cached text was encoded under several experts or weights (on_expert_change='continue') and "
                     "cannot be rolled back: fork the cache before feeding what may have to be taken back."
@@ -533,10 +537,10 @@ class MambaFormerCache(Cache):
     def _select_experts(self, rows: torch.Tensor) -> None:
         if not isinstance(self.expert_vector, list):
             return
-        picked, is_stale = rows.tolist(), self.is_stale
-        self.expert_vector, self.expert_plan = [self.expert_vector[row] for row in picked], None
-        keys = tuple(self.in_force.expert_key[row] for row in picked)
-        self.in_force = InForce(keys, self.in_force.weights)
+        is_stale = self.is_stale
+        self.is_mixed |= self._is_about_to_mix()
+        self.expert_vector, key = self.resolve([self.expert_vector[row] for row in rows.tolist()])
+        self.in_force, self.expert_plan = InForce(key, self.in_force.weights), None
         self.encoded_under = None if is_stale else self.in_force
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -1,30 +1,24 @@
 """MambaFormer (arXiv 2402.04248): Mamba and attention in one stack, with expert vectors and an exact cache.
 
-Reads from the inside out: norm, rotary embedding, the three mixers, a layer, the stack, and what stands on it. Padding
-is dealt with once, in `MambaFormerModel.forward`: rows are packed, so that their real tokens come first, and every
-layer sees packed rows.
+Reads from the inside out: a layer, what all models share, the stack, and what stands on it. What a forward does is in
+`MambaFormerModel.forward`; only here do weights and cache meet.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.hub import cached_file
 
@@ -45,8 +39,25 @@ from .experts_mambaformer import (
     scale_basis,
     spectrum_of,
 )
-from .ops_mambaformer import causal_conv1d, selective_scan
-from .storage_mambaformer import Layout, Retention, Span, plan_layout
+from .feed_mambaformer import (
+    Feed,
+    Packing,
+    Recorder,
+    behind_history,
+    check_feed,
+    check_is_ours,
+    labels_of_real_tokens,
+)
+from .mixers_mambaformer import (
+    AttentionPlan,
+    MambaFormerAttention,
+    MambaFormerMambaMixer,
+    MambaFormerMLP,
+    MambaFormerRMSNorm,
+    MambaFormerRotaryEmbedding,
+    plan_attention,
+)
+from .storage_mambaformer import Span
 
 logger = logging.get_logger(__name__)
 
@@ -60,204 +71,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_mambaformer.MambaFormerForCausalLM",
     "AutoModelForSequenceClassification": "modeling_mambaformer.MambaFormerForSequenceClassification",
 }
-# Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
-CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and states are kept in: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-# ----------------------------------------------------------------------------------------------------------- mixers
-
-
-class MambaFormerRMSNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467, equation 4), computed in float32 at least."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = hidden_states.to(at_least_float32(hidden_states.dtype))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(hidden_states.dtype)
-
-
-class MambaFormerRotaryEmbedding(nn.Module):
-    """Cosines and sines of RoPE (arXiv 2104.09864, equation 34) for given positions.
-
-    Keeps no buffer: the frequencies follow from the configuration, so there is nothing to go stale when a model is
-    built on the meta device or moved to another dtype.
-    """
-
-    def __init__(self, config: MambaFormerConfig):
-        super().__init__()
-        self.config = config
-
-    def inverse_frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-        """Frequencies (head_dim / 2,) and the factor on cosines and sines."""
-        rope_type = self.config.rope_parameters.get("rope_type", "default")
-        if rope_type != "default":
-            frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](self.config, device)
-            return frequencies.to(dtype), factor
-        exponents = torch.arange(0, self.config.head_dim, 2, device=device).to(dtype) / self.config.head_dim
-        return 1.0 / (self.config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (rows or 1, tokens) -> cosines and sines (rows or 1, tokens, head_dim) in the states' dtype."""
-        dtype = at_least_float32(hidden_states.dtype)
-        frequencies, factor = self.inverse_frequencies(position_ids.device, dtype)
-        angles = position_ids[..., None].to(dtype) * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys)."""
-    rows, heads, num_tokens, head_dim = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # (rows, key heads, group * tokens, head_dim)
-    weights = (grouped @ key.transpose(2, 3) * scaling).view(rows, heads, num_tokens, -1)
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = torch.softmax(weights, dim=-1, dtype=at_least_float32(weights.dtype)).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    grouped = weights.view(rows, key.shape[1], -1, weights.shape[-1])
-    return (grouped @ value).view(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), weights
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """What attention layers that retain alike share in one forward: the mask and the implementation that takes it."""
-
-    mask: Any = None
-    implementation: str = "sdpa"
-
-
-class MambaFormerAttention(nn.Module):
-    """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
-
-    def __init__(self, config: MambaFormerConfig, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
-        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention: AttentionPlan,
-        experts: dict[str, ScaledBasis],
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: MambaFormerCache | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Packed (rows, tokens, hidden) -> the same shape, and the attention weights where they are computed."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = project(self.q_proj, hidden_states, experts.get("q_proj")).view(heads).transpose(1, 2)
-        key = project(self.k_proj, hidden_states, experts.get("k_proj")).view(heads).transpose(1, 2)
-        value = project(self.v_proj, hidden_states, experts.get("v_proj")).view(heads).transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            is_recorded = any(states.requires_grad for states in (query, key, value))
-            key, value = past_key_values.update(key, value, self.layer_idx, is_recorded=is_recorded)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        mixed, weights = attend(
-            self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
-
-
-class MambaFormerMambaMixer(nn.Module):
-    """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), with Jamba's inner norms if asked for."""
-
-    def __init__(self, config: MambaFormerConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        channels, self.state_size, self.rank = (
-            config.mamba_intermediate_size,
-            config.mamba_d_state,
-            config.mamba_dt_rank,
-        )
-        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
-        self.conv1d = nn.Conv1d(
-            channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
-        )
-        self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
-        self.dt_proj = nn.Linear(self.rank, channels, bias=True)
-        self.A_log = nn.Parameter(torch.empty(channels, self.state_size))
-        self.D = nn.Parameter(torch.ones(channels))
-        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.mamba_proj_bias)
-        if config.mamba_inner_norms:
-            self.dt_layernorm = MambaFormerRMSNorm(self.rank, config.rms_norm_eps)
-            self.b_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
-            self.c_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
-        self.has_inner_norms = config.mamba_inner_norms
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        experts: dict[str, ScaledBasis],
-        past_key_values: MambaFormerCache | None = None,
-        lengths: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
-        states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx, hidden_states)
-        inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
-        kernel = self.conv1d.weight[:, 0]
-        inputs, window = causal_conv1d(inputs, kernel, self.conv1d.bias, states.get("conv"), lengths)
-        dt, B, C = self.selection(inputs, experts)
-        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
-        mixed, state = selective_scan(inputs, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_idx].update_conv_state(window)
-            past_key_values.layers[self.layer_idx].update_recurrent_state(state)
-        return project(self.out_proj, mixed, experts.get("out_proj"))
-
-    def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
-        """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
-        sizes = [self.rank, self.state_size, self.state_size]
-        dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
-        if self.has_inner_norms:
-            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        dt = project(self.dt_proj, dt, experts.get("dt_proj"))
-        return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
-
-
-class MambaFormerMLP(nn.Module):
-    """Gated MLP (arXiv 2002.05202, equation 6)."""
-
-    def __init__(self, config: MambaFormerConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor, experts: dict[str, ScaledBasis]) -> torch.Tensor:
-        gate = self.act_fn(project(self.gate_proj, hidden_states, experts.get("gate_proj")))
-        return project(
-            self.down_proj,
-            gate * project(self.up_proj, hidden_states, experts.get("up_proj")),
-            experts.get("down_proj"),
-        )
 
 
 class MambaFormerLayer(GradientCheckpointingLayer):
@@ -310,82 +123,6 @@ class MambaFormerLayer(GradientCheckpointingLayer):
         return hidden_states, attentions
 
 
-# -------------------------------------------------------------------------------------- what is fed to one forward
-
-
-@dataclass(frozen=True)
-class Feed:
-    """The columns that one forward is given: (rows, tokens) each, or (rows, tokens, hidden) for `inputs_embeds`.
-
-    `mask` is boolean and `None` when every token is real; `position_ids` are positions that the user chose.
-    """
-
-    token_ids: torch.Tensor
-    inputs_embeds: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Rows with their real tokens first, and the way back; `order` and `restore` are (rows, tokens)."""
-
-    lengths: torch.Tensor | None = None
-    order: torch.Tensor | None = None
-    restore: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, mask: torch.Tensor | None) -> "Packing":
-        if mask is None:
-            return cls()
-        lengths = mask.sum(1)
-        if mask.shape[1] == 1:
-            return cls(lengths)
-        # On the way back a pad takes the place of the last real token before it, so that whoever reads the last
-        # column reads what was last said, whichever side is padded.
-        restore = (mask.cumsum(1) - 1).clamp(min=0)
-        return cls(lengths, torch.argsort(mask.to(torch.int8), dim=1, descending=True, stable=True), restore)
-
-    def pack(self, columns: torch.Tensor) -> torch.Tensor:
-        return columns if self.order is None else _pick(columns, self.order)
-
-    def unpack(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.restore is None else _pick(rows, self.restore)
-
-
-def _pick(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    if columns.dim() == 3:
-        index = index[..., None].expand(-1, -1, columns.shape[2])
-    return columns.expand(index.shape[0], *columns.shape[1:]).gather(1, index)
-
-
-class Recorder:
-    """Collects hidden states and attention weights, in the order in which the tokens were given."""
-
-    def __init__(self, config, packing: Packing, output_hidden_states: bool | None, output_attentions: bool | None):
-        self.packing = packing
-        self.wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        self.wants_attention = config.output_attentions if output_attentions is None else output_attentions
-        self.hidden_found: list[torch.Tensor] = []
-        self.attention_found: list[torch.Tensor] = []
-
-    def hidden(self, hidden_states: torch.Tensor) -> None:
-        if self.wants_hidden:
-            self.hidden_found.append(self.packing.unpack(hidden_states))
-
-    def attention(self, weights: torch.Tensor | None) -> None:
-        """Takes (rows, heads, tokens, keys); keys are in the order of the cache's slots."""
-        if self.wants_attention and weights is not None:
-            by_token = self.packing.unpack(weights.transpose(1, 2).flatten(2))
-            self.attention_found.append(by_token.unflatten(2, (weights.shape[1], -1)).transpose(1, 2))
-
-    def results(self, num_new: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
-        """Those of the last `num_new` tokens, or `None` for what was not asked for."""
-        hidden = tuple(states[:, -num_new:] for states in self.hidden_found)
-        attentions = tuple(weights[:, :, -num_new:] for weights in self.attention_found)
-        return {"hidden_states": hidden or None, "attentions": attentions or None}
-
-
 @dataclass(frozen=True)
 class ExpertPlan:
     """An expert made ready for one model.
@@ -425,8 +162,14 @@ def weights_stamp(model: nn.Module) -> Any:
     """
     if torch.compiler.is_compiling():
         return None
-    merges = getattr(model, "num_merges", 0)
-    return hash((merges, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())))
+    found, modules = [getattr(model, "num_merges", 0)], [model]
+    while modules:  # `model.parameters()` builds every name, which takes ten times as long
+        module = modules.pop()
+        modules.extend(child for child in module._modules.values() if child is not None)
+        for weight in module._parameters.values():
+            if weight is not None:
+                found.append((weight.data_ptr(), 0 if weight.is_inference() else weight._version))
+    return hash(tuple(found))
 
 
 def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
@@ -441,9 +184,6 @@ def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, A
     if isinstance(expert, list) and not isinstance(key, tuple):
         expert = expert[0]
     return (None, None) if expert is None else (expert, key)
-
-
-# ------------------------------------------------------------------------------------------------------------ models
 
 
 class MambaFormerPreTrainedModel(PreTrainedModel):
@@ -536,7 +276,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
 
     def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
         """Resolves and checks the expert of a forward; changes nothing."""
-        _check_is_ours(cache)
+        check_is_ours(cache)
         is_given = expert_vector is not ...
         expert, key = None, None
         if is_given:
@@ -715,11 +455,13 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         Raises:
             ValueError, TypeError: input that does not fit; the cache is then as it was.
         """
-        feed = self._check_feed(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        feed = check_feed(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         plan = self._plan(expert_vector, past_key_values) if expert_plan is None else expert_plan
         cache = self._cache_for(use_cache, past_key_values)
         transition = self._transition(feed, plan, cache)
-        whole = self._behind_history(feed, cache) if transition.anew and not transition.drops_text else feed
+        whole = (
+            behind_history(feed, cache, self.embed_tokens) if transition.anew and not transition.drops_text else feed
+        )
         packing = Packing.of(whole.mask)
         num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
         if cache is None:
@@ -733,7 +475,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             chosen = whole.position_ids
             positions = span.positions(device) if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
-        attention = self._plan_attention(span, cache, hidden_states)
+        attention = plan_attention(self.config, span, cache, hidden_states)
         recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
         if recorded.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
@@ -762,50 +504,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             **recorded.results(num_new),
         )
 
-    # ---- what a forward is given
-
-    def _check_feed(self, input_ids, inputs_embeds, attention_mask, position_ids, cache) -> Feed:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
-            raise ValueError(f"`input_ids` must be integers (rows, tokens), got {_described(input_ids)}.")
-        if inputs_embeds is not None and (
-            inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size
-        ):
-            raise ValueError(
-                f"`inputs_embeds` must be (rows, tokens, {self.config.hidden_size}), got {_described(inputs_embeds)}."
-            )
-        rows, num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
-        if num_tokens == 0:
-            raise ValueError("A forward needs at least one token: `input_ids` is empty.")
-        if cache is not None:
-            self._check_cache(cache, rows, num_tokens)
-        mask = _checked_mask(attention_mask, rows, num_tokens, cache)
-        if position_ids is not None:
-            if position_ids.shape not in ((rows, num_tokens), (1, num_tokens)):
-                raise ValueError(f"`position_ids` must be ({rows}, {num_tokens}), got {_described(position_ids)}.")
-            position_ids = position_ids.expand(rows, -1)
-        if input_ids is None:
-            input_ids = torch.full((rows, num_tokens), -1, dtype=torch.long, device=inputs_embeds.device)
-        return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
-
-    def _check_cache(self, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:
-        _check_is_ours(cache)
-        if cache.config is not self.config and not cache.fits(self.config):
-            raise ValueError("`past_key_values` is of another configuration: make one with `model.make_cache()`.")
-        if cache.batch_size not in (-1, rows):
-            raise ValueError(
-                f"The batch has {rows} rows but the cache has {cache.batch_size}: make them agree with "
-                "`cache.batch_repeat_interleave` or `cache.batch_select_indices`."
-            )
-        if cache.max_cache_len is not None and not torch.compiler.is_compiling():
-            needed = cache.get_seq_length() + num_tokens
-            if needed > cache.max_cache_len:
-                raise ValueError(
-                    f"The cache holds {cache.max_cache_len} columns and would need {needed}: make it with a larger "
-                    "`max_cache_len`, or with storage='dense'."
-                )
-
     def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
         is_checkpointing = self.gradient_checkpointing and self.training
         if given is not None and is_checkpointing:
@@ -832,21 +530,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             weights = weights_stamp(self)
         return cache.plan(plan.expert, plan.key, weights)
 
-    def _behind_history(self, feed: Feed, cache: MambaFormerCache) -> Feed:
-        token_ids, mask, position_ids = cache.history()
-        earlier, new = torch.ones_like(token_ids, dtype=torch.bool), torch.ones_like(feed.token_ids, dtype=torch.bool)
-        if mask is not None or feed.mask is not None:
-            mask = torch.cat([earlier if mask is None else mask, new if feed.mask is None else feed.mask], dim=1)
-        if position_ids is not None or feed.position_ids is not None:
-            counted = ((torch.cat([earlier, new], dim=1) if mask is None else mask).cumsum(1) - 1).clamp(min=0)
-            both = (position_ids, feed.position_ids)
-            parts = zip(both, counted.split([token_ids.shape[1], new.shape[1]], dim=1), strict=True)
-            position_ids = torch.cat([usual if own is None else own for own, usual in parts], dim=1)
-        embeds = feed.inputs_embeds
-        if embeds is not None:
-            embeds = torch.cat([self.embed_tokens(token_ids).to(embeds.dtype), embeds], dim=1)
-        return Feed(torch.cat([token_ids, feed.token_ids], dim=1), embeds, mask, position_ids)
-
     def _embed(self, feed: Feed) -> torch.Tensor:
         if feed.inputs_embeds is None:
             return self.embed_tokens(feed.token_ids)
@@ -854,106 +537,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             return feed.inputs_embeds
         # What stands at a pad may be anything, and not even a weight of zero takes a NaN out of a sum.
         return feed.inputs_embeds.masked_fill(~feed.mask[..., None], 0)
-
-    # ---- what its attention layers see
-
-    def _plan_attention(self, span: Span, cache, hidden_states: torch.Tensor) -> dict[int | None, AttentionPlan]:
-        """One plan for each retention, by its window; a layer that does not attend never asks."""
-        found = {}
-        for layer_idx in range(self.config.num_hidden_layers):
-            window = self.config.window(layer_idx)
-            if window not in found and "attention" in self.config.mixers(layer_idx):
-                retention = Retention.of(self.config, layer_idx)
-                if cache is None:
-                    layout = plan_layout(retention, span, hidden_states.device)
-                else:
-                    layout = cache.layout(layer_idx)
-                found[window] = self._attention_plan(retention, layout, span, hidden_states)
-        return found
-
-    def _attention_plan(self, retention: Retention, layout: Layout, span: Span, hidden_states) -> AttentionPlan:
-        implementation, device = self.config._attn_implementation, hidden_states.device
-        key_positions = layout.key_positions
-        if key_positions is None and (span.num_tokens == 1 or implementation in CAUSAL_BY_ITSELF):
-            return AttentionPlan(None, implementation)
-        if implementation.startswith("flash"):
-            implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
-        query_positions = span.positions(device)
-        key_positions = query_positions if key_positions is None else key_positions
-        num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
-        if implementation == "flex_attention":
-            query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
-        rows = max(query_positions.shape[0], key_positions.shape[0])
-        if implementation == "flex_attention":
-            rows = hidden_states.shape[0]  # it asks for every row of the batch
-        query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
-
-        def is_visible(row, head, query, key):
-            return retention.is_visible(query_positions[row, query], key_positions[row, key])
-
-        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        mask = make_mask(
-            batch_size=rows,
-            q_length=num_queries,
-            kv_length=num_keys,
-            mask_function=is_visible,
-            allow_is_causal_skip=False,
-            dtype=hidden_states.dtype,
-            device=device,
-            config=self.config,
-        )
-        return AttentionPlan(mask, implementation)
-
-
-def _labels_of_real_tokens(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Leaves out pads, and the first real token of a row: no token of this forward comes before it and predicts it."""
-    has_context = F.pad(mask.cumsum(1)[:, :-1] > 0, (1, 0))
-    return labels.masked_fill(~(mask & has_context), -100)
-
-
-def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:
-    # Flex attention asks about whole blocks of 128, also beyond the last query and key.
-    return F.pad(positions, (0, -positions.shape[1] % 128), value=-1)
-
-
-def _check_is_ours(cache: Any) -> None:
-    # Not by its class: remote code may have loaded a second copy of it.
-    if cache is not None and not hasattr(cache, "in_force"):
-        raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
-def _checked_mask(attention_mask, rows: int, num_tokens: int, cache: MambaFormerCache | None) -> torch.Tensor | None:
-    """The new tokens' part of a mask, boolean (rows, tokens); `None` when it has no pads."""
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        raise ValueError("`attention_mask` must be a 2-D tensor of 0 (pad) and 1: causal masks are made by the model.")
-    width = attention_mask.shape[1]
-    mask = attention_mask[:, -num_tokens:].bool()
-    if torch.compiler.is_compiling():
-        return mask
-    seen = 0 if cache is None else cache.get_seq_length()
-    if attention_mask.shape[0] != rows or width not in (num_tokens, seen + num_tokens):
-        raise ValueError(
-            f"`attention_mask` is {tuple(attention_mask.shape)} but must be ({rows}, {num_tokens}) for the new tokens"
-            + (f", or ({rows}, {seen + num_tokens}) with those of the cache." if seen else ".")
-        )
-    if seen and num_tokens > 1 and width > num_tokens:
-        _check_past_mask(attention_mask[:, :seen].bool(), cache)
-    return None if bool(mask.all()) else mask
-
-
-def _check_past_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
-    fed = cache.log.mask.tensor
-    if not bool(mask.all() if fed is None else (mask == fed[:, : mask.shape[1]]).all()):
-        raise ValueError(
-            "`attention_mask` calls other cached tokens pads than when they were fed: pass the mask that was used "
-            "then, or only that of the new tokens."
-        )
 
 
 class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
@@ -1009,7 +592,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if attention_mask is not None:
-                labels = _labels_of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
+                labels = labels_of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -1100,7 +683,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         if cache is not None:
             if implementation is not None:
                 raise ValueError("Give either `past_key_values` or `cache_implementation`, not both.")
-            _check_is_ours(cache)
+            check_is_ours(cache)
             cache._is_user_defined = True
         elif generation_config.use_cache is False:
             return

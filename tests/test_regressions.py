@@ -352,3 +352,37 @@ def test_weights_are_not_tied_while_an_expert_is_merged_into_one_of_them():
         model.tie_weights()
     model.unmerge_expert()
     model.tie_weights()
+
+
+@pytest.mark.parametrize("policy", ["reset", "error", "recompute"])
+def test_rows_of_one_expert_that_are_left_of_a_mixed_batch_have_that_expert(policy):
+    """A list of one expert was told from the expert itself, and "reset" dropped the text for nothing."""
+    model, ids = shared_model("everything"), ids_of()
+    first, second = shared_expert("everything", 1), shared_expert("everything", 2)
+    cache = model.make_cache(on_expert_change=policy)
+    with torch.no_grad():
+        model(ids[:, :6].expand(3, -1), past_key_values=cache, expert_vector=[first, second, None])
+        bases = cache.fork()
+        cache.batch_select_indices(torch.tensor([1]))
+        assert cache.expert_vector == second and not cache.is_stale
+        same(
+            model(ids[:, 6:], past_key_values=cache, expert_vector=second).logits,
+            whole(model, ids, expert_vector=second)[:, 6:],
+        )
+        bases.batch_select_indices(torch.tensor([2]))
+        assert bases.expert_vector is None
+        same(model(ids[:, 6:], past_key_values=bases, expert_vector=None).logits, whole(model, ids)[:, 6:])
+
+
+def test_an_expert_that_was_set_and_taken_back_leaves_no_trace():
+    """Under "continue" the text counted as mixed from then on, and could not be rolled back."""
+    model, expert, ids = shared_model("hybrid"), shared_expert("hybrid", 1), ids_of()
+    for policy in ("recompute", "continue"):
+        cache = model.make_cache(on_expert_change=policy)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            cache.set_expert(expert)
+            cache.set_expert(None)
+            assert not cache.is_stale and not cache.is_mixed
+            cache.crop(-4)
+            same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])

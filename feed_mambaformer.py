@@ -1,0 +1,193 @@
+"""What one forward is fed: checked, behind the text that has to be encoded again, and packed.
+
+Padding is dealt with here and nowhere else. Each row's real tokens are put first, every layer runs in that order, and
+`Packing.unpack` is the way back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .cache_mambaformer import MambaFormerCache
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The columns that one forward is given: (rows, tokens) each, or (rows, tokens, hidden) for `inputs_embeds`.
+
+    `mask` is boolean and `None` when every token is real; `position_ids` are positions that the user chose.
+    """
+
+    token_ids: torch.Tensor
+    inputs_embeds: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows with their real tokens first, and the way back; `order` and `restore` are (rows, tokens)."""
+
+    lengths: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    restore: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> "Packing":
+        if mask is None:
+            return cls()
+        lengths = mask.sum(1)
+        if mask.shape[1] == 1:
+            return cls(lengths)
+        # On the way back a pad takes the place of the last real token before it, so that whoever reads the last
+        # column reads what was last said, whichever side is padded.
+        restore = (mask.cumsum(1) - 1).clamp(min=0)
+        return cls(lengths, torch.argsort(mask.to(torch.int8), dim=1, descending=True, stable=True), restore)
+
+    def pack(self, columns: torch.Tensor) -> torch.Tensor:
+        return columns if self.order is None else _pick(columns, self.order)
+
+    def unpack(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.restore is None else _pick(rows, self.restore)
+
+
+def _pick(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    if columns.dim() == 3:
+        index = index[..., None].expand(-1, -1, columns.shape[2])
+    return columns.expand(index.shape[0], *columns.shape[1:]).gather(1, index)
+
+
+class Recorder:
+    """Collects hidden states and attention weights, in the order in which the tokens were given."""
+
+    def __init__(self, config, packing: Packing, output_hidden_states: bool | None, output_attentions: bool | None):
+        self.packing = packing
+        self.wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self.wants_attention = config.output_attentions if output_attentions is None else output_attentions
+        self.hidden_found: list[torch.Tensor] = []
+        self.attention_found: list[torch.Tensor] = []
+
+    def hidden(self, hidden_states: torch.Tensor) -> None:
+        if self.wants_hidden:
+            self.hidden_found.append(self.packing.unpack(hidden_states))
+
+    def attention(self, weights: torch.Tensor | None) -> None:
+        """Takes (rows, heads, tokens, keys); keys are in the order of the cache's slots."""
+        if self.wants_attention and weights is not None:
+            by_token = self.packing.unpack(weights.transpose(1, 2).flatten(2))
+            self.attention_found.append(by_token.unflatten(2, (weights.shape[1], -1)).transpose(1, 2))
+
+    def results(self, num_new: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
+        """Those of the last `num_new` tokens, or `None` for what was not asked for."""
+        hidden = tuple(states[:, -num_new:] for states in self.hidden_found)
+        attentions = tuple(weights[:, :, -num_new:] for weights in self.attention_found)
+        return {"hidden_states": hidden or None, "attentions": attentions or None}
+
+
+def check_feed(config, input_ids, inputs_embeds, attention_mask, position_ids, cache) -> Feed:
+    """What a forward was given, or a `ValueError` or `TypeError` that says what does not fit; changes nothing."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+        raise ValueError(f"`input_ids` must be integers (rows, tokens), got {_described(input_ids)}.")
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size):
+        raise ValueError(
+            f"`inputs_embeds` must be (rows, tokens, {config.hidden_size}), got {_described(inputs_embeds)}."
+        )
+    rows, num_tokens = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    if num_tokens == 0:
+        raise ValueError("A forward needs at least one token: `input_ids` is empty.")
+    if cache is not None:
+        _check_cache(config, cache, rows, num_tokens)
+    mask = _checked_mask(attention_mask, rows, num_tokens, cache)
+    if position_ids is not None:
+        if position_ids.shape not in ((rows, num_tokens), (1, num_tokens)):
+            raise ValueError(f"`position_ids` must be ({rows}, {num_tokens}), got {_described(position_ids)}.")
+        position_ids = position_ids.expand(rows, -1)
+    if input_ids is None:
+        input_ids = torch.full((rows, num_tokens), -1, dtype=torch.long, device=inputs_embeds.device)
+    return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
+
+
+def _check_cache(config, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:
+    check_is_ours(cache)
+    if cache.config is not config and not cache.fits(config):
+        raise ValueError("`past_key_values` is of another configuration: make one with `model.make_cache()`.")
+    if cache.batch_size not in (-1, rows):
+        raise ValueError(
+            f"The batch has {rows} rows but the cache has {cache.batch_size}: make them agree with "
+            "`cache.batch_repeat_interleave` or `cache.batch_select_indices`."
+        )
+    if cache.max_cache_len is not None and not torch.compiler.is_compiling():
+        needed = cache.get_seq_length() + num_tokens
+        if needed > cache.max_cache_len:
+            raise ValueError(
+                f"The cache holds {cache.max_cache_len} columns and would need {needed}: make it with a larger "
+                "`max_cache_len`, or with storage='dense'."
+            )
+
+
+def check_is_ours(cache: Any) -> None:
+    # Not by its class: remote code may have loaded a second copy of it.
+    if cache is not None and not hasattr(cache, "in_force"):
+        raise TypeError(f"`past_key_values` is a {type(cache).__name__}: make one with `model.make_cache()`.")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _checked_mask(attention_mask, rows: int, num_tokens: int, cache: MambaFormerCache | None) -> torch.Tensor | None:
+    """The new tokens' part of a mask, boolean (rows, tokens); `None` when it has no pads."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        raise ValueError("`attention_mask` must be a 2-D tensor of 0 (pad) and 1: causal masks are made by the model.")
+    width = attention_mask.shape[1]
+    mask = attention_mask[:, -num_tokens:].bool()
+    if torch.compiler.is_compiling():
+        return mask
+    seen = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.shape[0] != rows or width not in (num_tokens, seen + num_tokens):
+        raise ValueError(
+            f"`attention_mask` is {tuple(attention_mask.shape)} but must be ({rows}, {num_tokens}) for the new tokens"
+            + (f", or ({rows}, {seen + num_tokens}) with those of the cache." if seen else ".")
+        )
+    if seen and num_tokens > 1 and width > num_tokens:
+        _check_past_mask(attention_mask[:, :seen].bool(), cache)
+    return None if bool(mask.all()) else mask
+
+
+def _check_past_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
+    fed = cache.log.mask.tensor
+    if not bool(mask.all() if fed is None else (mask == fed[:, : mask.shape[1]]).all()):
+        raise ValueError(
+            "`attention_mask` calls other cached tokens pads than when they were fed: pass the mask that was used "
+            "then, or only that of the new tokens."
+        )
+
+
+def behind_history(feed: Feed, cache: MambaFormerCache, embed_tokens: Callable) -> Feed:
+    """The columns of `feed` behind those that the cache remembers."""
+    token_ids, mask, position_ids = cache.history()
+    earlier, new = torch.ones_like(token_ids, dtype=torch.bool), torch.ones_like(feed.token_ids, dtype=torch.bool)
+    if mask is not None or feed.mask is not None:
+        mask = torch.cat([earlier if mask is None else mask, new if feed.mask is None else feed.mask], dim=1)
+    if position_ids is not None or feed.position_ids is not None:
+        counted = ((torch.cat([earlier, new], dim=1) if mask is None else mask).cumsum(1) - 1).clamp(min=0)
+        both = (position_ids, feed.position_ids)
+        parts = zip(both, counted.split([token_ids.shape[1], new.shape[1]], dim=1), strict=True)
+        position_ids = torch.cat([usual if own is None else own for own, usual in parts], dim=1)
+    embeds = feed.inputs_embeds
+    if embeds is not None:
+        embeds = torch.cat([embed_tokens(token_ids).to(embeds.dtype), embeds], dim=1)
+    return Feed(torch.cat([token_ids, feed.token_ids], dim=1), embeds, mask, position_ids)
+
+
+def labels_of_real_tokens(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Leaves out pads, and the first real token of a row: no token of this forward comes before it and predicts it."""
+    has_context = F.pad(mask.cumsum(1)[:, :-1] > 0, (1, 0))
+    return labels.masked_fill(~(mask & has_context), -100)

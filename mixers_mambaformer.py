@@ -1,0 +1,269 @@
+"""The mixers of a layer, attention, Mamba and MLP, with the norm and the rotary embedding that they use.
+
+Every mixer sees packed rows: the real tokens of a row come first, and what stands behind them are pads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_mambaformer import MambaFormerCache
+from .configuration_mambaformer import MambaFormerConfig
+from .experts_mambaformer import ScaledBasis, project
+from .ops_mambaformer import causal_conv1d, selective_scan
+from .storage_mambaformer import Layout, Retention, Span, plan_layout
+
+# Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
+CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class MambaFormerRMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467, equation 4), computed in float32 at least."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = hidden_states.to(at_least_float32(hidden_states.dtype))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class MambaFormerRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE (arXiv 2104.09864, equation 34) for given positions.
+
+    Keeps no buffer: the frequencies follow from the configuration, so there is nothing to go stale when a model is
+    built on the meta device or moved to another dtype.
+    """
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__()
+        self.config = config
+
+    def inverse_frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+        """Frequencies (head_dim / 2,) and the factor on cosines and sines."""
+        rope_type = self.config.rope_parameters.get("rope_type", "default")
+        if rope_type != "default":
+            frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](self.config, device)
+            return frequencies.to(dtype), factor
+        exponents = torch.arange(0, self.config.head_dim, 2, device=device).to(dtype) / self.config.head_dim
+        return 1.0 / (self.config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (rows or 1, tokens) -> cosines and sines (rows or 1, tokens, head_dim) in the states' dtype."""
+        dtype = at_least_float32(hidden_states.dtype)
+        frequencies, factor = self.inverse_frequencies(position_ids.device, dtype)
+        angles = position_ids[..., None].to(dtype) * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys)."""
+    rows, heads, num_tokens, head_dim = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # (rows, key heads, group * tokens, head_dim)
+    weights = (grouped @ key.transpose(2, 3) * scaling).view(rows, heads, num_tokens, -1)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = torch.softmax(weights, dim=-1, dtype=at_least_float32(weights.dtype)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    grouped = weights.view(rows, key.shape[1], -1, weights.shape[-1])
+    return (grouped @ value).view(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), weights
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What attention layers that retain alike share in one forward: the mask and the implementation that takes it."""
+
+    mask: Any = None
+    implementation: str = "sdpa"
+
+
+class MambaFormerAttention(nn.Module):
+    """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention: AttentionPlan,
+        experts: dict[str, ScaledBasis],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Packed (rows, tokens, hidden) -> the same shape, and the attention weights where they are computed."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = project(self.q_proj, hidden_states, experts.get("q_proj")).view(heads).transpose(1, 2)
+        key = project(self.k_proj, hidden_states, experts.get("k_proj")).view(heads).transpose(1, 2)
+        value = project(self.v_proj, hidden_states, experts.get("v_proj")).view(heads).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            is_recorded = any(states.requires_grad for states in (query, key, value))
+            key, value = past_key_values.update(key, value, self.layer_idx, is_recorded=is_recorded)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed, weights = attend(
+            self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
+
+
+class MambaFormerMambaMixer(nn.Module):
+    """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), with Jamba's inner norms if asked for."""
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        channels, self.state_size, self.rank = (
+            config.mamba_intermediate_size,
+            config.mamba_d_state,
+            config.mamba_dt_rank,
+        )
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
+        )
+        self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
+        self.dt_proj = nn.Linear(self.rank, channels, bias=True)
+        self.A_log = nn.Parameter(torch.empty(channels, self.state_size))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.mamba_proj_bias)
+        if config.mamba_inner_norms:
+            self.dt_layernorm = MambaFormerRMSNorm(self.rank, config.rms_norm_eps)
+            self.b_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
+            self.c_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
+        self.has_inner_norms = config.mamba_inner_norms
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        experts: dict[str, ScaledBasis],
+        past_key_values: MambaFormerCache | None = None,
+        lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
+        states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx, hidden_states)
+        inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
+        kernel = self.conv1d.weight[:, 0]
+        inputs, window = causal_conv1d(inputs, kernel, self.conv1d.bias, states.get("conv"), lengths)
+        dt, B, C = self.selection(inputs, experts)
+        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
+        mixed, state = selective_scan(inputs, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
+        if past_key_values is not None:
+            past_key_values.layers[self.layer_idx].update_conv_state(window)
+            past_key_values.layers[self.layer_idx].update_recurrent_state(state)
+        return project(self.out_proj, mixed, experts.get("out_proj"))
+
+    def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
+        """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
+        sizes = [self.rank, self.state_size, self.state_size]
+        dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
+        if self.has_inner_norms:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        dt = project(self.dt_proj, dt, experts.get("dt_proj"))
+        return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
+
+
+class MambaFormerMLP(nn.Module):
+    """Gated MLP (arXiv 2002.05202, equation 6)."""
+
+    def __init__(self, config: MambaFormerConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor, experts: dict[str, ScaledBasis]) -> torch.Tensor:
+        gate = self.act_fn(project(self.gate_proj, hidden_states, experts.get("gate_proj")))
+        return project(
+            self.down_proj,
+            gate * project(self.up_proj, hidden_states, experts.get("up_proj")),
+            experts.get("down_proj"),
+        )
+
+
+def plan_attention(config, span: Span, cache, hidden_states: torch.Tensor) -> dict[int | None, AttentionPlan]:
+    """One plan for each retention, by its window; a layer that does not attend never asks."""
+    found = {}
+    for layer_idx in range(config.num_hidden_layers):
+        window = config.window(layer_idx)
+        if window not in found and "attention" in config.mixers(layer_idx):
+            retention = Retention.of(config, layer_idx)
+            layout = plan_layout(retention, span, hidden_states.device) if cache is None else cache.layout(layer_idx)
+            found[window] = _attention_plan(config, retention, layout, span, hidden_states)
+    return found
+
+
+def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hidden_states) -> AttentionPlan:
+    implementation, device = config._attn_implementation, hidden_states.device
+    key_positions = layout.key_positions
+    if key_positions is None and (span.num_tokens == 1 or implementation in CAUSAL_BY_ITSELF):
+        return AttentionPlan(None, implementation)
+    if implementation.startswith("flash"):
+        implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
+    query_positions = span.positions(device)
+    key_positions = query_positions if key_positions is None else key_positions
+    num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
+    if implementation == "flex_attention":
+        query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
+    rows = max(query_positions.shape[0], key_positions.shape[0])
+    if implementation == "flex_attention":
+        rows = hidden_states.shape[0]  # it asks for every row of the batch
+    query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
+
+    def is_visible(row, head, query, key):
+        return retention.is_visible(query_positions[row, query], key_positions[row, key])
+
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    mask = make_mask(
+        batch_size=rows,
+        q_length=num_queries,
+        kv_length=num_keys,
+        mask_function=is_visible,
+        allow_is_causal_skip=False,
+        dtype=hidden_states.dtype,
+        device=device,
+        config=config,
+    )
+    return AttentionPlan(mask, implementation)
+
+
+def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:
+    # Flex attention asks about whole blocks of 128, also beyond the last query and key.
+    return F.pad(positions, (0, -positions.shape[1] % 128), value=-1)
