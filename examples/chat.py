@@ -86,7 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
     kinds = [f"{model.config.layer_types.count(kind)} x {kind}" for kind in dict.fromkeys(model.config.layer_types)]
     print(f"{type(model).__name__}: {', '.join(kinds)}; experts: {', '.join(model.experts.names)}")
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).input_ids
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "repetition_penalty": 1.25}
 
     print(f"\n> {args.prompt}\n")
     cache = model.make_cache()
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # No end of text while experts take turns, so that each of them gets to speak.
     schedule = switch_schedule(model.experts.names, args.max_new_tokens)
-    options["eos_token_id"] = -1
+    model.generation_config.eos_token_id = None
     print("\nThe same prompt, with the expert changed in mid-text:")
     switched = model.generate(ids, streamer=SwitchStreamer(tokenizer, schedule), expert_schedule=schedule, **options)
 

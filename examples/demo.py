@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     build(args.folder)
     user = [sys.executable, ROOT / "examples/chat.py", args.folder.resolve(), *rest]
     with tempfile.TemporaryDirectory() as elsewhere:  # so that nothing is found by accident
-        return subprocess.run(user, cwd=elsewhere, check=False).returncode
+        return subprocess.run(user, cwd=elsewhere, check=False, stdin=subprocess.DEVNULL).returncode
 
 
 if __name__ == "__main__":
