@@ -14,7 +14,8 @@ packages = ["asyncio", "email", "http", "json", "logging", "unittest", "urllib",
 files = sorted(root.glob("*.py")) + sorted(path for name in packages for path in (root / name).rglob("*.py"))
 print("\n".join(path.read_text(errors="ignore") for path in files))
 PYTHON
-for name in king_james python; do
+for job in king_james:240 python:120; do
+    name=${job%:*}
     "$python" examples/train_expert.py --text "runs/text/$name.txt" --name "$name" --output "experts/$name.safetensors" \
-        --steps 240 --eval-every 40 --held-out-blocks 16
+        --steps "${job#*:}" --eval-every 40 --held-out-blocks 16
 done
