@@ -134,14 +134,16 @@ def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_si
 def _plan_in_place(retention, span, device, num_slots, is_fixed) -> Layout:
     is_known = isinstance(span.start, int)
     sees_all = is_known and not is_fixed and (span.num_tokens == 1 or span.start == 0)
-    if retention.window is None:
+    if sees_all:
+        key_positions = None
+    elif retention.window is None:
         # A slot that holds nothing yet has a position that no query of its row has reached.
         key_positions = torch.arange(num_slots, device=device)[None]
     else:
         key_positions = retention.positions(span.ends(device), num_slots)
     return Layout(
         num_slots=num_slots,
-        key_positions=None if sees_all else key_positions,
+        key_positions=key_positions,
         slots=retention.slot(span.start if is_known else span.positions(device)),
     )
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from cases import (
@@ -296,3 +297,33 @@ def test_merging_is_refused_twice_and_undone_bit_for_bit():
     model.unmerge_expert()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class OpRecorder(TorchDispatchMode):
+    """Lists every operation with the sizes of what it makes; views make nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.found.append((str(func), tuple(result.shape)))
+        return result
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "full", "sliding_sinks", "hybrid_sliding", "everything"])
+def test_a_decoding_step_does_the_same_work_at_any_length_but_for_attention_itself(pattern):
+    """No copy, mask or bookkeeping grows with the text: what reads all keys is the attention operation alone."""
+    model, found = shared_model(pattern), []
+    with torch.no_grad():
+        for length in (130, 700):
+            cache = model.make_cache()
+            model(torch.randint(0, VOCAB, (1, length)), past_key_values=cache)
+            model(torch.tensor([[1]]), past_key_values=cache)
+            with OpRecorder() as recorder:
+                model(torch.tensor([[1]]), past_key_values=cache)
+            attention_free = [(op, shape) for op, shape in recorder.found if "attention" not in op]
+            found.append(attention_free)
+    assert found[0] == found[1]
