@@ -52,7 +52,7 @@ class _CacheLayer:
     is_croppable = True
 
     def _set_up(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None) -> None:
-        self.clock, self.stores, self.max_cache_len = clock, stores, max_cache_len
+        self.clock, self.stores, self.max_columns = clock, stores, max_cache_len
         self.is_compileable = max_cache_len is not None
         self.attention: KeyValueStore | None = stores.get("attention")
         self.recurrent: RecurrentStore | None = stores.get("mamba")
@@ -76,7 +76,7 @@ class _CacheLayer:
         return int(self.clock.columns)
 
     def get_max_length(self) -> int:
-        return -1 if self.max_cache_len is None else self.max_cache_len
+        return -1 if self.max_columns is None else self.max_columns
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.19
 
@@ -248,7 +248,7 @@ class MambaFormerCache(Cache):
         resolve: Callable | None = None,
     ):
         _check_options(storage, max_cache_len, on_expert_change)
-        self.config, self.storage, self.max_cache_len = config, storage, max_cache_len
+        self.config, self.storage, self.max_columns = config, storage, max_cache_len
         self.on_expert_change, self.resolve = on_expert_change, resolve
         self.clock = Clock()
         self.log = TokenLog(max_cache_len)
@@ -264,10 +264,10 @@ class MambaFormerCache(Cache):
         mixers = self.config.mixers(layer_idx)
         retention = Retention.of(self.config, layer_idx)
         stores = {
-            "attention": lambda: KeyValueStore(retention, self.max_cache_len),
-            "mamba": lambda: RecurrentStore(is_fixed=self.max_cache_len is not None),
+            "attention": lambda: KeyValueStore(retention, self.max_columns),
+            "mamba": lambda: RecurrentStore(is_fixed=self.max_columns is not None),
         }
-        return LAYER_CLASSES[mixers](self.clock, {name: stores[name]() for name in mixers}, self.max_cache_len)
+        return LAYER_CLASSES[mixers](self.clock, {name: stores[name]() for name in mixers}, self.max_columns)
 
     # ---- a forward, as the model drives it
 
@@ -281,7 +281,7 @@ class MambaFormerCache(Cache):
         if transition.anew:
             self.encoded_under = None
             self._each_layer("drop")
-        if self.max_cache_len is not None:
+        if self.max_columns is not None:
             # On the device, so that a compiled step never depends on its value.
             columns = self.clock.columns
             columns = torch.tensor(columns, device=device) if isinstance(columns, int) else usable(columns)
@@ -290,7 +290,7 @@ class MambaFormerCache(Cache):
         columns = clock.columns if isinstance(clock.columns, int) else None
         span = Span(num_tokens, start=clock.start, lengths=lengths, columns=columns)
         retentions = {layer.attention.retention for layer in self.layers if layer.attention is not None}
-        self._layouts = {kind: plan_layout(kind, span, device, self.max_cache_len) for kind in retentions}
+        self._layouts = {kind: plan_layout(kind, span, device, self.max_columns) for kind in retentions}
         return span
 
     def commit(
@@ -312,7 +312,7 @@ class MambaFormerCache(Cache):
         # The counts first: under static storage the span's start is a view of the columns.
         if span.lengths is not None or self.clock.counts is not None:
             self.clock.counts = span.ends(token_ids.device)
-        if self.max_cache_len is None:
+        if self.max_columns is None:
             self.clock.columns += token_ids.shape[1]
         else:
             self.clock.columns.add_(token_ids.shape[1])
@@ -517,7 +517,7 @@ class MambaFormerCache(Cache):
         self._forget_text()
 
     def _forget_text(self) -> None:
-        self.log = TokenLog(self.max_cache_len)
+        self.log = TokenLog(self.max_columns)
         self.clock.columns, self.clock.counts, self.clock.is_empty = self.clock.columns * 0, None, True
         self._rows, self.is_mixed = None, False
 
@@ -559,7 +559,7 @@ class MambaFormerCache(Cache):
 
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
-        other = MambaFormerCache(self.config, self.storage, self.max_cache_len, self.on_expert_change, self.resolve)
+        other = MambaFormerCache(self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
         for layer, copy in zip(self.layers, other.layers, strict=True):
             layer.fork_into(copy)
         columns, counts = self.clock.columns, self.clock.counts

@@ -121,11 +121,11 @@ def _check_cache(config, cache: MambaFormerCache, rows: int, num_tokens: int) ->
             f"The batch has {rows} rows but the cache has {cache.batch_size}: make them agree with "
             "`cache.batch_repeat_interleave` or `cache.batch_select_indices`."
         )
-    if cache.max_cache_len is not None and not torch.compiler.is_compiling():
+    if cache.max_columns is not None and not torch.compiler.is_compiling():
         needed = cache.get_seq_length() + num_tokens
-        if needed > cache.max_cache_len:
+        if needed > cache.max_columns:
             raise ValueError(
-                f"The cache holds {cache.max_cache_len} columns and would need {needed}: make it with a larger "
+                f"The cache holds {cache.max_columns} columns and would need {needed}: make it with a larger "
                 "`max_cache_len`, or with storage='dense'."
             )
 

@@ -443,8 +443,11 @@ def test_a_switch_of_the_fork_leaves_the_origins_expert(pattern, variant):
     fork = origin.fork()
     fork.set_expert(two)
     told = read_on(model, origin, rows, [one] * 3, seed=1)
-    read_on(model, fork, rows, [two] * 3, seed=2)
-    read_on(model, origin, told, [one] * 3, seed=3)
+    forked = read_on(model, fork, rows, [two] * 3, seed=2)
+    told = read_on(model, origin, told, [one] * 3, seed=3)
+    for cache, text in ((origin, told), (fork, forked)):  # each encodes again what it was told itself
+        cache.set_expert(None)
+        read_on(model, cache, text, seed=4)
 
 
 # Law 5: after a change of expert, the logits of a fresh forward under the new one; back to base, bit-equal to base.
