@@ -327,3 +327,20 @@ def test_a_decoding_step_does_the_same_work_at_any_length_but_for_attention_itse
             attention_free = [(op, shape) for op, shape in recorder.found if "attention" not in op]
             found.append(attention_free)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("variant", CACHE_VARIANTS)
+def test_forks_that_went_apart_are_each_encoded_again_from_their_own_text(variant):
+    model, expert = shared_model("everything"), shared_expert("everything", 1)
+    ids = torch.tensor(random_rows(3, lengths=(12, 12)))
+    origin = model.make_cache(**CACHE_VARIANTS[variant])
+    with torch.no_grad():
+        model(ids[:1, :5], past_key_values=origin)
+        fork = origin.fork()
+        for row, cache in ((0, origin), (1, fork)):
+            model(ids[row : row + 1, 5:9], past_key_values=cache)
+        for row, cache in ((0, origin), (1, fork)):
+            text = torch.cat([ids[:1, :5], ids[row : row + 1, 5:]], dim=1)
+            found = model(text[:, 9:], past_key_values=cache, expert_vector=expert).logits
+            same(found, model(text, expert_vector=expert, use_cache=False).logits[:, 9:])
+            assert torch.equal(cache.token_ids, text)
