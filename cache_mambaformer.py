@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from .storage_mambaformer import Buffer, KeyValueStore, Layout, RecurrentStore, Retention, Span, plan_layout, usable
+from .storage_mambaformer import (
+    Buffer,
+    KeyValueStore,
+    Layout,
+    RecurrentStore,
+    Retention,
+    Span,
+    counted_positions,
+    plan_layout,
+    usable,
+)
 
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
 
@@ -205,7 +215,7 @@ class TokenLog:
 
     def _counted_positions(self, like: torch.Tensor) -> torch.Tensor:
         mask = torch.ones_like(like) if self.mask.tensor is None else self.mask.tensor.to(like.dtype)
-        return (mask.cumsum(1) - 1).clamp(min=0)[:, : like.shape[1]]
+        return counted_positions(mask)[:, : like.shape[1]]
 
     def buffers(self) -> dict[str, Buffer]:
         return {"token_ids": self.token_ids, "mask": self.mask, "position_ids": self.position_ids}
@@ -312,19 +322,15 @@ class MambaFormerCache(Cache):
         # The counts first: under static storage the span's start is a view of the columns.
         if span.lengths is not None or self.clock.counts is not None:
             self.clock.counts = span.ends(token_ids.device)
-        if self.max_columns is None:
-            self.clock.columns += token_ids.shape[1]
-        else:
-            self.clock.columns.add_(token_ids.shape[1])
+        self.clock.columns += token_ids.shape[1]  # in place where it is a tensor
         self.clock.is_empty, self._rows = False, token_ids.shape[0]
         self._put_in_force(transition)
         self.encoded_under, self.is_mixed = self.in_force, self.is_mixed or transition.mixes
 
     def _counted_positions(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        counted = torch.ones_like(token_ids) if mask is None else mask.to(token_ids.dtype)
         start = self.clock.start
-        start = start if isinstance(start, int) else start[:, None]
-        return (start + counted.cumsum(1) - 1).clamp(min=0)
+        mask = torch.ones_like(token_ids) if mask is None else mask
+        return counted_positions(mask, start if isinstance(start, int) else start[:, None])
 
     def layout(self, layer_idx: int) -> Layout:
         """How layer `layer_idx` takes in the open forward."""

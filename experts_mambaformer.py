@@ -98,12 +98,12 @@ def _version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _copy_of_vector(vector: Tensor) -> Tensor:
-    return vector.detach().to("cpu", _at_least_float32(vector.dtype), copy=True).contiguous()
+    return vector.detach().to("cpu", at_least_float32(vector.dtype), copy=True).contiguous()
 
 
 def _check_vector(name: Any, vector: Any):
@@ -116,7 +116,7 @@ def _check_vector(name: Any, vector: Any):
             f"The vector of `{name}` must be floating point, of shape (rank,) with rank >= 1, got {vector.dtype} of "
             f"shape {tuple(vector.shape)}: give one scale per singular value."
         )
-    if not torch.isfinite(vector.detach().to(_at_least_float32(vector.dtype))).all():
+    if not torch.isfinite(vector.detach().to(at_least_float32(vector.dtype))).all():
         raise ValueError(f"The vector of `{name}` has NaN or infinite entries: it cannot scale a weight.")
 
 
@@ -357,7 +357,7 @@ def compute_basis(weight: Tensor, rank: int | None = None) -> SingularBasis:
 def _triangle(tall: Tensor) -> Tensor:
     """R (n, n) with R^T R = M^T M for M (long, n)."""
     columns = tall.shape[1]
-    triangle = tall.new_empty((0, columns), dtype=_at_least_float32(tall.dtype))
+    triangle = tall.new_empty((0, columns), dtype=at_least_float32(tall.dtype))
     for block in tall.split(max(REDUCTION_ROWS, 2 * columns)):
         stacked = torch.cat([triangle, block.to(triangle.dtype)])
         triangle = torch.linalg.qr(stacked, mode="r").R
@@ -439,7 +439,7 @@ class SingularBases:
         with self._lock, _undisturbed(name):
             _check_weight(weight)
             rank = _checked_rank(rank, min(weight.shape))
-            cast_to = (dtype or _at_least_float32(weight.dtype), torch.device(device or weight.device))
+            cast_to = (dtype or at_least_float32(weight.dtype), torch.device(device or weight.device))
             entry = self._entry(name, weight)
             known = entry.casts.get(cast_to)
             if known is None or known.rank < rank:
@@ -480,7 +480,7 @@ class SingularBases:
     def _whole(self, weight: Tensor, entry: _Entry) -> SingularBasis:
         basis = entry.unsaved or self._load(entry.digest, weight)
         if basis is None:
-            basis = compute_basis(weight).to(_at_least_float32(weight.dtype), "cpu")
+            basis = compute_basis(weight).to(at_least_float32(weight.dtype), "cpu")
             if not self._save(entry.digest, basis):
                 entry.unsaved = basis
         return basis
@@ -564,7 +564,7 @@ def _first(basis: SingularBasis, rank: int) -> Tensor:
 
 
 def _delta(basis: SingularBasis, z: Tensor) -> Tensor:
-    return z.to(basis.vectors.device, _at_least_float32(basis.vectors.dtype)) - 1
+    return z.to(basis.vectors.device, at_least_float32(basis.vectors.dtype)) - 1
 
 
 def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None = None) -> Tensor:
@@ -597,7 +597,7 @@ def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
 
 def merged_weight(weight: Tensor, basis: SingularBasis, z: Tensor) -> Tensor:
     """`U diag(s * z) V^T` of a weight (out, in), computed in float32 at least, returned in the weight's dtype."""
-    dtype = _at_least_float32(weight.dtype)
+    dtype = at_least_float32(weight.dtype)
     wide = weight.detach().to(dtype)
     directions = _first(basis, z.numel()).to(weight.device, dtype)
     delta = z.to(weight.device, dtype) - 1

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .cache_mambaformer import MambaFormerCache
+from .storage_mambaformer import counted_positions
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Packing:
             return cls(lengths)
         # On the way back a pad takes the place of the last real token before it, so that whoever reads the last
         # column reads what was last said, whichever side is padded.
-        restore = (mask.cumsum(1) - 1).clamp(min=0)
-        return cls(lengths, torch.argsort(mask.to(torch.int8), dim=1, descending=True, stable=True), restore)
+        order = torch.argsort(mask.to(torch.int8), dim=1, descending=True, stable=True)
+        return cls(lengths, order, restore=counted_positions(mask))
 
     def pack(self, columns: torch.Tensor) -> torch.Tensor:
         return columns if self.order is None else _pick(columns, self.order)
@@ -177,7 +178,7 @@ def behind_history(feed: Feed, cache: MambaFormerCache, embed_tokens: Callable) 
     if mask is not None or feed.mask is not None:
         mask = torch.cat([earlier if mask is None else mask, new if feed.mask is None else feed.mask], dim=1)
     if position_ids is not None or feed.position_ids is not None:
-        counted = ((torch.cat([earlier, new], dim=1) if mask is None else mask).cumsum(1) - 1).clamp(min=0)
+        counted = counted_positions(torch.cat([earlier, new], dim=1) if mask is None else mask)
         both = (position_ids, feed.position_ids)
         parts = zip(both, counted.split([token_ids.shape[1], new.shape[1]], dim=1), strict=True)
         position_ids = torch.cat([usual if own is None else own for own, usual in parts], dim=1)

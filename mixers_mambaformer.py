@@ -17,17 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
-from .experts_mambaformer import ScaledBasis, project
+from .experts_mambaformer import ScaledBasis, at_least_float32, project
 from .ops_mambaformer import causal_conv1d, selective_scan
 from .storage_mambaformer import Layout, Retention, Span, plan_layout
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and states are kept in: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class MambaFormerRMSNorm(nn.Module):
@@ -240,11 +235,11 @@ def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hi
     query_positions = span.positions(device)
     key_positions = query_positions if key_positions is None else key_positions
     num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
-    if implementation == "flex_attention":
-        query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
     rows = max(query_positions.shape[0], key_positions.shape[0])
     if implementation == "flex_attention":
-        rows = hidden_states.shape[0]  # it asks for every row of the batch
+        # It asks about every row of the batch, and about whole blocks, also beyond the last query and key.
+        rows = hidden_states.shape[0]
+        query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
     query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
 
     def is_visible(row, head, query, key):
@@ -265,5 +260,4 @@ def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hi
 
 
 def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:
-    # Flex attention asks about whole blocks of 128, also beyond the last query and key.
     return F.pad(positions, (0, -positions.shape[1] % 128), value=-1)

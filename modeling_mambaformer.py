@@ -173,11 +173,12 @@ def weights_stamp(model: nn.Module) -> Any:
 
 
 def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
-    """What a user may call an expert -> `(expert, key)`; the base is `(None, None)`.
+    """What a user may call an expert -> `(expert, key)`; the base is `(None, None)`."""
+    return _with_key(resolve_expert(expert_vector, library))
 
-    A list of equal rows is one expert, unless they are being trained: then each row has a gradient of its own.
-    """
-    expert = resolve_expert(expert_vector, library)
+
+def _with_key(expert: Any) -> tuple[Any, Any]:
+    """A list of equal rows is one expert, unless they are being trained: then each row has a gradient of its own."""
     if isinstance(expert, list) and _is_trained(expert):
         return expert, tuple(expert_key(row) for row in expert)
     key = expert_key(expert)
@@ -280,7 +281,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         is_given = expert_vector is not ...
         expert, key = None, None
         if is_given:
-            expert, key = resolve_with_key(self._expert_library, expert_vector)
+            resolved = resolve_expert(expert_vector, self._expert_library)
+            expert, key = _with_key(resolved)
         elif cache is not None:
             expert, key = cache.expert_vector, cache.in_force.expert_key
         if self._merged_modules() and (is_given or expert is not None):
@@ -288,7 +290,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
                 "An expert is merged into the weights: call `unmerge_expert()` before naming another one."
             )
         if is_given:
-            self._check_what_scales_nothing(expert_vector)
+            self._check_what_scales_nothing(expert_vector, resolved)
         rows = expert_vector if is_given else expert
         num_rows = len(rows) if isinstance(rows, (list, tuple)) else None
         weights = None if cache is None else weights_stamp(self.base_model)
@@ -323,10 +325,11 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
             scaled.setdefault(owner, {})[short] = scale_basis(basis, z if isinstance(expert, list) else z[0])
         return scaled
 
-    def _check_what_scales_nothing(self, expert_vector: Any) -> None:
+    def _check_what_scales_nothing(self, given: Any, resolved: Any) -> None:
         """Experts of ones are resolved to the base, and would pass whatever modules they name."""
-        for row in expert_vector if isinstance(expert_vector, (list, tuple)) else [expert_vector]:
-            if row is not None and resolve_expert(row, self._expert_library) is None:
+        pairs = zip(given, resolved, strict=True) if isinstance(resolved, list) else [(given, resolved)]
+        for row, expert in pairs:
+            if row is not None and expert is None:
                 row = self._expert_library[row] if isinstance(row, str) else row
                 self._check_expert(ExpertVector(getattr(row, "vectors", row)), self.linear_modules())
 
@@ -387,16 +390,16 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         return module is not embedding and module.weight is embedding.weight
 
     def tie_weights(self, *args, **kwargs):
-        if any(isinstance(weight, nn.Parameter) for _, weight in self._merged_modules()):
-            raise ValueError(
-                "An expert is merged into the tied `lm_head`: call `unmerge_expert()` before tying weights."
-            )
+        self._check_tied_head("tying weights")
         return super().tie_weights(*args, **kwargs)
+
+    def _check_tied_head(self, action: str) -> None:
+        if any(isinstance(weight, nn.Parameter) for _, weight in self._merged_modules()):
+            raise ValueError(f"An expert is merged into the tied `lm_head`: call `unmerge_expert()` before {action}.")
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""
-        if any(isinstance(weight, nn.Parameter) for _, weight in self._merged_modules()):
-            raise ValueError("An expert is merged into the tied `lm_head`: call `unmerge_expert()` before saving.")
+        self._check_tied_head("saving")
         self.config.auto_map = dict(AUTO_MAP)
         self.config.experts = list(self._expert_library) or None
         if self.config.experts:

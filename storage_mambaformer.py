@@ -102,6 +102,14 @@ class Span:
         return self.starts(device) + (self.num_tokens if self.lengths is None else self.lengths)
 
 
+def counted_positions(mask: torch.Tensor, start: Any = 0) -> torch.Tensor:
+    """Positions (rows, columns) of columns whose `mask` says which are real, after `start` real tokens of each row.
+
+    A pad takes the position of the last real token before it, or 0.
+    """
+    return (mask.cumsum(1) + start - 1).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the layers of one retention take in a span; made once per forward.
