@@ -238,11 +238,15 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     # ---- caches
 
     def make_cache(
-        self, storage: str = "dense", max_cache_len: int | None = None, on_expert_change: str = "recompute"
+        self,
+        storage: str = "dense",
+        max_cache_len: int | None = None,
+        on_expert_change: str = "recompute",
+        rollback_reach: int = 0,
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `MambaFormerCache`."""
         resolve = functools.partial(resolve_with_key, self._expert_library)
-        return MambaFormerCache(self.config, storage, max_cache_len, on_expert_change, resolve)
+        return MambaFormerCache(self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach)
 
     # ---- experts
 
