@@ -4,6 +4,7 @@
 expert is planned first. `commit` makes all of it true at once, so a forward that fails leaves the cache as it was.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from .session_mambaformer import load_session, save_session
 from .storage_mambaformer import (
     Buffer,
     KeyValueStore,
@@ -244,6 +246,7 @@ class MambaFormerCache(Cache):
             `"recompute"` encodes it again at the next forward; `"reset"` drops it, and the caller feeds it again;
             `"continue"` keeps it as it was encoded; `"error"` refuses the change.
         resolve: turns what a user may call an expert into `(expert, key)`; a model's caches bring the model's.
+        model: whose weights a saved cache is tied to; it is not kept alive.
 
     Raises:
         ValueError: an unknown option, or static storage without `max_cache_len`.
@@ -256,10 +259,12 @@ class MambaFormerCache(Cache):
         max_cache_len: int | None = None,
         on_expert_change: str = "recompute",
         resolve: Callable | None = None,
+        model: Any = None,
     ):
         _check_options(storage, max_cache_len, on_expert_change)
         self.config, self.storage, self.max_columns = config, storage, max_cache_len
         self.on_expert_change, self.resolve = on_expert_change, resolve
+        self._model = None if model is None else weakref.ref(model)
         self.clock = Clock()
         self.log = TokenLog(max_cache_len)
         # What is in force, and what the states were encoded under (`None`: they have to be computed again).
@@ -421,7 +426,7 @@ class MambaFormerCache(Cache):
             return False
         return self.encoded_under is None or self.on_expert_change != "continue"
 
-    def _is_about_to_mix(self) -> bool:
+    def is_about_to_mix(self) -> bool:
         """Whether the next token goes on from a text that something else than what is in force has encoded."""
         return not self.clock.is_empty and not self.is_stale and self.encoded_under != self.in_force
 
@@ -439,11 +444,13 @@ class MambaFormerCache(Cache):
                 "not remembered: call `cache.reset()` and feed it again, or use on_expert_change='continue'."
             )
 
+    # Fields of the configuration that a cache takes its shape from.
+    depends_on = ("layer_types", "sliding_window", "num_sink_tokens", "num_key_value_heads", "head_dim", "vocab_size")
+    depends_on += ("hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_expand")
+
     def fits(self, config) -> bool:
         """Whether a model of `config` can use this cache."""
-        names = ("layer_types", "sliding_window", "num_sink_tokens", "num_key_value_heads", "head_dim", "vocab_size")
-        names += ("hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_expand")
-        return all(getattr(self.config, name) == getattr(config, name) for name in names)
+        return all(getattr(self.config, name) == getattr(config, name) for name in self.depends_on)
 
     # ---- what users and `generate` do to it
 
@@ -498,7 +505,7 @@ class MambaFormerCache(Cache):
             return
         stores = [store for layer in self.layers for store in layer.stores.values()]
         if not all(store.can_forget(columns) for store in stores):
-            if self.is_mixed or self._is_about_to_mix():
+            if self.is_mixed or self.is_about_to_mix():
                 raise ValueError(
                     "The cached text was encoded under several experts or weights (on_expert_change='continue') and "
                     "cannot be rolled back: fork the cache before feeding what may have to be taken back."
@@ -544,7 +551,7 @@ class MambaFormerCache(Cache):
         if not isinstance(self.expert_vector, list):
             return
         is_stale = self.is_stale
-        self.is_mixed |= self._is_about_to_mix()
+        self.is_mixed |= self.is_about_to_mix()
         self.expert_vector, key = self.resolve([self.expert_vector[row] for row in rows.tolist()])
         self.in_force, self.expert_plan = InForce(key, self.in_force.weights), None
         self.encoded_under = None if is_stale else self.in_force
@@ -565,7 +572,9 @@ class MambaFormerCache(Cache):
 
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
-        other = MambaFormerCache(self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
+        other = MambaFormerCache(
+            self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve, self.model
+        )
         for layer, copy in zip(self.layers, other.layers, strict=True):
             layer.fork_into(copy)
         columns, counts = self.clock.columns, self.clock.counts
@@ -579,6 +588,42 @@ class MambaFormerCache(Cache):
 
     def __deepcopy__(self, memo) -> "MambaFormerCache":
         return self.fork()
+
+    # ---- sessions
+
+    @property
+    def model(self) -> Any:
+        """The model that made it, or `None` if there is none (any more)."""
+        return None if self._model is None else self._model()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}  # a copy in another process belongs to no model
+
+    def save(self, path) -> None:
+        """Writes the cache as a safetensors file, whole or not at all; a file that was there stays if writing fails.
+
+        It holds the tokens, the states, the expert in force with its vectors, and the fingerprint of the weights.
+
+        Raises:
+            ValueError: the cache belongs to no model.
+            OSError: the file cannot be written.
+        """
+        save_session(self, path)
+
+    @classmethod
+    def load(cls, path, model, on_weights_change: str = "error") -> "MambaFormerCache":
+        """The cache that `save` wrote, for `model`: it goes on as the saved one would have, bit for bit.
+
+        Args:
+            on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the text again at the
+                next forward.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a damaged file or one of another kind (nothing is ever unpickled), a newer version, or a model
+                of another configuration or other weights. No cache has been built then.
+        """
+        return load_session(path, model, on_weights_change)
 
     # ---- what it holds
 

@@ -184,6 +184,11 @@ class MambaFormerMambaMixer(nn.Module):
             past_key_values.layers[self.layer_idx].update_recurrent_state(state)
         return project(self.out_proj, mixed, experts.get("out_proj"))
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each state that a cache keeps for this mixer."""
+        channels, _, kernel = self.conv1d.weight.shape
+        return {"conv": (kernel - 1, channels), "ssm": (channels, self.state_size)}
+
     def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
         """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
         sizes = [self.rank, self.state_size, self.state_size]
