@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -23,6 +25,7 @@ except ImportError:  # not a POSIX system
     fcntl = None
 
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -107,23 +110,45 @@ def read_tensors(path: Path, file_format: str, version: int, save_again: str) ->
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass one file.")
-    with open(path, "rb") as file:  # the system's own error for a missing or forbidden file
-        start = file.read(4)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        with open(path, "rb") as file:  # opened once: it may be replaced while it is read
+            header = _read_header(file)
             _check_header(path, header, file_format, version)
-            # Copies, because the library hands out views of the mapped file.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118
-    except SafetensorError as error:
-        if start.startswith(PICKLE_STARTS):
-            raise ValueError(
-                f"{path} is a pickle or torch.save file, which can run code when it is opened: load it where you "
-                f"trust it, and write it with {save_again}."
-            ) from error
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): it is damaged or cut short, fetch or save it again."
-        ) from error
+            file.seek(0)
+            return from_safetensors(file.read()), header
+    except (SafetensorError, _NotSafetensors, KeyError) as error:  # KeyError: a dtype that PyTorch does not have
+        raise _described(path, error, save_again) from error
+
+
+class _NotSafetensors(Exception):
+    """A file that does not begin as a safetensors file does."""
+
+
+def _read_header(file: BinaryIO) -> dict[str, str]:
+    start = file.read(8)
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > MAX_HEADER_BYTES:
+        raise _NotSafetensors("it has no header")
+    try:
+        found = json.loads(file.read(size)).get("__metadata__", {})
+        if not all(isinstance(value, str) for value in found.values()):
+            raise _NotSafetensors("its header is not one of strings")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _NotSafetensors(f"its header is no JSON object: {error}") from error
+    return found
+
+
+def _described(path: Path, error: Exception, save_again: str) -> ValueError:
+    with open(path, "rb") as file:
+        is_pickle = file.read(4).startswith(PICKLE_STARTS)
+    if is_pickle:
+        return ValueError(
+            f"{path} is a pickle or torch.save file, which can run code when it is opened: load it where you trust "
+            f"it, and write it with {save_again}."
+        )
+    return ValueError(
+        f"{path} is not a whole safetensors file ({error}): it is damaged or cut short, fetch or save it again."
+    )
 
 
 def _check_header(path: Path, header: Mapping[str, str], file_format: str, newest: int) -> None:

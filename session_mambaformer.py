@@ -37,6 +37,7 @@ class Session:
         rows, columns: size of the text; rows are `None` without one.
         has_embeddings: part of the text was given as embeddings.
         is_mixed: several experts or weights encoded it.
+        can_be_encoded_again: the tokens and the expert in force tell all.
         is_of_these_weights: the cache has met no others since.
         has_states: they are in the file; `encoded_key` then names the expert that encoded them.
         experts: `{"fingerprint", "name", "metadata"}` of each that is in the file.
@@ -50,6 +51,7 @@ class Session:
     columns: int
     has_embeddings: bool
     is_mixed: bool
+    can_be_encoded_again: bool
     is_of_these_weights: bool
     has_states: bool
     encoded_key: str | list | None
@@ -78,6 +80,7 @@ def save_session(cache, path) -> None:
         columns=cache.get_seq_length(),
         has_embeddings=cache.log.has_embeddings,
         is_mixed=cache.is_mixed,
+        can_be_encoded_again=not (cache.log.has_embeddings or cache.is_mixed or cache.is_about_to_mix()),
         is_of_these_weights=is_current,
         has_states=has_states,
         encoded_key=_plain_key(cache.encoded_under.expert_key) if has_states else None,
@@ -161,37 +164,35 @@ def load_session(path, model, on_weights_change: str = "error"):
         raise ValueError(f"{path} holds something else than was saved (checksum mismatch): it is damaged.")
     try:
         session = _session_of(header)
-        experts = _check_experts(session, tensors, model)
         cache = model.make_cache(**session.options)
         _check_config(session, cache)
+        experts = _check_experts(session, tensors, model)
+        stamp, fingerprint = model.weights_fingerprint()
+        if session.weights != fingerprint:
+            session, tensors = _text_alone(session, tensors, on_weights_change)
         _check_tensors(session, tensors, cache, model)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no session that this model can go on from: {error}") from error
-    stamp, fingerprint = model.weights_fingerprint()
-    has_other_weights = session.weights != fingerprint
-    if has_other_weights and on_weights_change == "error":
-        raise ValueError(
-            f"{path} was saved with other weights: load the model that it was saved with (with what was merged into "
-            "it), or pass on_weights_change='recompute' to encode its text again."
-        )
     _put_expert_in_force(cache, session, experts, stamp)
     if session.columns:
         _restore_text(cache, session, tensors, model)
-    if has_other_weights:
-        _encode_again(path, cache, stamp)
     return cache
 
 
-def _encode_again(path: Path, cache, stamp) -> None:
-    """Leaves the next forward the text alone."""
-    if cache.log.has_embeddings or cache.is_mixed or cache.is_about_to_mix():
+def _text_alone(session: Session, tensors: dict[str, Tensor], on_weights_change: str) -> tuple[Session, dict]:
+    """The session as a text that is still to be encoded, if that is wanted and can be done."""
+    if on_weights_change == "error":
         raise ValueError(
-            f"{path} was saved with other weights, and its text cannot be encoded again, as part of it was given as "
-            "embeddings or encoded by other experts than the one in force: load the model that it was saved with."
+            "it was saved with other weights. Load the model that it was saved with (with what was merged into it), or"
+            " pass on_weights_change='recompute' to encode its text again."
         )
-    for layer in cache.layers:
-        layer.reset()
-    cache.in_force, cache.encoded_under = replace(cache.in_force, weights=stamp), None
+    if session.columns and not session.can_be_encoded_again:
+        raise ValueError(
+            "it was saved with other weights, and its text cannot be encoded again, as part of it was given as "
+            "embeddings or encoded by another expert than the one in force. Load the model that it was saved with."
+        )
+    text = {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.")}
+    return replace(session, has_states=False, is_of_these_weights=True), text
 
 
 def _put_expert_in_force(cache, session: Session, experts: list[ExpertVector], stamp) -> None:
@@ -304,7 +305,9 @@ def _check_tensors(session: Session, tensors: dict[str, Tensor], cache, model) -
     for name, tensor in found.items():
         shape, dtypes = known[name]
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise ValueError(f"`{name}` is {tensor.dtype} of shape {tuple(tensor.shape)}, not {shape}.")
+            raise ValueError(
+                f"`{name}` is {tensor.dtype} of shape {tuple(tensor.shape)}, not {shape} in one of {dtypes}."
+            )
     if session.columns:
         _check_log(session, tensors, cache.config.vocab_size)
 
