@@ -246,7 +246,7 @@ class MambaFormerCache(Cache):
             `"recompute"` encodes it again at the next forward; `"reset"` drops it, and the caller feeds it again;
             `"continue"` keeps it as it was encoded; `"error"` refuses the change.
         resolve: turns what a user may call an expert into `(expert, key)`; a model's caches bring the model's.
-        model: whose weights a saved cache is tied to; it is not kept alive.
+        model: the stack whose weights a saved cache is tied to; it is not kept alive.
 
     Raises:
         ValueError: an unknown option, or static storage without `max_cache_len`.
@@ -593,7 +593,7 @@ class MambaFormerCache(Cache):
 
     @property
     def model(self) -> Any:
-        """The model that made it, or `None` if there is none (any more)."""
+        """The stack of the model that made it, or `None` if there is none (any more)."""
         return None if self._model is None else self._model()
 
     def __getstate__(self) -> dict:

@@ -166,16 +166,16 @@ def load_session(path, model, on_weights_change: str = "error"):
         session = _session_of(header)
         cache = model.make_cache(**session.options)
         _check_config(session, cache)
-        experts = _check_experts(session, tensors, model)
-        stamp, fingerprint = model.weights_fingerprint()
+        experts = _check_experts(session, tensors, cache.model)
+        stamp, fingerprint = cache.model.weights_fingerprint()
         if session.weights != fingerprint:
             session, tensors = _text_alone(session, tensors, on_weights_change)
-        _check_tensors(session, tensors, cache, model)
+        _check_tensors(session, tensors, cache)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no session that this model can go on from: {error}") from error
     _put_expert_in_force(cache, session, experts, stamp)
     if session.columns:
-        _restore_text(cache, session, tensors, model)
+        _restore_text(cache, session, tensors)
     return cache
 
 
@@ -205,8 +205,8 @@ def _put_expert_in_force(cache, session: Session, experts: list[ExpertVector], s
     cache.encoded_under = replace(cache.in_force, expert_key=encoded_key) if session.has_states else None
 
 
-def _restore_text(cache, session: Session, tensors: dict[str, Tensor], model) -> None:
-    device = model.get_input_embeddings().weight.device
+def _restore_text(cache, session: Session, tensors: dict[str, Tensor]) -> None:
+    device = cache.model.get_input_embeddings().weight.device
     log = {name.removeprefix("tokens."): t.to(device) for name, t in tensors.items() if name.startswith("tokens.")}
     cache.log.append(0, **log)
     cache.log.has_embeddings, cache.is_mixed = session.has_embeddings, session.is_mixed
@@ -216,7 +216,7 @@ def _restore_text(cache, session: Session, tensors: dict[str, Tensor], model) ->
     cache.clock.is_empty, cache._rows = False, session.rows
     if not session.has_states:
         return
-    for layer_idx, (layer, module) in enumerate(zip(cache.layers, model.base_model.layers, strict=True)):
+    for layer_idx, (layer, module) in enumerate(zip(cache.layers, cache.model.layers, strict=True)):
         device = next(module.parameters()).device
         for kind, store in layer.stores.items():
             prefix = f"layers.{layer_idx}.{kind}."
@@ -272,7 +272,7 @@ def _check_config(session: Session, cache) -> None:
         raise ValueError(f"it was saved by a model of another configuration ({said}): load that one.")
 
 
-def _check_experts(session: Session, tensors: dict[str, Tensor], model) -> list[ExpertVector]:
+def _check_experts(session: Session, tensors: dict[str, Tensor], stack) -> list[ExpertVector]:
     """The experts of the file, each what its fingerprint says and made for a model like this."""
     experts = []
     for n, said in enumerate(session.experts):
@@ -281,7 +281,7 @@ def _check_experts(session: Session, tensors: dict[str, Tensor], model) -> list[
         expert = ExpertVector(vectors, said["name"], said["metadata"])
         if expert.fingerprint != said["fingerprint"]:
             raise ValueError(f"the vectors of its expert {n} are not what their fingerprint says.")
-        model.check_expert(expert)
+        stack.check_expert(expert)
         experts.append(expert)
     rows = session.expert if isinstance(session.expert, list) else [session.expert]
     if not all(row is None or (type(row) is int and 0 <= row < len(experts)) for row in rows):
@@ -291,13 +291,13 @@ def _check_experts(session: Session, tensors: dict[str, Tensor], model) -> list[
     return experts
 
 
-def _check_tensors(session: Session, tensors: dict[str, Tensor], cache, model) -> None:
+def _check_tensors(session: Session, tensors: dict[str, Tensor], cache) -> None:
     if cache.max_columns is not None and session.columns > cache.max_columns:
         raise ValueError(f"it has {session.columns} columns where {cache.max_columns} fit.")
     known = _expected_log(session) if session.columns else {}
     optional = known.keys() - {"tokens.token_ids"}
     if session.has_states:
-        known |= dict(_expected_states(session, cache, model))
+        known |= dict(_expected_states(session, cache))
     found = {name: tensor for name, tensor in tensors.items() if not _is_of_experts(name, session)}
     wrong = (found.keys() - known.keys()) | (known.keys() - found.keys() - optional)
     if wrong:
@@ -322,11 +322,11 @@ def _expected_log(session: Session) -> dict[str, tuple[tuple, set]]:
     return {f"tokens.{name}": (shape, kinds) for name, kinds in dtypes.items()}
 
 
-def _expected_states(session: Session, cache, model) -> Iterator[tuple[str, tuple[tuple, set]]]:
-    config, base = cache.config, model.base_model
-    narrow = {weight.dtype for weight in base.parameters() if weight.is_floating_point()} | HALF_DTYPES
+def _expected_states(session: Session, cache) -> Iterator[tuple[str, tuple[tuple, set]]]:
+    config, stack = cache.config, cache.model
+    narrow = {weight.dtype for weight in stack.parameters() if weight.is_floating_point()} | HALF_DTYPES
     wide = narrow | {at_least_float32(dtype) for dtype in narrow}
-    for layer_idx, layer in enumerate(base.layers):
+    for layer_idx, layer in enumerate(stack.layers):
         slots = Retention.of(config, layer_idx).num_slots(session.columns)
         keys = (session.rows, config.num_key_value_heads, slots, config.head_dim)
         for kind in config.mixers(layer_idx):

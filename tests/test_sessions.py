@@ -145,6 +145,11 @@ def with_a_graph(model, options):
         return plain(model, options)
 
 
+@torch.autocast("cpu", torch.bfloat16)
+def under_autocast(model, options):
+    return padded(model, options)
+
+
 def waiting_to_be_encoded_again(model, options):
     cache = padded(model, options)
     cache.set_expert(experts_of(model)[1])
@@ -224,6 +229,7 @@ SCENARIOS = {
         emptied,
         made_in_inference_mode,
         with_a_graph,
+        under_autocast,
         waiting_to_be_encoded_again,
         mixed,
         about_to_mix,
@@ -467,6 +473,13 @@ def test_each_expert_of_a_batch_is_in_the_file_once(tmp_path):
     assert sorted(names) == sorted(f"experts.{n}.{name}" for n, e in enumerate((a, b)) for name in e)
 
 
+def test_states_of_autocast_keep_their_dtype(tmp_path):
+    model = model_of("everything", "float32")
+    made(model, "under_autocast", "dense").save(tmp_path / "s")
+    layer = model.load_cache(tmp_path / "s").layers[1]
+    assert layer.attention.values.tensor.dtype == torch.bfloat16
+
+
 @every_cache
 def test_a_file_holds_only_the_slots_that_are_in_use(variant, tmp_path):
     model = shared_model("full")
@@ -543,7 +556,7 @@ def test_other_weights_are_refused_unless_the_text_is_to_be_encoded_again(change
     else:
         with torch.no_grad():
             model.model.layers[1].mamba.D[3] += 1e-9
-    with pytest.raises(ValueError, match="other weights.* Load the model that it was saved with"):
+    with pytest.raises(ValueError, match=r"other weights\. Load the model that it was saved with"):
         model.load_cache(path)
     with pytest.raises(ValueError, match="on_weights_change"):
         model.load_cache(path, on_weights_change="ignore")
