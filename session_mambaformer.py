@@ -153,11 +153,14 @@ def _states(cache) -> Iterator[tuple[str, Tensor]]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def load_session(path, model, on_weights_change: str = "error"):
     """The cache that `path` holds, for `model`; see `MambaFormerCache.load`."""
     if on_weights_change not in ("error", "recompute"):
         raise ValueError(f"`on_weights_change` must be 'error' or 'recompute', got {on_weights_change!r}.")
+    if not hasattr(model, "make_cache"):
+        raise TypeError(f"A session is loaded for a MambaFormer, got {type(model).__name__}.")
     path = Path(path)
     tensors, header = read_tensors(path, SESSION_FORMAT, SESSION_VERSION, "`cache.save(path)`")
     if not is_sealed(header, tensors):

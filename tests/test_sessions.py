@@ -473,6 +473,17 @@ def test_each_expert_of_a_batch_is_in_the_file_once(tmp_path):
     assert sorted(names) == sorted(f"experts.{n}.{name}" for n, e in enumerate((a, b)) for name in e)
 
 
+def test_a_cache_that_is_loaded_in_inference_mode_is_an_ordinary_one(tmp_path):
+    model = shared_model("everything")
+    cache = made(model, "padded", "static")
+    cache.save(tmp_path / "s")
+    with torch.inference_mode():
+        loaded = model.load_cache(tmp_path / "s")
+    for one in (loaded, cache):
+        one.crop(-3)
+    assert equal(go_on(model, loaded), go_on(model, cache))
+
+
 def test_states_of_autocast_keep_their_dtype(tmp_path):
     model = model_of("everything", "float32")
     made(model, "under_autocast", "dense").save(tmp_path / "s")
@@ -825,6 +836,8 @@ def test_missing_files_and_folders_say_so(saved, tmp_path):
         saved[0].load_cache(tmp_path / "nothing")
     with pytest.raises(ValueError, match="is a folder"):
         saved[0].load_cache(tmp_path)
+    with pytest.raises(TypeError, match="got Linear"):
+        MambaFormerCache.load(saved[2], torch.nn.Linear(1, 1))
     with pytest.raises(FileNotFoundError):
         saved[1].save(tmp_path / "no" / "folder")
 
