@@ -146,7 +146,7 @@ def _states(cache) -> Iterator[tuple[str, Tensor]]:
         for kind, store in layer.stores.items():
             for name, tensor in store.tensors().items():
                 if kind == "attention":
-                    tensor = tensor[:, :, : store.retention.num_slots(cache.get_seq_length())]
+                    tensor = tensor[:, :, : cache.get_seq_length()]  # not the slots that wait for more
                 yield f"layers.{layer_idx}.{kind}.{name}", tensor
 
 

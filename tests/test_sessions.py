@@ -491,6 +491,18 @@ def test_states_of_autocast_keep_their_dtype(tmp_path):
     assert layer.attention.values.tensor.dtype == torch.bfloat16
 
 
+def test_experts_that_differ_in_trailing_ones_stay_apart(tmp_path):
+    """They are equal, and yet are computed with another number of directions: the last bits may differ."""
+    model, name = shared_model("paper"), "model.layers.1.self_attn.q_proj"
+    short = ExpertVector({name: torch.full((3,), 1.5)})
+    long = ExpertVector({name: torch.cat([short[name], torch.ones(4)])})
+    assert short == long
+    cache = model.make_cache()
+    cache.set_expert([short, long, None])
+    cache.save(tmp_path / "s")
+    assert [len(row[name]) for row in model.load_cache(tmp_path / "s").expert_vector[:2]] == [3, 7]
+
+
 @every_cache
 def test_a_file_holds_only_the_slots_that_are_in_use(variant, tmp_path):
     model = shared_model("full")
@@ -499,6 +511,13 @@ def test_a_file_holds_only_the_slots_that_are_in_use(variant, tmp_path):
     tensors = load_file(tmp_path / "s")
     assert tensors["tokens.token_ids"].shape == (3, 7)
     assert tensors["layers.0.attention.keys"].shape[2] == 7
+
+
+def test_states_that_can_never_be_used_again_are_not_in_the_file(tmp_path):
+    model = random_model(tiny_config("paper"))
+    for scenario, has_states in (("with_changed_weights", False), ("mixing_with_changed_weights", True)):
+        made(model, scenario, "dense").save(tmp_path / "s")
+        assert any(name.startswith("layers.") for name in load_file(tmp_path / "s")) == has_states
 
 
 def test_a_session_of_a_causal_model_is_one_of_its_stack_and_its_classifier(tmp_path):
