@@ -137,9 +137,19 @@ def check_feed(config, input_ids, inputs_embeds, attention_mask, position_ids, c
         if position_ids.shape not in ((rows, num_tokens), (1, num_tokens)):
             raise ValueError(f"`position_ids` must be ({rows}, {num_tokens}), got {_described(position_ids)}.")
         position_ids = position_ids.expand(rows, -1)
+        if attention_mask is None and not torch.compiler.is_compiling():
+            _check_not_packed(position_ids)
     if input_ids is None:
         input_ids = torch.full((rows, num_tokens), -1, dtype=torch.long, device=inputs_embeds.device)
     return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
+
+
+def _check_not_packed(position_ids: torch.Tensor) -> None:
+    if bool((position_ids[:, 1:] == 0).any()):
+        raise ValueError(
+            "`position_ids` start again at 0 within a row, which elsewhere packs several texts into it. Here they "
+            "would see each other: give each text a row of its own and an `attention_mask`."
+        )
 
 
 def _check_cache(config, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:

@@ -429,3 +429,26 @@ def test_the_classifier_names_what_it_takes():
     with torch.no_grad():
         embeds = classifier.get_input_embeddings()(ids)
         same(classifier(inputs_embeds=embeds, attention_mask=mask).logits, classifier(ids).logits)
+
+
+def test_texts_packed_into_one_row_are_refused():
+    """They saw each other: only the rotations followed the positions, neither the mask nor the Mamba states."""
+    model, ids = shared_model("everything"), ids_of()
+    with pytest.raises(ValueError, match="start again at 0"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+
+
+def test_a_model_may_exit_early_to_assist_itself():
+    """Transformers lowers `num_hidden_layers` while the first layers propose tokens; all ran, and an index failed."""
+    model, ids = random_model(tiny_config("everything"), loudness=0.7), ids_of()
+    greedy = model.generate(ids, max_new_tokens=8, **GREEDY)
+    for exit_at in (1, 3):
+        assert (
+            model.generate(ids, max_new_tokens=8, assistant_early_exit=exit_at, **GREEDY).tolist() == greedy.tolist()
+        )
+    shallow = random_model(tiny_config("everything", layer_types=model.config.layer_types[:3]))
+    shallow.load_state_dict(
+        {name: weight for name, weight in model.state_dict().items() if name in shallow.state_dict()}
+    )
+    model.config.num_hidden_layers = 3
+    assert torch.equal(whole(model, ids), whole(shallow, ids))
