@@ -486,7 +486,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         attention = plan_attention(self.config, span, cache, hidden_states, shown)
         if recorded.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states, weights = layer(
                 recorded.hidden(hidden_states),
                 attention=attention.get(self.config.window(layer_idx)),
