@@ -44,7 +44,6 @@ class CommonTests(
     model_classes = ()
     fields = {}
     not_applicable = {}
-    test_can_init_all_missing_weights_before_2023 = True  # ours is no older, but its files have no year to tell it
     model_tester = None
 
     @property
