@@ -35,7 +35,7 @@ class Jamba(CommonTests, unittest.TestCase):
         "attn_layer_offset": 1,
         "attn_layer_period": 2,
         "num_key_value_heads": 2,
-        "intermediate_size": 37,
+        "intermediate_size": 64,
         "num_experts": 2,
         "expert_layer_offset": 1,
         "expert_layer_period": 2,
