@@ -6,13 +6,16 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint check bench train-experts clean
+.PHONY: demo test test-library lint check bench train-experts clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: $(VENV)/.dev  ## all tests, on both cores
 	$(BIN)/python -m pytest -n 2
+
+test-library: $(VENV)/.dev  ## the library's own common model tests, on our classes
+	$(BIN)/python tests_library/run.py $(ARGS)
 
 lint: $(VENV)/.dev  ## style
 	$(BIN)/ruff check .

@@ -1,3 +1,4 @@
+# Copyright 2026 the MambaFormer authors. Licensed under the Apache License, Version 2.0.
 """Configuration of MambaFormer: the layer pattern is data, everything is checked on construction."""
 
 import math

@@ -56,36 +56,65 @@ class Packing:
 
 
 def _pick(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    if columns.dim() == 3:
-        index = index[..., None].expand(-1, -1, columns.shape[2])
+    index = index.view(*index.shape, *[1] * (columns.dim() - 2)).expand(-1, -1, *columns.shape[2:])
     return columns.expand(index.shape[0], *columns.shape[1:]).gather(1, index)
 
 
 class Recorder:
-    """Collects hidden states and attention weights, in the order in which the tokens were given."""
+    """Collects hidden states and attention weights, in the order in which the tokens were given.
 
-    def __init__(self, config, packing: Packing, output_hidden_states: bool | None, output_attentions: bool | None):
+    Args:
+        output_hidden_states: whether to collect hidden states, or the indices of those to collect (`None` stands for
+            the others); negative indices count from the end.
+    """
+
+    def __init__(
+        self,
+        config,
+        packing: Packing,
+        output_hidden_states: bool | int | list[int] | None,
+        output_attentions: bool | None,
+    ):
         self.packing = packing
-        self.wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        asked = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self.wants_hidden = asked is not None and asked is not False
+        self.wanted = _indices(asked, config.num_hidden_layers + 1)
         self.wants_attention = config.output_attentions if output_attentions is None else output_attentions
-        self.hidden_found: list[torch.Tensor] = []
+        self.hidden_found: list[torch.Tensor | None] = []
         self.attention_found: list[torch.Tensor] = []
 
-    def hidden(self, hidden_states: torch.Tensor) -> None:
-        if self.wants_hidden:
-            self.hidden_found.append(self.packing.unpack(hidden_states))
+    def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Packed states -> the same, now made from those that are kept: gradients reach what the caller is given."""
+        if not self.wants_hidden:
+            return hidden_states
+        if len(self.hidden_found) not in self.wanted:
+            self.hidden_found.append(None)
+            return hidden_states
+        self.hidden_found.append(self.packing.unpack(hidden_states))
+        return self.packing.pack(self.hidden_found[-1])
 
     def attention(self, weights: torch.Tensor | None) -> None:
-        """Takes (rows, heads, tokens, keys); keys are in the order of the cache's slots."""
+        """Takes (rows, heads, tokens, keys), unpacked; keys are in the order of the cache's slots."""
         if self.wants_attention and weights is not None:
-            by_token = self.packing.unpack(weights.transpose(1, 2).flatten(2))
-            self.attention_found.append(by_token.unflatten(2, (weights.shape[1], -1)).transpose(1, 2))
+            self.attention_found.append(weights)
 
-    def results(self, num_new: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
+    def results(self, num_new: int) -> dict[str, tuple[torch.Tensor | None, ...] | None]:
         """Those of the last `num_new` tokens, or `None` for what was not asked for."""
-        hidden = tuple(states[:, -num_new:] for states in self.hidden_found)
-        attentions = tuple(weights[:, :, -num_new:] for weights in self.attention_found)
+        hidden = tuple(states if states is None else _last(states, 1, num_new) for states in self.hidden_found)
+        attentions = tuple(_last(weights, 2, num_new) for weights in self.attention_found)
         return {"hidden_states": hidden or None, "attentions": attentions or None}
+
+
+def _indices(asked: bool | int | list[int] | None, count: int) -> set[int]:
+    if asked is None or isinstance(asked, bool):
+        return set(range(count)) if asked else set()
+    asked = [asked] if isinstance(asked, int) else asked
+    return {index % count for index in asked if -count <= index < count}
+
+
+def _last(states: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """The tensor itself where nothing is left out: a slice would not be part of the graph of the outputs."""
+    return states if states.shape[dim] == length else states.narrow(dim, states.shape[dim] - length, length)
 
 
 def check_feed(config, input_ids, inputs_embeds, attention_mask, position_ids, cache) -> Feed:
@@ -108,6 +137,8 @@ def check_feed(config, input_ids, inputs_embeds, attention_mask, position_ids, c
         if position_ids.shape not in ((rows, num_tokens), (1, num_tokens)):
             raise ValueError(f"`position_ids` must be ({rows}, {num_tokens}), got {_described(position_ids)}.")
         position_ids = position_ids.expand(rows, -1)
+        if attention_mask is None and not torch.compiler.is_compiling():
+            _check_not_packed(position_ids)
     if input_ids is None:
         input_ids = torch.full((rows, num_tokens), -1, dtype=torch.long, device=inputs_embeds.device)
     return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
@@ -141,6 +172,14 @@ def _are_within(values: torch.Tensor, low: int, high: int) -> bool:
     if torch.compiler.is_compiling() or values.device.type != "cpu":
         return True
     return bool(((values >= low) & (values < high)).all())
+
+
+def _check_not_packed(position_ids: torch.Tensor) -> None:
+    if bool((position_ids[:, 1:] == 0).any()):
+        raise ValueError(
+            "`position_ids` start again at 0 within a row, which elsewhere packs several texts into it. Here they "
+            "would see each other: give each text a row of its own and an `attention_mask`."
+        )
 
 
 def _check_cache(config, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:

@@ -5,7 +5,7 @@ Every mixer sees packed rows: the real tokens of a row come first, and what stan
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .experts_mambaformer import ScaledBasis, at_least_float32, project
+from .feed_mambaformer import Packing
 from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
 from .storage_mambaformer import Layout, Passage, Retention, Span, plan_layout, split_at_reach
 
@@ -75,8 +76,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys)."""
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, packing: Packing | None = None, **kwargs
+):
+    """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys).
+
+    With a `packing`, the weights are returned in the order in which the tokens were given.
+    """
     rows, heads, num_tokens, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # (rows, key heads, group * tokens, head_dim)
     weights = (grouped @ key.transpose(2, 3) * scaling).view(rows, heads, num_tokens, -1)
@@ -84,16 +90,24 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         weights = weights + attention_mask
     weights = torch.softmax(weights, dim=-1, dtype=at_least_float32(weights.dtype)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
-    grouped = weights.view(rows, key.shape[1], -1, weights.shape[-1])
-    return (grouped @ value).view(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), weights
+    shown = weights
+    if packing is not None:
+        shown = packing.unpack(weights.transpose(1, 2)).transpose(1, 2)
+        weights = packing.pack(shown.transpose(1, 2)).transpose(1, 2)  # gradients reach what is shown
+    grouped = weights.reshape(rows, key.shape[1], -1, weights.shape[-1])
+    return (grouped @ value).view(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), shown
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What attention layers that retain alike share in one forward: the mask and the implementation that takes it."""
+    """What attention layers that retain alike share in one forward: the mask and the implementation that takes it.
+
+    `packing` is the way back to the order of the tokens, given when the weights are to be returned.
+    """
 
     mask: Any = None
     implementation: str = "sdpa"
+    packing: Packing | None = None
 
 
 class MambaFormerAttention(nn.Module):
@@ -133,6 +147,8 @@ class MambaFormerAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, is_recorded=is_recorded)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if attention.packing is not None:
+            kwargs["packing"] = attention.packing
         mixed, weights = attend(
             self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
@@ -262,15 +278,21 @@ class MambaFormerMLP(nn.Module):
         )
 
 
-def plan_attention(config, span: Span, cache, hidden_states: torch.Tensor) -> dict[int | None, AttentionPlan]:
-    """One plan for each retention, by its window; a layer that does not attend never asks."""
+def plan_attention(
+    config, span: Span, cache, hidden_states: torch.Tensor, packing: Packing | None
+) -> dict[int | None, AttentionPlan]:
+    """One plan for each retention, by its window; a layer that does not attend never asks.
+
+    `packing` is given when the attention weights are to be returned, which only written-out attention can.
+    """
     found = {}
+    packing = packing if config._attn_implementation == "eager" else None
     for layer_idx in range(config.num_hidden_layers):
         window = config.window(layer_idx)
         if window not in found and "attention" in config.mixers(layer_idx):
             retention = Retention.of(config, layer_idx)
             layout = plan_layout(retention, span, hidden_states.device) if cache is None else cache.layout(layer_idx)
-            found[window] = _attention_plan(config, retention, layout, span, hidden_states)
+            found[window] = replace(_attention_plan(config, retention, layout, span, hidden_states), packing=packing)
     return found
 
 

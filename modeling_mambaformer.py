@@ -21,7 +21,8 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.hub import cached_file
 
 from .cache_mambaformer import DEFAULT_REACH, UNCHANGED, MambaFormerCache, Transition
@@ -223,6 +224,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MambaFormerLayer, "attentions": MambaFormerAttention}
     _is_stateful = False  # `crop` restores every state, so speculative decoding may roll back
 
     def __init__(self, config: MambaFormerConfig, *args, **kwargs):
@@ -494,9 +496,9 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         use_cache: bool | None = None,
         expert_vector: Any = ...,
         expert_plan: ExpertPlan | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Feeds new tokens behind those of the cache.
 
@@ -507,6 +509,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             past_key_values: a cache of `make_cache`; by default one is made if `use_cache`.
             expert_vector: see `MambaFormerForCausalLM.forward`.
             expert_plan: the same, prepared by a model that stands on this one.
+            output_hidden_states: whether to return hidden states, or the indices of those to return.
 
         Raises:
             ValueError, TypeError: input that does not fit; the cache is then as it was.
@@ -519,15 +522,14 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             behind_history(feed, cache, self.embed_tokens) if transition.anew and not transition.drops_text else feed
         )
         packing = Packing.of(whole.mask)
+        recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
+        if recorded.wants_attention and self.config._attn_implementation != "eager":
+            logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
         num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
         if cache is None:
             span = Span(num_tokens, lengths=packing.lengths)
         else:
             span = cache.begin(transition, num_tokens, packing.lengths, device)
-
-        recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
-        if recorded.wants_attention and self.config._attn_implementation != "eager":
-            logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
         try:
             hidden_states = self._run(whole, packing, span, plan, cache, recorded, **kwargs)
         except BaseException:
@@ -554,11 +556,11 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             chosen = whole.position_ids
             positions = span.positions(device) if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
-        attention = plan_attention(self.config, span, cache, hidden_states)
-        for layer_idx, layer in enumerate(self.layers):
-            recorded.hidden(hidden_states)
+        shown = packing if recorded.wants_attention else None
+        attention = plan_attention(self.config, span, cache, hidden_states, shown)
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states, weights = layer(
-                hidden_states,
+                recorded.hidden(hidden_states),
                 attention=attention.get(self.config.window(layer_idx)),
                 experts=plan.experts(),
                 position_embeddings=position_embeddings,
@@ -567,9 +569,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
                 **kwargs,
             )
             recorded.attention(weights)
-        hidden_states = self.norm(hidden_states)
-        recorded.hidden(hidden_states)
-        return hidden_states
+        return recorded.hidden(self.norm(hidden_states))
 
     def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
         is_checkpointing = self.gradient_checkpointing and self.training
@@ -628,7 +628,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         expert_vector: Any = ...,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Feeds new tokens behind those of the cache; what is shared with `MambaFormerModel.forward` is told there.
 
@@ -860,13 +860,28 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: MambaFormerCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs,
+        use_cache: bool | None = None,
+        expert_vector: Any = ...,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """Without an `attention_mask`, tokens that are `config.pad_token_id` count as pads."""
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            expert_vector=expert_vector,
+            return_dict=True,
+            **kwargs,
+        )
         logits = self.score(outputs.last_hidden_state[:, -1])
         loss = None
         if labels is not None:

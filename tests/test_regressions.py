@@ -1,5 +1,6 @@
 """Bugs that a hostile reading of the first version found; each test tells its story."""
 
+import inspect
 import shutil
 
 import pytest
@@ -386,6 +387,71 @@ def test_an_expert_that_was_set_and_taken_back_leaves_no_trace():
             assert not cache.is_stale and not cache.is_mixed
             cache.crop(-4)
             same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+def test_gradients_reach_the_states_and_attention_weights_that_a_padded_forward_returns():
+    """What was returned was a copy beside the graph: its gradient was None, in the library's own test too."""
+    model, rows = random_model(tiny_config("everything")), random_rows(5, lengths=(6, 9))
+    model.set_attn_implementation("eager")
+    ids, mask = torch.tensor([[7, 7, 7, *rows[0]], rows[1]]), torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
+
+    def gradients(ids, mask):
+        outputs = model(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True, use_cache=False)
+        shown = [*outputs.hidden_states[:-1], *outputs.attentions]
+        return torch.autograd.grad((outputs.logits[:, -1] ** 2)[0].sum(), shown)
+
+    found, alone = gradients(ids, mask), gradients(ids[:1, 3:], None)
+    for both, one in zip(found, alone, strict=True):
+        assert one.abs().max() > 0
+        same(both[:1, :, 3:, :6] if both.dim() == 4 else both[:1, 3:], one)
+
+
+def test_hidden_states_can_be_asked_for_by_index():
+    """A list of indices was taken for a yes."""
+    model, ids = shared_model("everything"), ids_of()
+    with torch.no_grad():
+        every = model(ids, output_hidden_states=True).hidden_states
+        some = model(ids, output_hidden_states=[0, -2, 99]).hidden_states
+        first = model(ids, output_hidden_states=0).hidden_states
+    assert [states is not None for states in some] == [True, False, False, False, True, False]
+    assert torch.equal(some[0], every[0]) and torch.equal(some[4], every[4])
+    assert torch.equal(first[0], every[0]) and first[1:] == (None,) * 5
+
+
+def test_the_classifier_names_what_it_takes():
+    """`inputs_embeds` went through `**kwargs`, where Transformers does not look for it."""
+    classifier = (
+        MambaFormerForSequenceClassification(tiny_config("paper", num_labels=3, pad_token_id=0)).double().eval()
+    )
+    ids, mask = torch.tensor([[0, 5, 9], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    taken = inspect.signature(classifier.forward).parameters
+    assert {"position_ids", "past_key_values", "inputs_embeds", "use_cache", "expert_vector"} <= taken.keys()
+    with torch.no_grad():
+        embeds = classifier.get_input_embeddings()(ids)
+        same(classifier(inputs_embeds=embeds, attention_mask=mask).logits, classifier(ids).logits)
+
+
+def test_texts_packed_into_one_row_are_refused():
+    """They saw each other: only the rotations followed the positions, neither the mask nor the Mamba states."""
+    model, ids = shared_model("everything"), ids_of()
+    with pytest.raises(ValueError, match="start again at 0"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+
+
+def test_a_model_may_exit_early_to_assist_itself():
+    """Transformers lowers `num_hidden_layers` while the first layers propose tokens; all ran, and an index failed."""
+    model, ids = random_model(tiny_config("everything"), loudness=0.7), ids_of()
+    greedy = model.generate(ids, max_new_tokens=8, **GREEDY)
+    for exit_at in (1, 3):
+        assert (
+            model.generate(ids, max_new_tokens=8, assistant_early_exit=exit_at, **GREEDY).tolist() == greedy.tolist()
+        )
+    shallow = random_model(tiny_config("everything", layer_types=model.config.layer_types[:3]))
+    shallow.load_state_dict(
+        {name: weight for name, weight in model.state_dict().items() if name in shallow.state_dict()}
+    )
+    model.config.num_hidden_layers = 3
+    assert torch.equal(whole(model, ids), whole(shallow, ids))
 
 
 # ---- found by the state machine (test_state_machine.py)
