@@ -19,6 +19,7 @@ from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .experts_mambaformer import ScaledBasis, at_least_float32, project
 from .ops_mambaformer import causal_conv1d, selective_scan
+from .placement_mambaformer import CountsReplacements, mesh_of, used_by_shards
 from .storage_mambaformer import Layout, Retention, Span, plan_layout
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
@@ -95,7 +96,7 @@ class AttentionPlan:
     implementation: str = "sdpa"
 
 
-class MambaFormerAttention(nn.Module):
+class MambaFormerAttention(CountsReplacements):
     """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
@@ -138,7 +139,16 @@ class MambaFormerAttention(nn.Module):
         return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
 
 
-class MambaFormerMambaMixer(nn.Module):
+class MambaFormerConv1d(nn.Conv1d):
+    """The causal convolution of `causal_conv1d`, as a module, so that whoever moves or splits weights sees it run."""
+
+    def forward(
+        self, inputs: torch.Tensor, initial_state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return causal_conv1d(inputs, self.weight[:, 0], self.bias, initial_state, lengths)
+
+
+class MambaFormerMambaMixer(CountsReplacements):
     """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), with Jamba's inner norms if asked for."""
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
@@ -150,7 +160,7 @@ class MambaFormerMambaMixer(nn.Module):
             config.mamba_dt_rank,
         )
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
-        self.conv1d = nn.Conv1d(
+        self.conv1d = MambaFormerConv1d(
             channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
         )
         self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
@@ -174,8 +184,7 @@ class MambaFormerMambaMixer(nn.Module):
         """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
         states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx, hidden_states)
         inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
-        kernel = self.conv1d.weight[:, 0]
-        inputs, window = causal_conv1d(inputs, kernel, self.conv1d.bias, states.get("conv"), lengths)
+        inputs, window = self.conv1d(inputs, states.get("conv"), lengths)
         dt, B, C = self.selection(inputs, experts)
         A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
         mixed, state = selective_scan(inputs, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
@@ -190,11 +199,14 @@ class MambaFormerMambaMixer(nn.Module):
         dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
         if self.has_inner_norms:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        mesh = mesh_of(self.x_proj)
+        if mesh is not None:
+            B, C = used_by_shards(B, mesh), used_by_shards(C, mesh)
         dt = project(self.dt_proj, dt, experts.get("dt_proj"))
         return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
 
 
-class MambaFormerMLP(nn.Module):
+class MambaFormerMLP(CountsReplacements):
     """Gated MLP (arXiv 2002.05202, equation 6)."""
 
     def __init__(self, config: MambaFormerConfig):
