@@ -4,7 +4,7 @@ Every mixer sees packed rows: the real tokens of a row come first, and what stan
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .experts_mambaformer import ScaledBasis, at_least_float32, project
 from .ops_mambaformer import causal_conv1d, selective_scan
-from .placement_mambaformer import CountsReplacements, mesh_of, used_by_shards
+from .placement_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
 from .storage_mambaformer import Layout, Retention, Span, plan_layout
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
@@ -94,6 +94,10 @@ class AttentionPlan:
 
     mask: Any = None
     implementation: str = "sdpa"
+
+    def to(self, device, non_blocking: bool = False) -> "AttentionPlan":
+        """The same for a layer on `device`; Accelerate asks for it where layers are on several."""
+        return self if self.mask is None else replace(self, mask=self.mask.to(device, non_blocking=non_blocking))
 
 
 class MambaFormerAttention(CountsReplacements):
@@ -199,7 +203,7 @@ class MambaFormerMambaMixer(CountsReplacements):
         dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
         if self.has_inner_norms:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
-        mesh = mesh_of(self.x_proj)
+        mesh = mesh_of_inputs(self.x_proj)
         if mesh is not None:
             B, C = used_by_shards(B, mesh), used_by_shards(C, mesh)
         dt = project(self.dt_proj, dt, experts.get("dt_proj"))

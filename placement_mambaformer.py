@@ -200,9 +200,18 @@ def used_by_shards(states: Tensor, mesh: Any) -> Tensor:
 
 
 def mesh_of(module: nn.Module) -> Any:
-    """The processes that a linear module is split over by tensor parallelism; `None` if it is whole."""
+    """The processes that a linear module is split over; `None` if it is whole."""
     weight = getattr(base_linear(module), "weight", None)
     return weight.device_mesh if is_shard(weight) else None
+
+
+def mesh_of_inputs(module: nn.Module) -> Any:
+    """The processes of which each has some of a linear module's inputs; `None` if each has all of them.
+
+    Data parallelism (FSDP) splits weights too, by their outputs, but its processes have texts of their own.
+    """
+    mesh = mesh_of(module)
+    return mesh if mesh is not None and module.weight.placements[-1].is_shard(1) else None
 
 
 class ChannelParallel(TensorParallelLayer):
