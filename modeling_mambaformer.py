@@ -62,6 +62,7 @@ from .placement_mambaformer import (
     agreed,
     base_linear,
     mesh_of,
+    num_shards,
     placed_like,
     weight_of,
     weights_stamp,
@@ -222,7 +223,7 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         """Loads a model with the experts that were saved beside it, from a folder or the Hub."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.config.check_tensor_parallel(model._tp_size or 1)
+        model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         for name in model.config.experts or []:
             file = f"{EXPERTS_FOLDER}/{name}.safetensors"

@@ -211,7 +211,13 @@ def mesh_of_inputs(module: nn.Module) -> Any:
     Data parallelism (FSDP) splits weights too, by their outputs, but its processes have texts of their own.
     """
     mesh = mesh_of(module)
-    return mesh if mesh is not None and module.weight.placements[-1].is_shard(1) else None
+    return mesh if mesh is not None and base_linear(module).weight.placements[-1].is_shard(1) else None
+
+
+def num_shards(module: nn.Module) -> int:
+    """How many processes the inputs of a linear module are split over."""
+    mesh = mesh_of_inputs(module)
+    return 1 if mesh is None else mesh.size(mesh.ndim - 1)
 
 
 class ChannelParallel(TensorParallelLayer):

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from cases import feed, ragged_turns, random_expert, random_model, random_rows, tiny_config
-from mambaformer import MambaFormerForCausalLM
+from mambaformer import MambaFormerForCausalLM, experts_mambaformer
 
 PATTERNS = ("everything", "paper")
 ROWS = random_rows(3, (9, 9))
@@ -76,8 +77,11 @@ def learn(model, expert):
 
 
 def tensor_parallel(folder):
-    """Every pattern, split over the processes by its own plan."""
+    """Every pattern, split over the processes by its own plan; they compute singular vectors of opposite signs."""
     found, notes = {}, {}
+    sign = 1 - 2 * torch.distributed.get_rank()
+    compute = experts_mambaformer.compute_basis
+    experts_mambaformer.compute_basis = lambda weight: replace(compute(weight), vectors=sign * compute(weight).vectors)
     for pattern in PATTERNS:
         model = MambaFormerForCausalLM.from_pretrained(folder / pattern, tp_plan="auto", dtype=torch.float64).eval()
         expert = random_expert(random_model(config_of(pattern)), EXPERT_SEED)
@@ -151,6 +155,10 @@ def sharded_data_parallel(folder):
 
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    os.environ["MAMBAFORMER_CACHE"] = str(folder / f"bases-{rank}")
+    torch.distributed.init_process_group("gloo")
+    # Set, it has `from_pretrained` leave the loading to FSDP. FSDP's plugin sets it again.
+    os.environ.pop("ACCELERATE_USE_FSDP")
     tensors, notes = {}, {}
     for task in (tensor_parallel, sharded_data_parallel):
         more_tensors, more_notes = task(folder)
