@@ -136,8 +136,8 @@ def _placed_stamp(module: nn.Module, name: str, weight: Tensor) -> tuple:
     """Of a weight that is not simply here: offloaded, or a part of one."""
     if weight.is_meta:
         return _offloaded_stamp(module, name)
-    if is_shard(weight):
-        weight = weight._local_tensor
+    if is_shard(weight):  # a write counts for the whole or for the part, as it was written to
+        return weight._local_tensor.data_ptr(), _version_of(weight._local_tensor), _version_of(weight)
     return weight.data_ptr(), _version_of(weight)
 
 

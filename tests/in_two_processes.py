@@ -110,14 +110,15 @@ def share_of(model):
 
 @torch.no_grad()
 def weights_change(model):
-    """Logits of a text whose first half was cached before every weight was halved; the weights are as before then."""
+    """Logits of a text whose first half was cached before all split weights were halved; then they are as before."""
     ids = torch.tensor(ROWS)
     cache = model.make_cache()
     model(ids[:, :5], past_key_values=cache)
-    for weight in model.parameters():
+    split = [weight for weight in model.parameters() if hasattr(weight, "to_local")]
+    for weight in split:
         weight.mul_(0.5)
     logits = model(ids[:, 5:], past_key_values=cache).logits
-    for weight in model.parameters():
+    for weight in split:
         weight.mul_(2)
     return logits
 
