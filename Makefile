@@ -12,7 +12,7 @@ demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: $(VENV)/.dev  ## all tests, on both cores
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-library: $(VENV)/.dev  ## the library's own common model tests, on our classes
 	$(BIN)/python tests_library/run.py $(ARGS)

@@ -13,6 +13,24 @@ LAYER_MIXERS = {
     "hybrid": ("attention", "mamba"),
     "hybrid_sliding": ("attention", "mamba"),
 }
+# How tensor parallelism splits what a mixer is made of; the styles of Mamba are those of `placement_mambaformer`.
+MIXER_SPLITS = {
+    "attention": {
+        "self_attn.q_proj": "colwise",
+        "self_attn.k_proj": "colwise",
+        "self_attn.v_proj": "colwise",
+        "self_attn.o_proj": "rowwise",
+    },
+    "mamba": {
+        "mamba": "mambaformer_channels",
+        "mamba.in_proj": "mambaformer_packed_channels",
+        "mamba.conv1d": "mambaformer_channels",
+        "mamba.x_proj": "rowwise",
+        "mamba.dt_proj": "colwise",
+        "mamba.out_proj": "rowwise",
+    },
+    "mlp": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
+}
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -100,6 +118,7 @@ class MambaFormerConfig(PreTrainedConfig):
         if without_position_encoding and not {"rope_theta", "rope_scaling"} & kwargs.keys():
             self.rope_parameters = None  # the parent fills in a default RoPE
         self._check()
+        self.base_model_tp_plan = self._split_of_each_layer()
 
     @property
     def mamba_intermediate_size(self) -> int:
@@ -113,6 +132,26 @@ class MambaFormerConfig(PreTrainedConfig):
     def window(self, layer_idx: int) -> int | None:
         """Tokens that a query of layer `layer_idx` sees, itself included; `None` if it sees all or does not attend."""
         return self.sliding_window if self.layer_types[layer_idx] in SLIDING_LAYER_TYPES else None
+
+    def _split_of_each_layer(self) -> dict[str, str]:
+        used = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
+        used |= set() if self.intermediate_size is None else {"mlp"}
+        plan = {f"layers.*.{name}": style for mixer in sorted(used) for name, style in MIXER_SPLITS[mixer].items()}
+        return {"embed_tokens": "embedding_rowwise", **plan}
+
+    def check_tensor_parallel(self, num_processes: int):
+        """Raises a `ValueError` if heads or channels cannot be dealt out evenly to so many processes."""
+        names = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
+        sizes = {"num_attention_heads": "attention", "num_key_value_heads": "attention"}
+        uneven = [name for name, mixer in sizes.items() if mixer in names and getattr(self, name) % num_processes]
+        if "mamba" in names and self.mamba_intermediate_size % num_processes:
+            uneven.append("mamba_expand * hidden_size")
+        if self.intermediate_size is not None and self.intermediate_size % num_processes:
+            uneven.append("intermediate_size")
+        if uneven:
+            raise ValueError(
+                f"{uneven} cannot be split evenly over {num_processes} processes: load the model with fewer of them."
+            )
 
     def _check(self):
         self._check_positive("vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")

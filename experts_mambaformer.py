@@ -31,6 +31,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from .files_mambaformer import digest_of, is_sealed, read_tensors, sealed, write_tensors
+from .placement_mambaformer import base_linear, bias_beside, part_of, sum_over_shards, used_by_shards
 
 logger = logging.getLogger(__name__)
 
@@ -353,7 +354,7 @@ class SingularBases:
     """The bases of a model's weights, computed once per content: kept in memory by name and on disk by digest.
 
     A weight that is changed in place or replaced gets a new basis at the next `get`; a change through `weight.data`
-    leaves no trace that could be seen. Safe to share between threads.
+    leaves no trace, and is seen after `look_again`. Safe to share between threads.
 
     Args:
         cache_dir: folder of the disk cache. Default: the environment variable MAMBAFORMER_CACHE, else
@@ -366,6 +367,15 @@ class SingularBases:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
         self._is_writable = True
+        self._writes: Any = None
+
+    def look_again(self, writes: Any):
+        """Has every weight's content looked at again if `writes`, a stamp of writes that leave no trace, changed."""
+        with self._lock:
+            if writes != self._writes:
+                self._writes = writes
+                for entry in self._entries.values():
+                    entry.stamp, entry.weight = (), lambda: None
 
     def __getstate__(self) -> dict:
         return {"cache_dir": self.cache_dir}  # a copied model has other weights, and locks cannot be copied
@@ -421,7 +431,7 @@ class SingularBases:
         digest = digest_of({"weight": weight})
         if entry is None or entry.digest != digest:
             entry = self._entries[name] = _Entry(digest)
-        elif entry.stamp[-1] != weight.device:
+        elif entry.stamp and entry.stamp[-1] != weight.device:
             entry.casts.clear()  # the model has moved, and takes its bases along
         entry.stamp, entry.weight = stamp, weakref.ref(weight)
         return entry
@@ -469,26 +479,32 @@ class SingularBases:
 
 @dataclass(frozen=True, eq=False)
 class ScaledBasis:
-    """An expert at one module: `vectors` Q (n, r), `delta` = z - 1 of shape (r,), or (B, 1, r) per row, and `side`."""
+    """An expert at one module: `vectors` Q (n, r), `delta` = z - 1 of shape (r,), or (B, 1, r) per row, and `side`.
+
+    `mesh` names the processes that the module is split over by tensor parallelism; Q is whole in each of them.
+    """
 
     vectors: Tensor
     delta: Tensor
     side: str
+    mesh: Any = None
 
 
-def scale_basis(basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None) -> ScaledBasis | None:
+def scale_basis(
+    basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None, mesh: Any = None
+) -> ScaledBasis | None:
     """`z` (r,), or a list with one (None = base) per row, made ready for `project`; None if nothing is scaled.
 
     `delta` is float32, or float64 if the basis is; shorter vectors are filled up with the base.
     """
     if isinstance(z, Tensor):
-        return ScaledBasis(_first(basis, z.numel()), _delta(basis, z), basis.side)
+        return ScaledBasis(_first(basis, z.numel()), _delta(basis, z), basis.side, mesh)
     rank = max((vector.numel() for vector in z or () if vector is not None), default=0)
     if not rank:
         return None
     rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in z]
     delta = torch.stack([nn.functional.pad(row, (0, rank - row.numel())) for row in rows])
-    return ScaledBasis(_first(basis, rank), delta[:, None], basis.side)  # delta: (B, r) -> (B, 1, r)
+    return ScaledBasis(_first(basis, rank), delta[:, None], basis.side, mesh)  # delta: (B, r) -> (B, 1, r)
 
 
 def _first(basis: SingularBasis, rank: int) -> Tensor:
@@ -503,16 +519,24 @@ def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None
     """`module` (linear, seen only from outside) with its singular values scaled: (..., in) -> (..., out).
 
     Rows whose `delta` is 0 get the base's own bits. Q is used in the dtype of the activations; the scaling runs in
-    the wider of that and `delta`'s. Whatever wraps the linear map (an adapter) is scaled along with it.
+    the wider of that and `delta`'s. An adapter around the linear module (W x + D x) adds what it adds to the base,
+    W'x + D x, as it does when the expert is merged into W.
     """
     if scaled is None:
         return module(hidden_states)
+    base = base_linear(module)
     if scaled.side == "input":
-        return module(hidden_states + _change(hidden_states, scaled))
+        if base is module:
+            return module(hidden_states + _change(hidden_states, scaled))
+        return module(hidden_states) + _without_bias(base(_change(hidden_states, scaled)), base)
     outputs = module(hidden_states)
-    bias = getattr(module, "bias", None)
-    # The bias is no part of W: it is taken out of what is scaled, and stays as it is in what is returned.
-    return outputs + _change(outputs if bias is None else outputs - bias, scaled)
+    return outputs + _change(_without_bias(outputs if base is module else base(hidden_states), base), scaled)
+
+
+def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
+    """The bias is no part of W: what an expert scales does not have it."""
+    bias = bias_beside(outputs, module)
+    return outputs if bias is None else outputs - bias
 
 
 def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
@@ -523,8 +547,12 @@ def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
             "(batch, length, channels) with as many rows."
         )
     basis = scaled.vectors.to(states.dtype)
-    coordinates = (states @ basis) * delta  # (..., r)
-    return coordinates.to(states.dtype) @ basis.mT
+    if states.shape[-1] == basis.shape[0]:
+        return ((states @ basis) * delta).to(states.dtype) @ basis.mT
+    # This process has some of the channels: the coordinates (..., r) are sums over all processes.
+    basis = part_of(basis, states.shape[-1], scaled.mesh)
+    coordinates = sum_over_shards(states @ basis, scaled.mesh) * delta
+    return used_by_shards(coordinates.to(states.dtype), scaled.mesh) @ basis.mT
 
 
 def merged_weight(weight: Tensor, basis: SingularBasis, z: Tensor) -> Tensor:

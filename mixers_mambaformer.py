@@ -21,6 +21,7 @@ from .configuration_mambaformer import MambaFormerConfig
 from .experts_mambaformer import ScaledBasis, at_least_float32, project
 from .feed_mambaformer import Packing
 from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
+from .placement_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
 from .storage_mambaformer import Layout, Passage, Retention, Span, plan_layout, split_at_reach
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
@@ -109,8 +110,12 @@ class AttentionPlan:
     implementation: str = "sdpa"
     packing: Packing | None = None
 
+    def to(self, device, non_blocking: bool = False) -> "AttentionPlan":
+        """The same for a layer on `device`; Accelerate asks for it where layers are on several."""
+        return self if self.mask is None else replace(self, mask=self.mask.to(device, non_blocking=non_blocking))
 
-class MambaFormerAttention(nn.Module):
+
+class MambaFormerAttention(CountsReplacements):
     """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
@@ -155,7 +160,16 @@ class MambaFormerAttention(nn.Module):
         return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
 
 
-class MambaFormerMambaMixer(nn.Module):
+class MambaFormerConv1d(nn.Conv1d):
+    """The causal convolution of `causal_conv1d`, as a module, so that whoever moves or splits weights sees it run."""
+
+    def forward(
+        self, inputs: torch.Tensor, initial_state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return causal_conv1d(inputs, self.weight[:, 0], self.bias, initial_state, lengths)
+
+
+class MambaFormerMambaMixer(CountsReplacements):
     """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), with Jamba's inner norms if asked for."""
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
@@ -167,7 +181,7 @@ class MambaFormerMambaMixer(nn.Module):
             config.mamba_dt_rank,
         )
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
-        self.conv1d = nn.Conv1d(
+        self.conv1d = MambaFormerConv1d(
             channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
         )
         self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
@@ -217,8 +231,7 @@ class MambaFormerMambaMixer(nn.Module):
         is_recorded: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Passage | None]:
         """Convolution and scan from `states` ({} at first): output, states, and what they took if recorded."""
-        taps = self.conv1d.weight[:, 0]
-        mixed, window = causal_conv1d(inputs, taps, self.conv1d.bias, states.get("conv"), lengths)
+        mixed, window = self.conv1d(inputs, states.get("conv"), lengths)
         dt, B, C = self.selection(mixed, experts)
         A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
         y, state = selective_scan(mixed, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
@@ -226,7 +239,9 @@ class MambaFormerMambaMixer(nn.Module):
         if is_recorded:
             # A view would keep the inputs of a whole prompt in memory.
             recorded = {"x": inputs.clone(), "u": mixed, "dt": dt, "B": B}
-            passage = Passage(recorded, functools.partial(_advance_states, A, taps.shape[1]), states, lengths)
+            passage = Passage(
+                recorded, functools.partial(_advance_states, A, self.conv1d.kernel_size[0]), states, lengths
+            )
         return y, {"conv": window, "ssm": state}, passage
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -240,6 +255,9 @@ class MambaFormerMambaMixer(nn.Module):
         dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
         if self.has_inner_norms:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        mesh = mesh_of_inputs(self.x_proj)
+        if mesh is not None:
+            B, C = used_by_shards(B, mesh), used_by_shards(C, mesh)
         dt = project(self.dt_proj, dt, experts.get("dt_proj"))
         return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
 
@@ -259,7 +277,7 @@ def _advance_states(
     return {"conv": window, "ssm": state}
 
 
-class MambaFormerMLP(nn.Module):
+class MambaFormerMLP(CountsReplacements):
     """Gated MLP (arXiv 2002.05202, equation 6)."""
 
     def __init__(self, config: MambaFormerConfig):

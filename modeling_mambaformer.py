@@ -63,6 +63,17 @@ from .mixers_mambaformer import (
     MambaFormerRotaryEmbedding,
     plan_attention,
 )
+from .placement_mambaformer import (
+    CountsReplacements,
+    agreed,
+    base_linear,
+    mesh_of,
+    num_shards,
+    placed_like,
+    weight_of,
+    weights_stamp,
+    writes_stamp,
+)
 from .storage_mambaformer import Span
 
 logger = logging.get_logger(__name__)
@@ -79,7 +90,7 @@ AUTO_MAP = {
 }
 
 
-class MambaFormerLayer(GradientCheckpointingLayer):
+class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
     """The mixers of one layer type and, if configured, an MLP, each behind a norm and beside a residual."""
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
@@ -169,23 +180,6 @@ def _is_trained(expert: Any) -> bool:
     return any(vector.requires_grad for row in rows if row is not None for vector in row.vectors.values())
 
 
-def weights_stamp(model: nn.Module) -> Any:
-    """Tells whether weights changed, without reading them: every in-place write and every new tensor changes it.
-
-    Weights made in inference mode do not count their writes, so merging and unmerging count theirs.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    found, modules = [getattr(model, "num_merges", 0)], [model]
-    while modules:  # `model.parameters()` builds every name, which takes ten times as long
-        module = modules.pop()
-        modules.extend(child for child in module._modules.values() if child is not None)
-        for weight in module._parameters.values():
-            if weight is not None:
-                found.append((weight.data_ptr(), 0 if weight.is_inference() else weight._version))
-    return hash(tuple(found))
-
-
 def _is_compiled_step(cache: MambaFormerCache | None) -> bool:
     """Whether a compiled forward goes on from a text as it is.
 
@@ -211,7 +205,7 @@ def _with_key(expert: Any) -> tuple[Any, Any]:
     return (None, None) if expert is None else (expert, key)
 
 
-class MambaFormerPreTrainedModel(PreTrainedModel):
+class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
     """What all MambaFormers share: loading, initialization, experts and the making of caches."""
 
     config_class = MambaFormerConfig
@@ -255,6 +249,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         """Loads a model with the experts that were saved beside it, from a folder or the Hub."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         for name in model.config.experts or []:
             file = f"{EXPERTS_FOLDER}/{name}.safetensors"
@@ -312,7 +307,13 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         prefix = "" if self.base_model is not self else "model."
         found = {prefix + name: module for name, module in self.named_modules() if name.endswith("_proj")}
         head = self.get_output_embeddings()
-        return found if head is None else {**found, "lm_head": head}
+        found = found if head is None else {**found, "lm_head": head}
+        return {name: base_linear(module) for name, module in found.items()}
+
+    @property
+    def _bases(self) -> SingularBases:
+        self._singular_bases.look_again(writes_stamp(self))
+        return self._singular_bases
 
     def prepare_experts(self, names: list[str] | None = None) -> None:
         """Computes the singular bases of these linear modules (default: all), or reads them from the disk cache.
@@ -320,12 +321,12 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         Experts do it for what they scale when they are first used; this does it at a chosen time, with a progress bar.
         """
         modules = self.linear_modules()
-        self._singular_bases.prepare({name: modules[name].weight for name in names or modules})
+        self._bases.prepare({name: weight_of(modules[name]) for name in names or modules})
 
     def spectrum(self, names: list[str]) -> dict[str, list[float]]:
         """The first singular values of these linear modules: an expert's `metadata["spectrum"]` ties it to them."""
         modules = self.linear_modules()
-        return spectrum_of({name: self._singular_bases.get(name, modules[name].weight) for name in names})
+        return spectrum_of({name: self._bases.get(name, weight_of(modules[name])) for name in names})
 
     def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
         """Resolves and checks the expert of a forward; changes nothing."""
@@ -350,7 +351,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         weights = None if cache is None else weights_stamp(self.base_model)
         if expert is None:
             return ExpertPlan(num_rows=num_rows, weights=weights)
-        head = None if self.get_output_embeddings() is None else weights_stamp(self.get_output_embeddings())
+        head = self.get_output_embeddings()
+        head = None if head is None else (weights_stamp(head), self.num_replacements)
         known = None if cache is None or _is_trained(expert) else cache.expert_plan
         if known is not None and (known.key, known.weights, known.head) == (key, weights, head):
             return replace(known, num_rows=num_rows)
@@ -364,18 +366,22 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
             if row is not None:
                 self.check_expert(row)
         scaled: dict[str, dict[str, ScaledBasis]] = {}
+        bases = self._bases
         for name in dict.fromkeys(name for row in rows if row is not None for name in row.vectors):
             if name not in modules:
                 continue  # the head, for a model without one
             z = [None if row is None else row.vectors.get(name) for row in rows]
-            weight = modules[name].weight
+            weight = weight_of(modules[name])
             rank = max(len(scales) for scales in z if scales is not None)
-            basis = self._singular_bases.get(name, weight, rank, weight.dtype, weight.device)
+            basis = bases.get(name, weight, rank, weight.dtype, weight.device)
             for row in rows:
                 if row is not None:
                     check_spectrum(row, name, basis.values)
             owner, _, short = name.removeprefix("model.").rpartition(".")
-            scaled.setdefault(owner, {})[short] = scale_basis(basis, z if isinstance(expert, list) else z[0])
+            mesh = mesh_of(modules[name])
+            if mesh is not None:
+                basis = replace(basis, vectors=agreed(basis.vectors, mesh))
+            scaled.setdefault(owner, {})[short] = scale_basis(basis, z if isinstance(expert, list) else z[0], mesh)
         return scaled
 
     def _check_what_scales_nothing(self, given: Any, resolved: Any) -> None:
@@ -410,12 +416,14 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
             raise TypeError("`merge_expert` takes one expert for all rows, and not the base.")
         modules = self.linear_modules()
         self.check_expert(expert)
-        merged = []
+        merged, bases = [], self._bases
         for name, z in expert.vectors.items():
             if name in modules:  # not so the head, for a model without one
-                basis = self._singular_bases.get(name, modules[name].weight)
+                old = weight_of(modules[name])
+                basis = bases.get(name, old)
                 check_spectrum(expert, name, basis.values)
-                merged.append((modules[name], merged_weight(modules[name].weight, basis, z.detach())))
+                new = merged_weight(old, basis, z.detach())
+                merged.append((modules[name], placed_like(new, modules[name].weight)))
         for module, weight in merged:
             self._merged_modules().append((module, _swap_weight(module, weight, self._is_tied(module))))
         self.base_model.num_merges += 1
@@ -608,6 +616,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
     """A language model: token ids -> logits (rows, tokens, vocab_size)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MambaFormerConfig):
         super().__init__(config)
