@@ -144,6 +144,13 @@ class Layout:
     num_stored: int = 0
     sources: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout on another device, for layers that are on several."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        if all(tensor.device == device for tensor in tensors.values()):
+            return self
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
 
 def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_size: int | None = None) -> Layout:
     """Plans how `retention` takes in `span`, for growing storage or for one of `fixed_size` slots."""
@@ -326,6 +333,7 @@ class KeyValueStore:
         self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_recorded: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes in the new keys and values, (rows, heads, tokens, head_dim); returns what attention sees."""
+        layout = layout.to(keys.device)
         seen, self.staged = [], None if layout.sources is None else []
         self.staged_slots = layout.num_slots
         for buffer, new in ((self.keys, keys), (self.values, values)):
