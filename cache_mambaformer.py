@@ -16,6 +16,7 @@ from .storage_mambaformer import (
     KeyValueStore,
     Layout,
     RecurrentStore,
+    Removal,
     Retention,
     Span,
     counted_positions,
@@ -24,6 +25,8 @@ from .storage_mambaformer import (
 )
 
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
+# Tokens that `generate` can take back at once when it speculates; the library drafts 20 at a time by default.
+DEFAULT_REACH = 64
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -34,11 +37,13 @@ class Clock:
     """Two lengths, two names: `columns` were fed (pads included), of which row b had `counts[b]` real tokens.
 
     `columns` is an integer, or a tensor () under static storage. `counts` is `None` while no row ever had a pad.
+    `overshoot` is by how many tokens at most a row has been further than it is now: what they overwrote is lost.
     """
 
     columns: Any = 0
     counts: torch.Tensor | None = None
     is_empty: bool = True
+    overshoot: int = 0
 
     @property
     def start(self) -> Any:
@@ -60,6 +65,7 @@ class _CacheLayer:
     """What every layer of the cache can do; the stores do the work and each implements all of it."""
 
     is_croppable = True
+    record_past = False
 
     def _set_up(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None) -> None:
         self.clock, self.stores, self.max_columns = clock, stores, max_cache_len
@@ -72,7 +78,13 @@ class _CacheLayer:
         for store in self.stores.values():
             getattr(store, method)(*args)
 
+    def record_past_of(self, reach: int, counts: torch.Tensor, columns: int) -> None:
+        """Makes the last `reach` tokens removable; rows hold `counts` (rows or 1,) tokens in `columns`."""
+        self.record_past = True
+        self.each_store("record_past", reach, counts, columns)
+
     def fork_into(self, other: "_CacheLayer") -> None:
+        other.record_past = self.record_past
         for name, store in self.stores.items():
             store.fork_into(other.stores[name])
 
@@ -127,7 +139,6 @@ class RecurrentCacheLayer(_CacheLayer, LinearAttentionCacheLayerMixin):
 
     supports_early_init = False
     is_croppable = True
-    record_past = False
     number_of_states = 1
 
     def __init__(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None = None):
@@ -217,6 +228,12 @@ class TokenLog:
         mask = torch.ones_like(like) if self.mask.tensor is None else self.mask.tensor.to(like.dtype)
         return counted_positions(mask)[:, : like.shape[1]]
 
+    def add_pads(self, pads: torch.Tensor) -> None:
+        """Makes pads of the columns (rows, columns) that are true."""
+        like = torch.ones_like(self.token_ids.tensor, dtype=torch.bool)
+        self._start(self.mask, like, like.shape[1], lambda mask: torch.ones_like(mask))
+        self.mask.write(0, self.mask.view(pads.shape[1]) & ~pads)
+
     def buffers(self) -> dict[str, Buffer]:
         return {"token_ids": self.token_ids, "mask": self.mask, "position_ids": self.position_ids}
 
@@ -244,6 +261,8 @@ class MambaFormerCache(Cache):
             `"recompute"` encodes it again at the next forward; `"reset"` drops it, and the caller feeds it again;
             `"continue"` keeps it as it was encoded; `"error"` refuses the change.
         resolve: turns what a user may call an expert into `(expert, key)`; a model's caches bring the model's.
+        rollback_reach: tokens that `crop` takes back at once; beyond it, and under static storage, it is as exact but
+            the next forward encodes what is left of the text again. See `activate_past_recording`.
 
     Raises:
         ValueError: an unknown option, or static storage without `max_cache_len`.
@@ -256,8 +275,9 @@ class MambaFormerCache(Cache):
         max_cache_len: int | None = None,
         on_expert_change: str = "recompute",
         resolve: Callable | None = None,
+        rollback_reach: int = 0,
     ):
-        _check_options(storage, max_cache_len, on_expert_change)
+        _check_options(storage, max_cache_len, on_expert_change, rollback_reach)
         self.config, self.storage, self.max_columns = config, storage, max_cache_len
         self.on_expert_change, self.resolve = on_expert_change, resolve
         self.clock = Clock()
@@ -268,7 +288,10 @@ class MambaFormerCache(Cache):
         self.is_mixed, self.expert_plan = False, None
         self._rows: int | None = None
         self._layouts: dict[Retention, Layout] = {}
+        self.rollback_reach = 0
         super().__init__(layers=[self._make_layer(idx) for idx in range(config.num_hidden_layers)])
+        if rollback_reach:
+            self.activate_past_recording(rollback_reach)
 
     def _make_layer(self, layer_idx: int) -> _CacheLayer:
         mixers = self.config.mixers(layer_idx)
@@ -289,7 +312,7 @@ class MambaFormerCache(Cache):
         """
         self._each_layer("discard")
         if transition.anew:
-            self.encoded_under = None
+            self.encoded_under, self.clock.overshoot = None, 0
             self._each_layer("drop")
         if self.max_columns is not None:
             # On the device, so that a compiled step never depends on its value.
@@ -323,6 +346,9 @@ class MambaFormerCache(Cache):
         if span.lengths is not None or self.clock.counts is not None:
             self.clock.counts = span.ends(token_ids.device)
         self.clock.columns += token_ids.shape[1]  # in place where it is a tensor
+        if self.clock.overshoot:
+            fed = span.num_tokens if span.lengths is None else int(span.lengths.min())
+            self.clock.overshoot = max(self.clock.overshoot - fed, 0)
         self.clock.is_empty, self._rows = False, token_ids.shape[0]
         self._put_in_force(transition)
         self.encoded_under, self.is_mixed = self.in_force, self.is_mixed or transition.mixes
@@ -476,46 +502,108 @@ class MambaFormerCache(Cache):
         """`crop` always restores the state before the removed tokens; it may cost an encoding of the others."""
         return True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` columns, as if they had never been fed.
+    @property
+    def recorded_reach(self) -> int:
+        """Tokens of the open forward that recurrent layers have to remember the making of."""
+        return 0 if torch.compiler.is_compiling() else self.rollback_reach
 
-        Keys that are still stored are taken back at once. Where a state has moved on, the text that is left is encoded
-        again by the next forward.
+    def activate_past_recording(self, reach: int = DEFAULT_REACH) -> None:
+        """From now on keeps what it takes to `crop` up to `reach` tokens at once.
+
+        Mamba layers keep a checkpoint of their states and the inputs of the tokens since; windows keep `reach` keys
+        more. `generate` calls it when it speculates. Static storage, whose states are overwritten in place, does not
+        record: there `crop` is as exact, but the text that is left is encoded again.
+        """
+        if self.max_columns is not None or reach <= self.rollback_reach:
+            return
+        if not self.clock.is_empty:
+            # A ring that grows now has lost what it overwrote before.
+            self.clock.overshoot += reach - self.rollback_reach
+        self.rollback_reach = reach
+        start = self.clock.start
+        counts = torch.tensor([start]) if isinstance(start, int) else start
+        for layer in self.layers:
+            layer.record_past_of(reach, counts, self.clock.columns)
+
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Takes back the last columns, as if they had never been fed.
+
+        Within `rollback_reach` it takes effect at once. Beyond it keys are still taken back at once where all are
+        kept; where a state has moved on or a window has lost keys, the next forward encodes what is left again.
+
+        Args:
+            tokens_to_remove: -k for the last k columns, or one such number a row (a list or a tensor (rows,)). Columns
+                that only some rows lose become pads of those rows.
 
         Raises:
             ValueError: more columns than were fed, a positive number (the meaning in older versions of Transformers),
-                or a text of mixed experts, which cannot be encoded again.
+                or beyond the reach, a text that cannot be encoded again: embeddings or one of mixed experts.
         """
-        columns, num_removed = self.get_seq_length(), -tokens_to_remove
-        if not 0 <= num_removed <= columns:
-            raise ValueError(
-                f"`crop` takes -k for the last k columns, with k at most {columns}, got {tokens_to_remove}."
-            )
-        if num_removed == 0:
+        columns = self.get_seq_length()
+        removed = self._checked_removal(tokens_to_remove, columns)
+        if max(removed, default=0) == 0:
             return
-        if num_removed == columns:
+        if min(removed) == columns:
             self.reset()
             return
+        removal = self._removal(removed, columns)
         stores = [store for layer in self.layers for store in layer.stores.values()]
-        if not all(store.can_forget(columns) for store in stores):
-            if self.is_mixed or self._is_about_to_mix():
-                raise ValueError(
-                    "The cached text was encoded under several experts or weights (on_expert_change='continue') and "
-                    "cannot be rolled back: fork the cache before feeding what may have to be taken back."
-                )
-            self.history()
+        rewound = [None if self.encoded_under is None else store.rewound(removal) for store in stores]
+        if any(answer is None for answer in rewound):
+            self._check_can_encode_again()
             self.encoded_under = None
-        self._set_back(columns - num_removed)
-
-    def _set_back(self, columns: int) -> None:
-        if self.clock.counts is not None:
-            removed = self.log.mask.tensor[:, columns : self.get_seq_length()]
-            self.clock.counts = self.clock.counts - removed.sum(1)
-        if isinstance(self.clock.columns, int):
-            self.clock.columns = columns
         else:
-            self.clock.columns.fill_(columns)
-        self._each_layer("truncate", columns)
+            for store, answer in zip(stores, rewound, strict=True):
+                store.rewind(answer)
+        self._set_back(removal, removed)
+
+    def _checked_removal(self, tokens_to_remove: Any, columns: int) -> list[int]:
+        """Columns that each row loses; a single number where all lose as many."""
+        given = torch.as_tensor(tokens_to_remove)
+        given = given[None].tolist() if given.dim() == 0 else given.tolist()
+        if len(given) not in (1, self._rows) or not all(isinstance(k, int) and 0 <= -k <= columns for k in given):
+            raise ValueError(
+                f"`crop` takes -k for the last k columns, with k at most {columns}, or one such number for each of the"
+                f" {self._rows or 0} rows; got {tokens_to_remove}."
+            )
+        removed = [-k for k in given]
+        return removed[:1] if len(set(removed)) == 1 else removed
+
+    def _removal(self, removed: list[int], columns: int) -> Removal:
+        columns_left, overshoot = columns - min(removed), self.clock.overshoot
+        if self.clock.counts is None:
+            tokens = removed[0] if len(removed) == 1 else torch.tensor(removed)
+            return Removal(columns, columns_left, tokens, max(removed), overshoot)
+        tokens = (self.log.mask.view(columns) & self._is_removed(removed, columns)).sum(1)
+        return Removal(columns, columns_left, tokens, int(tokens.max()), overshoot)
+
+    def _is_removed(self, removed: list[int], columns: int) -> torch.Tensor:
+        """Whether a column is lost, (rows or 1, columns)."""
+        device = self.log.token_ids.tensor.device
+        return torch.arange(columns, device=device) >= columns - torch.tensor(removed, device=device)[:, None]
+
+    def _check_can_encode_again(self) -> None:
+        if self.is_mixed or self._is_about_to_mix():
+            raise ValueError(
+                "The cached text was encoded under several experts or weights (on_expert_change='continue') and cannot"
+                " be rolled back so far: make the cache with a larger `rollback_reach`, or fork it before feeding what"
+                " may have to be taken back."
+            )
+        self._check_history()
+
+    def _set_back(self, removal: Removal, removed: list[int]) -> None:
+        """Sets the clock and the log back; columns that only some rows lose are pads of those rows from now on."""
+        if len(removed) > 1:
+            self.log.add_pads(self._is_removed(removed, removal.columns)[:, : removal.columns_left])
+        if len(removed) > 1 or self.clock.counts is not None:
+            counts = removal.columns if self.clock.counts is None else self.clock.counts
+            device = self.log.token_ids.tensor.device
+            self.clock.counts = counts - torch.as_tensor(removal.tokens, device=device)
+        self.clock.overshoot += removal.most
+        if isinstance(self.clock.columns, int):
+            self.clock.columns = removal.columns_left
+        else:
+            self.clock.columns.fill_(removal.columns_left)
 
     def reset(self) -> None:
         """Forgets the text; the expert in force stays."""
@@ -525,6 +613,7 @@ class MambaFormerCache(Cache):
     def _forget_text(self) -> None:
         self.log = TokenLog(self.max_columns)
         self.clock.columns, self.clock.counts, self.clock.is_empty = self.clock.columns * 0, None, True
+        self.clock.overshoot = 0
         self._rows, self.is_mixed = None, False
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -566,12 +655,13 @@ class MambaFormerCache(Cache):
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
         other = MambaFormerCache(self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
+        other.rollback_reach = self.rollback_reach
         for layer, copy in zip(self.layers, other.layers, strict=True):
             layer.fork_into(copy)
         columns, counts = self.clock.columns, self.clock.counts
         other.clock.columns = columns if isinstance(columns, int) else columns.clone()
         other.clock.counts = None if counts is None else counts.clone()
-        other.clock.is_empty = self.clock.is_empty
+        other.clock.is_empty, other.clock.overshoot = self.clock.is_empty, self.clock.overshoot
         other.log = self.log.fork()
         for name in ("expert_vector", "in_force", "encoded_under", "is_mixed", "expert_plan", "_rows"):
             setattr(other, name, getattr(self, name))
@@ -601,13 +691,16 @@ class MambaFormerCache(Cache):
         }
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Bytes allocated, by layer type and kind (`keys`, `values`, `conv`, `ssm`), and those of the token log."""
+        """Bytes in use, by layer type and kind (`keys`, `values`, `conv`, `ssm`, `past`), and those of the token log.
+
+        `past` is what `activate_past_recording` keeps.
+        """
         found: dict[str, dict[str, int]] = {}
         for layer_type, layer in zip(self.config.layer_types, self.layers, strict=True):
             kinds = found.setdefault(layer_type, {})
             for store in layer.stores.values():
-                for kind, tensor in store.allocated().items():
-                    kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
+                for kind, nbytes in store.nbytes().items():
+                    kinds[kind] = kinds.get(kind, 0) + nbytes
         found["tokens"] = {k: b.tensor.nbytes for k, b in self.log.buffers().items() if b.tensor is not None}
         return found
 
@@ -617,7 +710,7 @@ class MambaFormerCache(Cache):
         return sum(sum(kinds.values()) for kinds in self.report().values())
 
 
-def _check_options(storage: str, max_cache_len: int | None, on_expert_change: str) -> None:
+def _check_options(storage: str, max_cache_len: int | None, on_expert_change: str, rollback_reach: int) -> None:
     if storage not in ("dense", "static"):
         raise ValueError(f"`storage` must be 'dense' or 'static', got {storage!r}.")
     if on_expert_change not in EXPERT_CHANGE_POLICIES:
@@ -626,6 +719,10 @@ def _check_options(storage: str, max_cache_len: int | None, on_expert_change: st
         raise ValueError("`max_cache_len` (columns to hold) goes with storage='static', and only with it.")
     if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
         raise ValueError(f"`max_cache_len` must be a positive integer, got {max_cache_len!r}.")
+    if not isinstance(rollback_reach, int) or rollback_reach < 0:
+        raise ValueError(
+            f"`rollback_reach` counts tokens and must be an integer of at least 0, got {rollback_reach!r}."
+        )
 
 
 __all__ = ["MambaFormerCache"]

@@ -27,9 +27,35 @@ class ExpertSchedule:
         started = [n for n in self.entries if n <= num_new_tokens]
         return self.entries[max(started)] if started else ...
 
+    def num_left(self, num_new_tokens: int) -> int | None:
+        """New tokens after `num_new_tokens` before another entry is in force; `None` when it is the last one."""
+        return min((n - num_new_tokens for n in self.entries if n > num_new_tokens), default=None)
+
     def repeat_rows(self, repeats: int) -> "ExpertSchedule":
         """The same schedule for a batch whose rows were each repeated, as beams and several answers are."""
         return ExpertSchedule({n: repeat_rows(e, repeats) for n, e in self.entries.items()}, self.prompt_length)
+
+
+class DraftsUnderOneExpert:
+    """A candidate generator of Transformers that drafts no further than the expert in force reaches.
+
+    One forward verifies a draft and predicts the token behind it, all under one expert.
+    """
+
+    def __init__(self, candidate_generator: Any, schedule: ExpertSchedule):
+        self.candidate_generator, self.schedule = candidate_generator, schedule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.candidate_generator, name)
+
+    def get_candidates(self, input_ids: torch.LongTensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text with its draft behind it (rows, columns), and the draft's logits if there are any."""
+        drafted, logits = self.candidate_generator.get_candidates(input_ids, *args, **kwargs)
+        num_left = self.schedule.num_left(input_ids.shape[1] - self.schedule.prompt_length)
+        if num_left is None or drafted.shape[1] - input_ids.shape[1] < num_left:
+            return drafted, logits
+        num_kept = num_left - 1
+        return drafted[:, : input_ids.shape[1] + num_kept], None if logits is None else logits[:, :num_kept]
 
 
 class ExpertSwitchLogitsProcessor(LogitsProcessor):

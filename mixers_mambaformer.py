@@ -3,6 +3,7 @@
 Every mixer sees packed rows: the real tokens of a row come first, and what stands behind them are pads.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .experts_mambaformer import ScaledBasis, at_least_float32, project
-from .ops_mambaformer import causal_conv1d, selective_scan
-from .storage_mambaformer import Layout, Retention, Span, plan_layout
+from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
+from .storage_mambaformer import Layout, Passage, Retention, Span, plan_layout, split_at_reach
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -172,17 +173,45 @@ class MambaFormerMambaMixer(nn.Module):
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
-        states = {} if past_key_values is None else past_key_values.recurrent_states(self.layer_idx, hidden_states)
         inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
-        kernel = self.conv1d.weight[:, 0]
-        inputs, window = causal_conv1d(inputs, kernel, self.conv1d.bias, states.get("conv"), lengths)
-        dt, B, C = self.selection(inputs, experts)
-        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
-        mixed, state = selective_scan(inputs, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_idx].update_conv_state(window)
-            past_key_values.layers[self.layer_idx].update_recurrent_state(state)
+        if past_key_values is None:
+            mixed, _, _ = self.advance({}, inputs, gate, experts, lengths)
+        else:
+            mixed = self._advance_cache(past_key_values, inputs, gate, lengths, experts)
         return project(self.out_proj, mixed, experts.get("out_proj"))
+
+    def _advance_cache(self, cache: MambaFormerCache, inputs, gate, lengths, experts) -> torch.Tensor:
+        layer, states = cache.layers[self.layer_idx], cache.recurrent_states(self.layer_idx, inputs)
+        mixed, passage, reach = [], None, cache.recorded_reach
+        for tokens, real in split_at_reach(inputs.shape[1], lengths, reach):
+            y, states, passage = self.advance(states, inputs[:, tokens], gate[:, tokens], experts, real, reach > 0)
+            mixed.append(y)
+        layer.update_conv_state(states["conv"])
+        layer.update_recurrent_state(states["ssm"])
+        layer.recurrent.record(passage)
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+
+    def advance(
+        self,
+        states: dict[str, torch.Tensor],
+        inputs: torch.Tensor,
+        gate: torch.Tensor,
+        experts: dict[str, ScaledBasis],
+        lengths: torch.Tensor | None = None,
+        is_recorded: bool = False,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Passage | None]:
+        """Convolution and scan from `states` ({} at first): output, states, and what they took if recorded."""
+        taps = self.conv1d.weight[:, 0]
+        mixed, window = causal_conv1d(inputs, taps, self.conv1d.bias, states.get("conv"), lengths)
+        dt, B, C = self.selection(mixed, experts)
+        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
+        y, state = selective_scan(mixed, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
+        passage = None
+        if is_recorded:
+            # A view would keep the inputs of a whole prompt in memory.
+            recorded = {"x": inputs.clone(), "u": mixed, "dt": dt, "B": B}
+            passage = Passage(recorded, functools.partial(_advance_states, A, taps.shape[1]), states, lengths)
+        return y, {"conv": window, "ssm": state}, passage
 
     def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
         """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
@@ -192,6 +221,21 @@ class MambaFormerMambaMixer(nn.Module):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         dt = project(self.dt_proj, dt, experts.get("dt_proj"))
         return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
+
+
+def _advance_states(
+    A: torch.Tensor,
+    num_taps: int,
+    states: dict[str, torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+    lengths: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The states after tokens that `MambaFormerMambaMixer.advance` recorded, without their outputs."""
+    window = conv_window(inputs["x"], num_taps, states.get("conv"), lengths)
+    _, state = selective_scan(
+        inputs["u"], inputs["dt"], A, inputs["B"], inputs["B"], initial_state=states.get("ssm"), lengths=lengths
+    )
+    return {"conv": window, "ssm": state}
 
 
 class MambaFormerMLP(nn.Module):

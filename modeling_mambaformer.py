@@ -4,6 +4,7 @@ Reads from the inside out: a layer, what all models share, the stack, and what s
 `MambaFormerModel.forward`; only here do weights and cache meet.
 """
 
+import copy
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -22,9 +23,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.hub import cached_file
 
-from .cache_mambaformer import MambaFormerCache, Transition
+from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache, Transition
 from .configuration_mambaformer import MambaFormerConfig
-from .dispatch_mambaformer import ExpertSchedule, ExpertSwitchLogitsProcessor
+from .dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule, ExpertSwitchLogitsProcessor
 from .experts_mambaformer import (
     ExpertLibrary,
     ExpertVector,
@@ -238,11 +239,15 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     # ---- caches
 
     def make_cache(
-        self, storage: str = "dense", max_cache_len: int | None = None, on_expert_change: str = "recompute"
+        self,
+        storage: str = "dense",
+        max_cache_len: int | None = None,
+        on_expert_change: str = "recompute",
+        rollback_reach: int = 0,
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `MambaFormerCache`."""
         resolve = functools.partial(resolve_with_key, self._expert_library)
-        return MambaFormerCache(self.config, storage, max_cache_len, on_expert_change, resolve)
+        return MambaFormerCache(self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach)
 
     # ---- experts
 
@@ -675,6 +680,27 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
                 " all of it as `input_ids` to feed it again: pass the whole text, or use on_expert_change='recompute'."
             )
 
+    def first_layers(self, num_layers: int) -> "MambaFormerForCausalLM":
+        """The first layers with the final norm and the head, as a model that shares this one's weights.
+
+        It drafts for `generate(assistant_early_exit=num_layers)` (LayerSkip, arXiv 2404.16710, section 4.3).
+
+        Raises:
+            ValueError: there are not so many layers.
+        """
+        if not isinstance(num_layers, int) or not 0 < num_layers <= self.config.num_hidden_layers:
+            raise ValueError(
+                f"The model has {self.config.num_hidden_layers} layers and cannot end after {num_layers!r} of them: "
+                "give `assistant_early_exit` a number of layers."
+            )
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
+        model, stack = copy.copy(self), copy.copy(self.model)
+        stack._modules = {**self.model._modules, "layers": self.model.layers[:num_layers]}
+        model._modules = {**self._modules, "model": stack}
+        model.config = stack.config = config
+        return model
+
     # Hooks of `GenerationMixin` that have no public name. Nothing else in the project rests on private ones of it.
 
     def _prepare_cache_for_generation(
@@ -683,6 +709,8 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         """Puts a cache under `past_key_values`; for a name like ours the library would say `cache_params`."""
         implementation = generation_config.cache_implementation
         cache = model_kwargs.get("past_key_values")
+        if implementation == "offloaded" and self.device.type == "cpu":
+            implementation = None  # the cache is where it would be offloaded to
         if cache is not None:
             if implementation is not None:
                 raise ValueError("Give either `past_key_values` or `cache_implementation`, not both.")
@@ -697,9 +725,33 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = self.make_cache("static", max_cache_len=size)
         else:
             raise ValueError(
-                f"`cache_implementation` {implementation!r} is not supported: choose 'dynamic' or 'static', or pass a "
-                "cache of `model.make_cache()` as `past_key_values`."
+                f"`cache_implementation` {implementation!r} is not supported on {self.device.type!r}: choose 'dynamic'"
+                " or 'static', or pass a cache of `model.make_cache()` as `past_key_values`."
             )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
+            drafted = generation_config.prompt_lookup_num_tokens or 0
+            model_kwargs["past_key_values"].activate_past_recording(max(drafted + 1, DEFAULT_REACH))
+
+    def _get_candidate_generator(self, *, generation_config, model_kwargs, assistant_model=None, **kwargs):
+        """What drafts tokens when decoding is speculative; an assistant knows nothing of this model's experts."""
+        processors = kwargs.get("logits_processor") or ()
+        if any(type(processor).__name__ == ExpertSwitchLogitsProcessor.__name__ for processor in processors):
+            raise ValueError(
+                "`ExpertSwitchLogitsProcessor` changes the expert after tokens that were drafted under the old one: "
+                "pass `expert_schedule` to `generate` instead, or leave speculative decoding out."
+            )
+        schedule = model_kwargs.get("expert_schedule")
+        if generation_config.assistant_early_exit is not None:
+            generation_config = copy.copy(generation_config)
+            assistant_model = self.first_layers(generation_config.assistant_early_exit)
+            generation_config.assistant_early_exit = None
+        drafter = super()._get_candidate_generator(
+            generation_config=generation_config,
+            model_kwargs={key: value for key, value in model_kwargs.items() if key != "expert_schedule"},
+            assistant_model=assistant_model,
+            **kwargs,
+        )
+        return drafter if schedule is None else DraftsUnderOneExpert(drafter, schedule)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
         """No positions: the cache counts the real tokens of each row itself, over all turns."""

@@ -72,6 +72,16 @@ def causal_conv1d(
     return convolve(x, weight, bias, initial_state, lengths)
 
 
+def conv_window(
+    x: Tensor, num_taps: int, initial_state: Tensor | None = None, lengths: Tensor | None = None
+) -> Tensor:
+    """The final state of `causal_conv1d` with K = `num_taps`, (B, K - 1, D), without its output."""
+    x = _zero_pads(x, _real_tokens(lengths, x.shape[1]))
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], num_taps - 1, x.shape[2])
+    return _last_inputs(torch.cat([initial_state.to(x.dtype), x], dim=1), num_taps - 1, lengths)
+
+
 def selective_scan(
     u: Tensor,
     dt: Tensor,

@@ -5,17 +5,24 @@ retention says in which slot the key of position p lives. What a query may see t
 windows, sinks and padding are one rule. *Storage and retention compose.* A `Buffer` grows or is of fixed size; a
 `Retention` keeps all or slides.
 
+*Tokens are taken back in two steps.* Every store first answers whether it can and what it would hold then (`rewound`),
+and changes nothing; only when all can does each take its answer (`rewind`).
+
 Every store implements the whole protocol: `update`, `commit`, `discard`, `drop`, `select_rows`, `fork_into`,
-`truncate`, `can_forget`, `tensors`, `allocated`.
+`record_past`, `rewound`, `rewind`, `tensors`, `nbytes`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 # Room that a growing buffer takes beyond what it needs, so that appending a token rarely copies.
 MIN_SPARE_SLOTS, SPARE_FRACTION = 64, 4
+# Single tokens that a recurrent store runs again at most, before those of the forward that is taken back. The states
+# of a token weigh about as much as what it takes to compute them from those of eight tokens before.
+TOKENS_PER_CHECKPOINT = 8
 
 
 # --------------------------------------------------------------------------------------- retention: which keys stay
@@ -23,20 +30,27 @@ MIN_SPARE_SLOTS, SPARE_FRACTION = 64, 4
 
 @dataclass(frozen=True)
 class Retention:
-    """Which keys stay, and where: all of them, or the first `sinks` and a ring of the last `window`.
+    """Which keys stay, and where: all of them, or the first `sinks` and a ring of the last `window + spare`.
 
     Position p lives in slot p while everything is kept or p is a sink (StreamingLLM, arXiv 2309.17453), else in slot
-    `sinks + (p - sinks) % window`.
+    `sinks + (p - sinks) % (window + spare)`. No query sees more than `window`; up to `spare` tokens can be taken back,
+    for what they have overwritten lies outside of every window then.
     """
 
     window: int | None = None
     sinks: int = 0
+    spare: int = 0
 
     @classmethod
-    def of(cls, config, layer_idx: int) -> "Retention":
+    def of(cls, config, layer_idx: int, spare: int = 0) -> "Retention":
         """That of layer `layer_idx`."""
         window = config.window(layer_idx)
-        return cls() if window is None else cls(window, config.num_sink_tokens)
+        return cls() if window is None else cls(window, config.num_sink_tokens, spare)
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring."""
+        return self.window + self.spare
 
     def is_visible(self, query_position: torch.Tensor, key_position: torch.Tensor) -> torch.Tensor:
         """Whether a query sees a key, from their positions alone; -1 is no position."""
@@ -47,13 +61,13 @@ class Retention:
 
     def num_slots(self, num_tokens: int) -> int:
         """Slots that rows of up to `num_tokens` tokens need."""
-        return num_tokens if self.window is None else min(num_tokens, self.window + self.sinks)
+        return num_tokens if self.window is None else min(num_tokens, self.ring + self.sinks)
 
     def slot(self, position: Any) -> Any:
         """Slot of a position, given as an integer or as a tensor of any shape."""
         if self.window is None:
             return position
-        in_ring = self.sinks + (position - self.sinks) % self.window
+        in_ring = self.sinks + (position - self.sinks) % self.ring
         if isinstance(position, int):
             return position if position < self.sinks else in_ring
         return torch.where(position < self.sinks, position, in_ring)
@@ -64,7 +78,7 @@ class Retention:
         if self.window is None:
             return torch.where(slots < counts, slots, -1)
         newest = counts - 1 - self.sinks
-        in_ring = newest - (newest - (slots - self.sinks)) % self.window
+        in_ring = newest - (newest - (slots - self.sinks)) % self.ring
         in_ring = torch.where(in_ring >= 0, in_ring + self.sinks, -1)
         return torch.where(slots >= self.sinks, in_ring, torch.where(slots < counts, slots, -1))
 
@@ -142,6 +156,7 @@ def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_si
 def _plan_in_place(retention, span, device, num_slots, is_fixed) -> Layout:
     is_known = isinstance(span.start, int)
     sees_all = is_known and not is_fixed and (span.num_tokens == 1 or span.start == 0)
+    sees_all = sees_all and (retention.spare == 0 or num_slots <= retention.window + retention.sinks)
     if sees_all:
         key_positions = None
     elif retention.window is None:
@@ -280,6 +295,24 @@ def _select_rows(tensor: torch.Tensor, rows: torch.Tensor, may_write: bool) -> t
     return tensor.copy_(selected) if may_write and selected.shape == tensor.shape and is_writable(tensor) else selected
 
 
+@dataclass(frozen=True)
+class Removal:
+    """The last tokens of each row, to be taken back.
+
+    Args:
+        columns: width that was fed before, pads included, and `columns_left` that is to remain.
+        tokens: real tokens that each row loses: an integer if all lose as many, else a tensor (rows,).
+        most: the largest of them.
+        overshoot: tokens at most that a row was already taken back by and that were not fed again since.
+    """
+
+    columns: int
+    columns_left: int
+    tokens: Any
+    most: int
+    overshoot: int = 0
+
+
 class KeyValueStore:
     """Keys and values of one layer, each (rows, heads, slots, head_dim)."""
 
@@ -326,6 +359,7 @@ class KeyValueStore:
         self.values.select_rows(rows)
 
     def fork_into(self, other: "KeyValueStore") -> None:
+        other.retention = self.retention
         other.keys, other.values = self.keys.fork(), self.values.fork()
         other.num_slots = other.staged_slots = self.num_slots
 
@@ -334,31 +368,122 @@ class KeyValueStore:
             return {}
         return {"keys": self.keys.view(self.num_slots), "values": self.values.view(self.num_slots)}
 
-    def allocated(self) -> dict[str, torch.Tensor]:
-        return {} if self.keys.tensor is None else {"keys": self.keys.tensor, "values": self.values.tensor}
+    def nbytes(self) -> dict[str, int]:
+        return (
+            {} if self.keys.tensor is None else {"keys": self.keys.tensor.nbytes, "values": self.values.tensor.nbytes}
+        )
 
-    def can_forget(self, columns: int) -> bool:
-        """Whether tokens can be taken back by the clock alone: a ring must not have wrapped."""
-        return self.retention.num_slots(columns) == columns
+    def record_past(self, reach: int, counts: torch.Tensor, columns: int) -> None:
+        """Widens a ring, so that `reach` tokens can be taken back; rows hold `counts` (rows or 1,) tokens."""
+        if self.retention.window is None or self.retention.spare >= reach:
+            return
+        old, self.retention = self.retention, replace(self.retention, spare=reach)
+        num_slots = self.retention.num_slots(columns)
+        if self.keys.tensor is None or num_slots == self.num_slots:
+            return
+        held = self.retention.positions(counts, num_slots)
+        # What the narrow ring has lost is out of every window, so any key may stand for it.
+        sources = old.slot(held.clamp(min=0)).clamp(max=self.num_slots - 1)
+        for buffer in (self.keys, self.values):
+            stored = buffer.view(self.num_slots)
+            buffer.tensor, buffer.is_shared = stored.gather(2, _along(sources, stored, 2)), False
+        self.num_slots = self.staged_slots = num_slots
 
-    def truncate(self, columns: int) -> None:
-        if self.keys.fixed_size is None:
-            self.num_slots = min(self.num_slots, self.retention.num_slots(columns))
+    def rewound(self, removal: Removal) -> int | None:
+        """Slots in use after a removal; `None` when keys that would be seen then were overwritten."""
+        has_wrapped = (
+            self.retention.num_slots(removal.columns + removal.overshoot) < removal.columns + removal.overshoot
+        )
+        if has_wrapped and removal.overshoot + removal.most > self.retention.spare:
+            return None
+        if self.keys.fixed_size is not None:
+            return self.num_slots
+        return min(self.num_slots, self.retention.num_slots(removal.columns_left))
+
+    def rewind(self, num_slots: int) -> None:
+        self.num_slots = self.staged_slots = num_slots
+
+
+def split_at_reach(num_tokens: int, lengths: torch.Tensor | None, reach: int) -> list[tuple[slice, Any]]:
+    """The tokens of a forward that are beyond `reach` from its end, if any, and the rest, each with its lengths."""
+    beyond = num_tokens - reach
+    if reach == 0 or beyond <= 0:
+        return [(slice(None), lengths)]
+    if lengths is None:
+        return [(slice(beyond), None), (slice(beyond, None), None)]
+    return [(slice(beyond), lengths.clamp(max=beyond)), (slice(beyond, None), (lengths - beyond).clamp(min=0))]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one forward gave a recurrent mixer: enough to run its first tokens again.
+
+    Args:
+        inputs: what the mixer asked to keep, by name, (rows, tokens, ...) each, packed.
+        advance: `(states, inputs, lengths) -> states`, by name, after the tokens of `inputs`.
+        before: the states in front of it; `None` where those of an earlier passage have to do.
+        lengths: real tokens of each row, (rows,); `None` when all are real.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    advance: Callable
+    before: dict[str, torch.Tensor] | None
+    lengths: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Width, pads included."""
+        return next(iter(self.inputs.values())).shape[1]
+
+    def without_last(self, tokens: Any) -> tuple["Passage", Any]:
+        """The passage less the last `tokens` of each row (an integer or (rows,)), and how many it did not have."""
+        if isinstance(tokens, int) and self.lengths is None:
+            left = max(self.num_tokens - tokens, 0)
+            return self._cut(left, None), tokens - (self.num_tokens - left)
+        tokens = torch.as_tensor(tokens)
+        lengths = torch.full_like(tokens, self.num_tokens) if self.lengths is None else self.lengths
+        tokens = tokens.to(lengths.device)
+        left = (lengths - tokens).clamp(min=0)
+        return self._cut(int(left.max()), left), tokens - (lengths - left)
+
+    def _cut(self, num_tokens: int, lengths: torch.Tensor | None) -> "Passage":
+        inputs = {name: tensor[:, :num_tokens] for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, lengths=lengths)
+
+    def select_rows(self, rows: torch.Tensor) -> "Passage":
+        def select(tensor):
+            return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+
+        before = None if self.before is None else {name: select(state) for name, state in self.before.items()}
+        inputs = {name: select(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, before=before, lengths=select(self.lengths))
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.inputs.values(), *(self.before or {}).values()))
 
 
 class RecurrentStore:
     """The states of one recurrent mixer, by name; what they are is the mixer's business.
 
     Mamba keeps `"conv"` (rows, kernel - 1, channels), its last inputs, and `"ssm"` (rows, channels, state), float32.
+
+    A state forgets how it came about. To take back up to `reach` tokens, the store keeps the last passages from a
+    checkpoint on, and runs again what is left of them. Fixed states are overwritten in place and have no past.
     """
 
     def __init__(self, is_fixed: bool = False):
-        self.is_fixed = is_fixed
+        self.is_fixed, self.reach = is_fixed, 0
         self.states: dict[str, torch.Tensor] = {}
         self.staged: dict[str, torch.Tensor] = {}
+        self.past: list[Passage] = []
+        self.staged_past: Passage | None = None
 
     def update(self, name: str, state: torch.Tensor) -> None:
         self.staged[name] = state
+
+    def record(self, passage: Passage | None) -> None:
+        """Remembers how the states of the open forward came about, if that is known."""
+        self.staged_past = passage
 
     def commit(self) -> None:
         for name, state in self.staged.items():
@@ -368,30 +493,73 @@ class RecurrentStore:
                 old.copy_(state)
             else:
                 self.states[name] = state.clone() if self.is_fixed else state
-        self.staged = {}
+        if self.past or self.staged_past is not None:
+            self.past = [] if self.staged_past is None else self._within_reach([*self.past, self.staged_past])
+        self.staged, self.staged_past = {}, None
+
+    def _within_reach(self, past: list[Passage]) -> list[Passage]:
+        """The newest passages that hold `reach` tokens, from a checkpoint on; not every passage becomes one."""
+        since_checkpoint, checkpoints = 0, (passage.before is not None for passage in reversed(past[:-1]))
+        for passage, is_checkpoint in zip(reversed(past), (False, *checkpoints), strict=True):
+            since_checkpoint += passage.num_tokens
+            if is_checkpoint and since_checkpoint <= TOKENS_PER_CHECKPOINT:
+                past[-1] = replace(past[-1], before=None)
+            if is_checkpoint:
+                break
+        num_tokens = 0
+        for idx in range(len(past) - 1, -1, -1):
+            num_tokens += past[idx].num_tokens
+            if num_tokens >= self.reach and past[idx].before is not None:
+                return past[idx:]
+        return past
 
     def discard(self) -> None:
-        self.staged = {}
+        self.staged, self.staged_past = {}, None
 
     def drop(self) -> None:
         # A state of zeros is the state before the first token.
         self.states = {name: zeroed(state) for name, state in self.states.items()} if self.is_fixed else {}
-        self.staged = {}
+        self.staged, self.staged_past, self.past = {}, None, []
 
     def select_rows(self, rows: torch.Tensor) -> None:
         may_write = self.is_fixed and not torch.is_grad_enabled()
         self.states = {name: _select_rows(state, rows, may_write) for name, state in self.states.items()}
+        self.past = [passage.select_rows(rows) for passage in self.past]
 
     def fork_into(self, other: "RecurrentStore") -> None:
         other.states = {name: state.clone() if self.is_fixed else state for name, state in self.states.items()}
+        other.past, other.reach = list(self.past), self.reach
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: usable(state) for name, state in self.states.items()}
 
-    allocated = tensors
+    def nbytes(self) -> dict[str, int]:
+        found = {name: state.nbytes for name, state in self.states.items()}
+        return found | ({"past": sum(passage.nbytes() for passage in self.past)} if self.past else {})
 
-    def can_forget(self, columns: int) -> bool:
-        return False
+    def record_past(self, reach: int, *_) -> None:
+        """Keeps the past of the forwards to come, so that `reach` tokens can be taken back."""
+        self.reach = reach
 
-    def truncate(self, columns: int) -> None:
-        """Nothing to cut: a state has no length."""
+    def rewound(self, removal: Removal) -> tuple[dict[str, torch.Tensor], list[Passage]] | None:
+        """States and past after a removal; `None` when it goes beyond what is remembered."""
+        if removal.most == 0:
+            return self.states, self.past
+        earlier, again, tokens = list(self.past), [], removal.tokens
+        while earlier:
+            passage, tokens = earlier.pop().without_last(tokens)
+            again.insert(0, passage)
+            is_enough = tokens == 0 if isinstance(tokens, int) else not bool(tokens.any())
+            if is_enough and passage.before is not None:
+                break
+        else:
+            return None
+        states = again[0].before
+        for passage in again:
+            if passage.num_tokens:
+                earlier.append(replace(passage, before=states))
+                states = passage.advance(states, passage.inputs, passage.lengths)
+        return states, earlier
+
+    def rewind(self, rewound: tuple[dict[str, torch.Tensor], list[Passage]]) -> None:
+        self.states, self.past = rewound
