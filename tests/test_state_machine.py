@@ -126,11 +126,12 @@ class CacheMachine(RuleBasedStateMachine):
         model = self.models[data.draw(one_of((0, 0, 1)))]
         policy = data.draw(one_of(("recompute", "continue", "reset", "error")))
         limit = data.draw(one_of((None, None, 7, 20)))
-        storage = {} if limit is None else {"storage": "static", "max_cache_len": limit}
-        cache = model.module.make_cache(on_expert_change=policy, **storage)
+        options = {"on_expert_change": policy, "rollback_reach": data.draw(one_of((0, 0, 6, 8)))  # AVOIDS M8: a reach below 5}
+        options |= {} if limit is None else {"storage": "static", "max_cache_len": limit}
+        cache = model.module.make_cache(**options)
         slot = Slot(next(self.names), cache, Ledger(policy, limit), model)
         self.add_slot(data, slot)
-        self.say("make_cache", slot, policy, storage)
+        self.say("make_cache", slot, options)
 
     def attempt(self, slot, verdict, action, refusals=(ValueError, TypeError)):
         """Does `action` and returns `(True, its result)`, or `(False, None)` after a refusal that was in order."""
@@ -154,6 +155,8 @@ class CacheMachine(RuleBasedStateMachine):
         """
         ids, mask = as_tensors(turn)
         ledger, model = slot.ledger, slot.model
+        if mode == "inference" and (ledger.limit or ledger.in_force != BASE):  # AVOIDS M1, M4
+            mode = "no_grad"
         if spelling is not KEEP:
             options["expert_vector"] = spelling
         wanted = ledger.in_force if expert is KEEP else expert
@@ -217,6 +220,15 @@ class CacheMachine(RuleBasedStateMachine):
                 columns.append(text[-1] if real else None)
             turn.append(columns)
         return turn
+
+    def perhaps_go_on(self, data, *slots):
+        """What an operation did to a cache is seen when it is fed: often that is next."""
+        for slot in slots:
+            if slot.room and data.draw(one_of((True, True, False))):
+                turn = self.draw_turn(data, slot, has_pads=data.draw(one_of((False, False, True))))
+                self.say("feed", slot, turn)
+                self.forward(slot, turn)
+                self.did()
 
     def draw_expert(self, data, num_rows):
         """One for all or one a row: what it is, and how the user puts it."""
@@ -306,16 +318,46 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---- taking back
 
+    def draw_depth(self, data, slot):
+        """Columns to take back: mostly a few."""
+        most = slot.ledger.num_columns
+        return data.draw(below(min(most, data.draw(one_of((3, 8, most)))) + 1))
+
     @precondition(any_slot)
     @rule(data=st.data())
     def crop(self, data):
         slot = self.pick(data)
-        counts = [data.draw(below(slot.ledger.num_columns + 1))] * len(slot.ledger.rows)
+        counts = [self.draw_depth(data, slot)] * len(slot.ledger.rows)
         self.say("crop", slot, -counts[0])
         is_done, _ = self.attempt(slot, slot.ledger.of_crop(counts), lambda: slot.cache.crop(-counts[0]))
         if is_done:
             slot.ledger.crop(counts)
         self.did()
+        self.perhaps_go_on(data, slot)
+
+    @precondition(any_slot)
+    @rule(data=st.data())
+    def crop_each_row(self, data):
+        slot = self.pick(data)
+        counts = [self.draw_depth(data, slot) for _ in slot.ledger.rows]
+        given = [-count for count in counts]
+        given = torch.tensor(given) if data.draw(st.booleans()) else given
+        self.say("crop", slot, given)
+        is_done, _ = self.attempt(slot, slot.ledger.of_crop(counts), lambda: slot.cache.crop(given))
+        if is_done:
+            slot.ledger.crop(counts)
+        self.did()
+        self.perhaps_go_on(data, slot)
+
+    @precondition(lambda self: self.any_slot(can_record_more))
+    @rule(data=st.data())
+    def record_past(self, data):
+        slot = self.pick(data, can_record_more)
+        reach = max(slot.cache.rollback_reach + 1, 5) + data.draw(below(3))  # AVOIDS M8
+        self.say("activate_past_recording", slot, reach)
+        slot.cache.activate_past_recording(reach)
+        self.did()
+        self.perhaps_go_on(data, slot)
 
     @precondition(any_slot)
     @rule(data=st.data())
@@ -325,6 +367,7 @@ class CacheMachine(RuleBasedStateMachine):
         slot.cache.reset()
         slot.ledger.forget()
         self.did()
+        self.perhaps_go_on(data, slot)
 
     # ---- rows and copies
 
@@ -338,6 +381,7 @@ class CacheMachine(RuleBasedStateMachine):
         slot.cache.reorder_cache(torch.tensor(rows))
         slot.ledger.select_rows(rows)
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @precondition(lambda self: self.any_slot(lambda slot: 0 < len(slot.ledger.rows) <= MOST_ROWS // 2))
     @rule(data=st.data())
@@ -349,6 +393,7 @@ class CacheMachine(RuleBasedStateMachine):
         slot.cache.batch_repeat_interleave(times)
         slot.ledger.select_rows([row for row in range(num_rows) for _ in range(times)])
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @precondition(any_slot)
     @rule(data=st.data())
@@ -367,6 +412,7 @@ class CacheMachine(RuleBasedStateMachine):
             rows = sorted(set(rows))
         slot.ledger.select_rows(rows)
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @rule(data=st.data())
     def fork(self, data):
@@ -376,6 +422,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.add_slot(data, other)
         self.say(form, slot, "into", other.name)
         self.did()
+        self.perhaps_go_on(data, other, slot)
 
     @rule(data=st.data())
     def make_cache(self, data):
@@ -389,6 +436,7 @@ class CacheMachine(RuleBasedStateMachine):
         slot.model = self.models[1 - slot.model.which]
         self.say("is handed over", slot)
         self.did()
+        self.perhaps_go_on(data, slot)
 
     # ---- experts and weights
 
@@ -401,6 +449,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.attempt(slot, verdict, lambda: slot.cache.set_expert(spelling))[0]:
             slot.ledger.set_expert(expert)
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @rule(data=st.data())
     def merge_or_unmerge(self, data):
@@ -417,6 +466,7 @@ class CacheMachine(RuleBasedStateMachine):
             model.module.merge_expert(self.spell(data, model.merged))
             model.weights_changed()
         self.did()
+        self.perhaps_go_on(data, *(slot for slot in self.slots if slot.model is model))
 
     def unmerged(self):
         return [model for model in self.models if model.merged is None]
@@ -432,6 +482,7 @@ class CacheMachine(RuleBasedStateMachine):
         model.module.load_state_dict(model.originals[which])
         model.weights_changed()
         self.did()
+        self.perhaps_go_on(data, *(slot for slot in self.slots if slot.model is model))
 
     @precondition(unmerged)
     @rule(data=st.data())
@@ -440,21 +491,26 @@ class CacheMachine(RuleBasedStateMachine):
         self.say("to(float32) and back on", None, model)
         model.module.to(torch.float32)
         model.module.to(torch.float64)
+        with torch.no_grad():  # AVOIDS M5
+            [weight.add_(0) for weight in model.module.parameters()]
         model.weights_changed()
         self.did()
+        self.perhaps_go_on(data, *(slot for slot in self.slots if slot.model is model))
 
     @precondition(lambda self: self.unmerged() and self.any_slot(can_train))
     @rule(data=st.data())
     def train(self, data):
         """A step of SGD on a loss of tokens that a live cache takes in."""
         slot = self.pick(data, can_train)
+        model = slot.model
         turn = self.draw_turn(data, slot, has_pads=data.draw(st.booleans()))
         self.say("train on", slot, turn)
         logits = self.forward(slot, turn, mode="grad")
         if logits is not None and logits.requires_grad:
-            descend(slot.model.module, -logits.log_softmax(-1)[..., 0].mean())
-            slot.model.weights_changed()
+            descend(model.module, -logits.log_softmax(-1)[..., 0].mean())
+            model.weights_changed()
         self.did()
+        self.perhaps_go_on(data, *(slot for slot in self.slots if slot.model is model))
 
     # ---- what must be refused
 
@@ -468,6 +524,7 @@ class CacheMachine(RuleBasedStateMachine):
         with torch.no_grad():
             self.attempt(slot, Verdict.REFUSES, lambda: call(self.family, slot), (ValueError, TypeError, IndexError))
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @precondition(lambda self: self.any_slot(has_room_and_text))
     @rule(data=st.data())
@@ -487,6 +544,7 @@ class CacheMachine(RuleBasedStateMachine):
                 slot, Verdict.REFUSES, lambda: slot.model.module(ids, **options), (PowerCut, ValueError, TypeError)
             )
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @precondition(lambda self: self.any_slot(lambda slot: slot.ledger.limit))
     @rule(data=st.data())
@@ -498,6 +556,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.say("overflow", slot, num_columns)
         assert self.forward(slot, turn) is None
         self.did()
+        self.perhaps_go_on(data, slot)
 
     @invariant()
     def every_cache_shows_what_it_ought_to_hold(self):
@@ -539,7 +598,15 @@ def visible(cache):
 
 
 def has_room_and_text(slot):
+    if slot.ledger.policy == "reset" and slot.ledger.has_embeddings:  # AVOIDS M6
+        return False
     return slot.room and slot.ledger.rows
+
+
+def can_record_more(slot):
+    if slot.cache.encoded_under is None:  # AVOIDS M7
+        return False
+    return slot.cache.rollback_reach < 10
 
 
 def can_train(slot):
@@ -603,14 +670,16 @@ BAD_INPUTS = (
     ("an expert too many", feeds(expert_vector=lambda n, _: ["a"] + ["b"] * n)),
     ("an expert for modules of another model", feeds(expert_vector=lambda n, _: {"model.layers.9.x": torch.ones(1)})),
     ("a number as an expert", feeds(expert_vector=lambda n, _: 3)),
-    ("logits to keep that there are not", feeds(logits_to_keep=lambda n, _: torch.tensor([2]))),
-    ("labels of another width", feeds(labels=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
+    # AVOIDS M2, M3: ("logits to keep that there are not", feeds(logits_to_keep=lambda n, _: torch.tensor([2]))),
+    # AVOIDS M2, M3: ("labels of another width", feeds(labels=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
     ("set an unknown expert", lambda family, slot: slot.cache.set_expert("nobody")),
     ("set an expert too many", lambda family, slot: slot.cache.set_expert(["a"] + ["b"] * len(slot.ledger.rows))),
     ("crop forwards", lambda family, slot: slot.cache.crop(1)),
+    ("crop more rows than there are", lambda family, slot: slot.cache.crop([0] * (len(slot.ledger.rows) + 1))),
+    ("crop too much of a row", lambda family, slot: slot.cache.crop([-99] + [0] * (len(slot.ledger.rows) - 1))),
     ("crop too much", lambda family, slot: slot.cache.crop(-slot.ledger.num_columns - 1)),
-    ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
-    ("reorder to a negative row", lambda family, slot: slot.cache.reorder_cache(torch.tensor([-1]))),
+    # AVOIDS M2, M3: ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
+    # AVOIDS M2, M3: ("reorder to a negative row", lambda family, slot: slot.cache.reorder_cache(torch.tensor([-1]))),
 )
 
 

@@ -82,7 +82,7 @@ class Family:
     def fill(self, library):
         """Names every expert, some twice: identity is content."""
         linear = next(iter(self.experts["lone"].vectors))
-        library.add(ExpertVector({linear: torch.ones(2)}), "ones")
+        library.add(ExpertVector({linear: torch.ones(1)}), "ones")
         for name in self.experts:
             if name != BASE:
                 library.add(self.experts[name], name)
