@@ -194,6 +194,10 @@ class Transition:
     mixes: bool = False
 
 
+# Goes on as before. A compiled step takes it without a look at the expert's key, on which its graph would depend.
+UNCHANGED = Transition(None, InForce())
+
+
 class TokenLog:
     """What was fed, column by column with its pads: enough to feed it again."""
 
@@ -350,8 +354,9 @@ class MambaFormerCache(Cache):
             fed = span.num_tokens if span.lengths is None else int(span.lengths.min())
             self.clock.overshoot = max(self.clock.overshoot - fed, 0)
         self.clock.is_empty, self._rows = False, token_ids.shape[0]
-        self._put_in_force(transition)
-        self.encoded_under, self.is_mixed = self.in_force, self.is_mixed or transition.mixes
+        if transition is not UNCHANGED:
+            self._put_in_force(transition)
+            self.encoded_under, self.is_mixed = self.in_force, self.is_mixed or transition.mixes
 
     def _counted_positions(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         start = self.clock.start
@@ -410,7 +415,9 @@ class MambaFormerCache(Cache):
                 f"`expert_vector` has {len(expert)} entries but the cache has {self._rows} rows: give one each."
             )
         in_force = InForce(key, weights)
-        if self.clock.is_empty or in_force == self.encoded_under:
+        if in_force == self.encoded_under:
+            in_force = self.encoded_under
+        if self.clock.is_empty or in_force is self.encoded_under:
             return Transition(expert, in_force)
         is_change, policy = in_force != self.in_force, self.on_expert_change
         if policy == "continue" and (is_change or self.encoded_under is not None):
@@ -446,6 +453,11 @@ class MambaFormerCache(Cache):
         if self.clock.is_empty or self.encoded_under == self.in_force:
             return False
         return self.encoded_under is None or self.on_expert_change != "continue"
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a text is cached and goes on under exactly what encoded it; compares no keys."""
+        return not self.clock.is_empty and self.encoded_under is self.in_force
 
     def _is_about_to_mix(self) -> bool:
         """Whether the next token goes on from a text that something else than what is in force has encoded."""

@@ -23,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.hub import cached_file
 
-from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache, Transition
+from .cache_mambaformer import DEFAULT_REACH, UNCHANGED, MambaFormerCache, Transition
 from .configuration_mambaformer import MambaFormerConfig
 from .dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule, ExpertSwitchLogitsProcessor
 from .experts_mambaformer import (
@@ -40,6 +40,7 @@ from .experts_mambaformer import (
     scale_basis,
     spectrum_of,
 )
+from .export_mambaformer import DecodeStep
 from .feed_mambaformer import (
     Feed,
     Packing,
@@ -173,6 +174,16 @@ def weights_stamp(model: nn.Module) -> Any:
     return hash(tuple(found))
 
 
+def _is_compiled_step(cache: MambaFormerCache | None) -> bool:
+    """Whether a compiled forward goes on from a text as it is.
+
+    It cannot stamp the weights, and takes the expert plan that an eager forward left behind.
+    """
+    if cache is None or not torch.compiler.is_compiling():
+        return False
+    return cache.is_settled and (cache.expert_vector is None or cache.expert_plan is not None)
+
+
 def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
     """What a user may call an expert -> `(expert, key)`; the base is `(None, None)`."""
     return _with_key(resolve_expert(expert_vector, library))
@@ -284,6 +295,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         """Resolves and checks the expert of a forward; changes nothing."""
         check_is_ours(cache)
         is_given = expert_vector is not ...
+        if not is_given and _is_compiled_step(cache):
+            return ExpertPlan() if cache.expert_plan is None else cache.expert_plan
         expert, key = None, None
         if is_given:
             resolved = resolve_expert(expert_vector, self._expert_library)
@@ -303,9 +316,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
             return ExpertPlan(num_rows=num_rows, weights=weights)
         head = None if self.get_output_embeddings() is None else weights_stamp(self.get_output_embeddings())
         known = None if cache is None or _is_trained(expert) else cache.expert_plan
-        # A compiled step cannot stamp the weights: it takes the plan that an eager forward left behind.
-        is_fresh = torch.compiler.is_compiling() or (known and (known.weights, known.head) == (weights, head))
-        if known is not None and known.key == key and is_fresh:
+        if known is not None and (known.key, known.weights, known.head) == (key, weights, head):
             return replace(known, num_rows=num_rows)
         return ExpertPlan(expert, key, num_rows, self._scaled_bases(expert), weights, head)
 
@@ -531,11 +542,9 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             )
         if cache is None:
             return Transition(plan.expert, None)
-        weights = plan.weights
-        if torch.compiler.is_compiling():
-            weights = cache.in_force.weights  # a compiled step cannot stamp the weights
-        elif weights is None:
-            weights = weights_stamp(self)
+        if _is_compiled_step(cache):
+            return UNCHANGED
+        weights = weights_stamp(self) if plan.weights is None else plan.weights
         return cache.plan(plan.expert, plan.key, weights)
 
     def _embed(self, feed: Feed) -> torch.Tensor:
@@ -637,6 +646,22 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
             kwargs["expert_schedule"] = ExpertSchedule(entries, length)
         return super().generate(inputs, *args, **kwargs)
+
+    def decode_step(self, cache: MambaFormerCache) -> DecodeStep:
+        """One decoding step behind the text of a static cache, as a module for `torch.export`."""
+        return DecodeStep(self, cache)
+
+    def get_compiled_call(self, compile_config):
+        """The compiled forward that `generate` decodes with; a step that must encode a text again runs as it is."""
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(*args, past_key_values: MambaFormerCache | None = None, **kwargs):
+            cache = past_key_values
+            has_plan = cache is not None and (cache.expert_vector is None or cache.expert_plan is not None)
+            is_ready = has_plan and cache.is_settled and cache.in_force.weights == weights_stamp(self.base_model)
+            return (compiled if is_ready else self)(*args, past_key_values=cache, **kwargs)
+
+        return call
 
     def prepare_inputs_for_generation(
         self,
