@@ -6,13 +6,16 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint check bench train-experts clean
+.PHONY: demo test test-long lint check bench train-experts clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
 test: $(VENV)/.dev  ## all tests, on both cores
 	$(BIN)/python -m pytest -n 2
+
+test-long: $(VENV)/.dev  ## 200,000 operations on caches that no run has tried before
+	MACHINE_OPS=$(or $(MACHINE_OPS),200000) $(BIN)/python -m pytest -n 2 tests/test_state_machine.py
 
 lint: $(VENV)/.dev  ## style
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ from hypothesis.stateful import (
 )
 
 from mambaformer import MambaFormerCache
-from world import BASE, VOCAB, Ledger, Verdict, WorldModel, family_of, per_row
+from world import BASE, VOCAB, Ledger, Verdict, WorldModel, family_of
 
 OPERATIONS = int(os.environ.get("MACHINE_OPS", 20_000))
 FIRST_SEED = int(os.environ.get("MACHINE_SEED", random.randrange(10**6) if "MACHINE_OPS" in os.environ else 0))
@@ -62,10 +62,20 @@ class Slot:
     cache: MambaFormerCache
     ledger: Ledger
     model: WorldModel
+    home: WorldModel  # that made it
 
     @property
     def room(self):
         return min(MOST_COLUMNS, self.ledger.limit or MOST_COLUMNS) - self.ledger.num_columns
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file, what its cache held, and the weights of its model then."""
+
+    path: str
+    ledger: Ledger
+    weights: tuple
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -126,10 +136,13 @@ class CacheMachine(RuleBasedStateMachine):
         model = self.models[data.draw(one_of((0, 0, 1)))]
         policy = data.draw(one_of(("recompute", "continue", "reset", "error")))
         limit = data.draw(one_of((None, None, 7, 20)))
-        options = {"on_expert_change": policy, "rollback_reach": data.draw(one_of((0, 0, 6, 8)))  # AVOIDS M8: a reach below 5}
+        options = {
+            "on_expert_change": policy,
+            "rollback_reach": data.draw(one_of((0, 0, 6, 8))),
+        }  # AVOIDS M8: a reach below 5
         options |= {} if limit is None else {"storage": "static", "max_cache_len": limit}
         cache = model.module.make_cache(**options)
-        slot = Slot(next(self.names), cache, Ledger(policy, limit), model)
+        slot = Slot(next(self.names), cache, Ledger(policy, limit), model, home=model)
         self.add_slot(data, slot)
         self.say("make_cache", slot, options)
 
@@ -304,7 +317,7 @@ class CacheMachine(RuleBasedStateMachine):
     def feed_nobody(self, data):
         """A forward without a cache disturbs none."""
         model, width = self.models[data.draw(below(2))], 1 + data.draw(below(4))
-        slot = Slot("nobody", None, Ledger("recompute"), model)
+        slot = Slot("nobody", None, Ledger("recompute"), model, home=model)
         turn = self.draw_turn(data, slot, widest=width, has_pads=True)
         expert, spelling = (BASE, KEEP) if model.merged else self.draw_expert(data, len(turn))
         self.say("feed without a cache", slot, expert, turn)
@@ -418,11 +431,44 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, data):
         slot, form = self.pick(data, lambda slot: True), data.draw(one_of(("fork", "deepcopy")))
         cache = slot.cache.fork() if form == "fork" else copy.deepcopy(slot.cache)
-        other = Slot(next(self.names), cache, slot.ledger.copy(), slot.model)
+        other = replace(slot, name=next(self.names), cache=cache, ledger=slot.ledger.copy())
         self.add_slot(data, other)
         self.say(form, slot, "into", other.name)
         self.did()
         self.perhaps_go_on(data, other, slot)
+
+    @precondition(lambda self: self.any_slot(can_be_saved))
+    @rule(data=st.data())
+    def save(self, data):
+        slot = self.pick(data, can_be_saved)
+        path = f"{self.folder.name}/{len(self.saved)}.safetensors"
+        self.say("save", slot, path)
+        slot.cache.save(path)
+        self.saved.append(Saved(path, slot.ledger.saved_by(slot.model), slot.model.weights))
+        self.did()
+        self.perhaps_go_on(data, slot)
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data())
+    def load(self, data):
+        """Into any model; other weights are refused, or the text is encoded again by them."""
+        saved, model = self.saved[-1 - data.draw(below(len(self.saved)))], self.models[data.draw(below(2))]
+        how = data.draw(one_of(("error", "recompute")))
+        self.say("load", None, saved.path, "for", model, how)
+        self.did()
+        try:
+            if data.draw(st.booleans()):
+                cache = model.module.load_cache(saved.path, on_weights_change=how)
+            else:
+                cache = MambaFormerCache.load(saved.path, model.module, on_weights_change=how)
+        except ValueError as refusal:
+            assert model.weights != saved.weights, refusal
+            return
+        ledger = saved.ledger.copy()
+        ledger.was_loaded_by(model, is_encoded_again=how == "recompute" and model.weights != saved.weights)
+        slot = Slot(next(self.names), cache, ledger, model, home=model)
+        self.add_slot(data, slot)
+        self.perhaps_go_on(data, slot)
 
     @rule(data=st.data())
     def make_cache(self, data):
@@ -597,6 +643,14 @@ def visible(cache):
     return cache.get_seq_length(), cache.batch_size, ids, experts
 
 
+def can_be_saved(slot):
+    """By the model that made it; a text that other weights have encoded is of use where it is encoded again."""
+    if not hasattr(slot.cache, "save"):  # AWAITS sessions on main
+        return False
+    is_current = not slot.ledger.rows or slot.ledger.encoded[1] == slot.model.stamp
+    return slot.model is slot.home and (is_current or slot.ledger.policy == "recompute")
+
+
 def has_room_and_text(slot):
     if slot.ledger.policy == "reset" and slot.ledger.has_embeddings:  # AVOIDS M6
         return False
@@ -678,7 +732,7 @@ BAD_INPUTS = (
     ("crop more rows than there are", lambda family, slot: slot.cache.crop([0] * (len(slot.ledger.rows) + 1))),
     ("crop too much of a row", lambda family, slot: slot.cache.crop([-99] + [0] * (len(slot.ledger.rows) - 1))),
     ("crop too much", lambda family, slot: slot.cache.crop(-slot.ledger.num_columns - 1)),
-    # AVOIDS M2, M3: ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
+    # AVOIDS M3: ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
     # AVOIDS M2, M3: ("reorder to a negative row", lambda family, slot: slot.cache.reorder_cache(torch.tensor([-1]))),
 )
 

@@ -24,30 +24,30 @@ BASE = "base"
 def random_fields(rng):
     """Of a configuration with one to three layers of any types; every other option is drawn too."""
     kv_heads = rng.choice([1, 2])
-    return dict(
-        vocab_size=VOCAB,
-        hidden_size=rng.choice([8, 12, 16]),
-        num_hidden_layers=(depth := rng.choice([1, 2, 2, 3])),
-        layer_types=[rng.choice(LAYER_TYPES) for _ in range(depth)],
-        intermediate_size=rng.choice([None, None, 10]),
-        mlp_bias=rng.random() < 0.5,
-        num_attention_heads=kv_heads * rng.choice([1, 2]),
-        num_key_value_heads=kv_heads,
-        head_dim=rng.choice([2, 4, 6]),
-        attention_bias=rng.random() < 0.5,
-        attention_output_bias=rng.random() < 0.5,
-        rope_parameters=rng.choice([None, dict(ROPE)]),
-        sliding_window=rng.randint(1, 6),
-        num_sink_tokens=rng.randint(0, 2),
-        mamba_d_state=rng.randint(1, 3),
-        mamba_d_conv=rng.randint(1, 4),
-        mamba_expand=rng.choice([1, 2]),
-        mamba_dt_rank=rng.choice(["auto", 2]),
-        mamba_conv_bias=rng.random() < 0.5,
-        mamba_proj_bias=rng.random() < 0.5,
-        mamba_inner_norms=rng.random() < 0.5,
-        tie_word_embeddings=rng.random() < 0.5,
-    )
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": rng.choice([8, 12, 16]),
+        "num_hidden_layers": (depth := rng.choice([1, 2, 2, 3])),
+        "layer_types": [rng.choice(LAYER_TYPES) for _ in range(depth)],
+        "intermediate_size": rng.choice([None, None, 10]),
+        "mlp_bias": rng.random() < 0.5,
+        "num_attention_heads": kv_heads * rng.choice([1, 2]),
+        "num_key_value_heads": kv_heads,
+        "head_dim": rng.choice([2, 4, 6]),
+        "attention_bias": rng.random() < 0.5,
+        "attention_output_bias": rng.random() < 0.5,
+        "rope_parameters": rng.choice([None, dict(ROPE)]),
+        "sliding_window": rng.randint(1, 6),
+        "num_sink_tokens": rng.randint(0, 2),
+        "mamba_d_state": rng.randint(1, 3),
+        "mamba_d_conv": rng.randint(1, 4),
+        "mamba_expand": rng.choice([1, 2]),
+        "mamba_dt_rank": rng.choice(["auto", 2]),
+        "mamba_conv_bias": rng.random() < 0.5,
+        "mamba_proj_bias": rng.random() < 0.5,
+        "mamba_inner_norms": rng.random() < 0.5,
+        "tie_word_embeddings": rng.random() < 0.5,
+    }
 
 
 class Family:
@@ -116,6 +116,11 @@ class WorldModel:
     @property
     def stamp(self):
         return (self.which, self.writes)
+
+    @property
+    def weights(self):
+        """Tells weights by their content."""
+        return (self.merged, self.content)
 
     def weights_changed(self):
         self.writes += 1
@@ -306,6 +311,24 @@ class Ledger:
     def encode_again(self, model, by_row):
         for row, expert in zip(self.rows, by_row, strict=True):
             row[:] = [column and (column[0], model.encoding(expert)) for column in row]
+
+    def saved_by(self, model):
+        """A copy whose stamp says no more than whether it was that of the model's weights: files outlive stamps."""
+        other = self.copy()
+        if self.rows and self.encoded[1] != model.stamp:
+            other.encoded = (self.encoded[0], None)
+        return other
+
+    def was_loaded_by(self, model, is_encoded_again):
+        """From a file: the text is as it was, or is encoded by the weights of `model` at the next forward."""
+        if not self.rows:
+            return
+        by_row = per_row(self.in_force, len(self.rows))
+        if is_encoded_again:
+            self.encode_again(model, by_row)
+            self.encoded, self.was_cropped = (by_row, model.stamp), True
+        elif self.encoded[1] is not None:
+            self.encoded = (self.encoded[0], model.stamp)
 
     # ---- surgery
 
