@@ -11,7 +11,6 @@ program every cache is fed once more.
 is shrunk to a short program and printed as one.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -36,7 +35,20 @@ from hypothesis.stateful import (
 )
 
 from mambaformer import MambaFormerCache
-from world import BASE, VOCAB, Ledger, Verdict, WorldModel, family_of
+from world import (
+    BAD_INPUTS,
+    BASE,
+    VOCAB,
+    Ledger,
+    PowerCut,
+    Verdict,
+    WorldModel,
+    as_tensors,
+    family_of,
+    placed,
+    power_cut_at,
+    story,
+)
 
 OPERATIONS = int(os.environ.get("MACHINE_OPS", 20_000))
 FIRST_SEED = int(os.environ.get("MACHINE_SEED", random.randrange(10**6) if "MACHINE_OPS" in os.environ else 0))
@@ -225,7 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
             is_real = [True] * width
             if has_pads:
                 length, side = data.draw(below(width + 1)), data.draw(one_of(("left", "right", "any")))
-                is_real = placed(length, width, side, data)
+                is_real = placed(length, width, side, data.draw(below(1000)))
             text, columns = ledger.tokens(row) if ledger.rows else [], []
             for real in is_real:
                 if real:
@@ -612,27 +624,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert cache.batch_size == (len(ledger.rows) or -1)
 
 
-# ------------------------------------------------------------------------------------------------------ small things
-
-
-def story(text, oddity):
-    """The next token of a text: mostly the usual one, so that the oracle has often read it before."""
-    return (3 * len(text) + 5 * (text[-1] if text else 0) + oddity) % VOCAB
-
-
-def placed(length, width, side, data):
-    """Which of `width` columns hold the `length` real ones."""
-    if side == "any":
-        places = random.Random(data.draw(below(1000))).sample(range(width), length)
-    else:
-        places = range(length) if side == "right" else range(width - length, width)
-    return [column in places for column in range(width)]
-
-
-def as_tensors(turn):
-    """Ids and mask (rows, columns) of a turn; pads hold ordinary token ids."""
-    ids = [[(2 * n + 3) % VOCAB if token is None else token for n, token in enumerate(row)] for row in turn]
-    return torch.tensor(ids), torch.tensor([[token is not None for token in row] for row in turn])
+# ------------------------------------------------------------------------------------------------------ which caches
 
 
 def visible(cache):
@@ -672,69 +664,6 @@ def descend(module, loss, rate=0.05):
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     torch.optim.SGD(module.parameters(), lr=rate).step()
     module.zero_grad()
-
-
-class PowerCut(RuntimeError):
-    """What a forward may die of."""
-
-
-@contextlib.contextmanager
-def power_cut_at(part):
-    def cut(*_):
-        raise PowerCut("there is no power left")
-
-    handle = part.register_forward_pre_hook(cut)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def feeds(**given):
-    """A call that feeds two good tokens to every row, but for what is `given`: functions of the ledger."""
-
-    def call(family, slot):
-        num_rows = len(slot.ledger.rows)
-        options = {"input_ids": torch.ones(num_rows, 2, dtype=torch.long)}
-        options |= {name: make(num_rows, slot.ledger) for name, make in given.items()}
-        return slot.model.module(past_key_values=slot.cache, **options)
-
-    return call
-
-
-def contradicting_mask(num_rows, ledger):
-    earlier = torch.tensor([[column is None for column in row] for row in ledger.rows])
-    return torch.cat([earlier, torch.ones(num_rows, 2, dtype=torch.bool)], dim=1).long()
-
-
-# What is wrong, and a call of (family, slot) that does it.
-BAD_INPUTS = (
-    ("float ids", feeds(input_ids=lambda n, _: torch.ones(n, 2))),
-    ("ids without rows", feeds(input_ids=lambda n, _: torch.ones(n, dtype=torch.long))),
-    ("no tokens", feeds(input_ids=lambda n, _: torch.ones(n, 0, dtype=torch.long))),
-    ("a row too many", feeds(input_ids=lambda n, _: torch.ones(n + 1, 2, dtype=torch.long))),
-    ("a token outside the vocabulary", feeds(input_ids=lambda n, _: torch.full((n, 2), VOCAB))),
-    ("ids and embeddings", feeds(inputs_embeds=lambda n, _: torch.ones(n, 2, 8, dtype=torch.float64))),
-    ("a mask of another width", feeds(attention_mask=lambda n, ledger: torch.ones(n, ledger.num_columns + 5))),
-    ("a mask of other rows", feeds(attention_mask=lambda n, _: torch.ones(n + 1, 2))),
-    ("a mask in 4-D", feeds(attention_mask=lambda n, _: torch.ones(n, 1, 2, 2))),
-    ("a mask that calls the past something else", feeds(attention_mask=contradicting_mask)),
-    ("positions of another width", feeds(position_ids=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
-    ("an unknown expert", feeds(expert_vector=lambda n, _: "nobody")),
-    ("an expert too many", feeds(expert_vector=lambda n, _: ["a"] + ["b"] * n)),
-    ("an expert for modules of another model", feeds(expert_vector=lambda n, _: {"model.layers.9.x": torch.ones(1)})),
-    ("a number as an expert", feeds(expert_vector=lambda n, _: 3)),
-    # AVOIDS M2, M3: ("logits to keep that there are not", feeds(logits_to_keep=lambda n, _: torch.tensor([2]))),
-    # AVOIDS M2, M3: ("labels of another width", feeds(labels=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
-    ("set an unknown expert", lambda family, slot: slot.cache.set_expert("nobody")),
-    ("set an expert too many", lambda family, slot: slot.cache.set_expert(["a"] + ["b"] * len(slot.ledger.rows))),
-    ("crop forwards", lambda family, slot: slot.cache.crop(1)),
-    ("crop more rows than there are", lambda family, slot: slot.cache.crop([0] * (len(slot.ledger.rows) + 1))),
-    ("crop too much of a row", lambda family, slot: slot.cache.crop([-99] + [0] * (len(slot.ledger.rows) - 1))),
-    ("crop too much", lambda family, slot: slot.cache.crop(-slot.ledger.num_columns - 1)),
-    # AVOIDS M3: ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
-    # AVOIDS M2, M3: ("reorder to a negative row", lambda family, slot: slot.cache.reorder_cache(torch.tensor([-1]))),
-)
 
 
 # -------------------------------------------------------------------------------------------------------- the test

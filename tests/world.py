@@ -1,5 +1,6 @@
-"""What the state machine believes: random models, what each cache's rows are, and what the oracle says of them."""
+"""What the state machine knows of the world: random models, what each cache holds, what the oracle says, bad input."""
 
+import contextlib
 import functools
 import hashlib
 import random
@@ -353,3 +354,92 @@ class Ledger:
         self.encoded = (tuple(self.encoded[0][row] for row in rows), self.encoded[1])
         if isinstance(self.in_force, tuple):
             self.in_force = simplest(tuple(self.in_force[row] for row in rows))
+
+
+# ------------------------------------------------------------------------------------------------------------ turns
+
+
+def story(text, oddity):
+    """The next token of a text: mostly the usual one, so that the oracle has often read it before."""
+    return (3 * len(text) + 5 * (text[-1] if text else 0) + oddity) % VOCAB
+
+
+def placed(length, width, side, dice):
+    """Which of `width` columns hold the `length` real ones."""
+    if side == "any":
+        places = random.Random(dice).sample(range(width), length)
+    else:
+        places = range(length) if side == "right" else range(width - length, width)
+    return [column in places for column in range(width)]
+
+
+def as_tensors(turn):
+    """Ids and mask (rows, columns) of a turn; pads hold ordinary token ids."""
+    ids = [[(2 * n + 3) % VOCAB if token is None else token for n, token in enumerate(row)] for row in turn]
+    return torch.tensor(ids), torch.tensor([[token is not None for token in row] for row in turn])
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+class PowerCut(RuntimeError):
+    """What a forward may die of."""
+
+
+@contextlib.contextmanager
+def power_cut_at(part):
+    def cut(*_):
+        raise PowerCut("there is no power left")
+
+    handle = part.register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def feeds(**given):
+    """A call that feeds two good tokens to every row, but for what is `given`: functions of the ledger."""
+
+    def call(family, slot):
+        num_rows = len(slot.ledger.rows)
+        options = {"input_ids": torch.ones(num_rows, 2, dtype=torch.long)}
+        options |= {name: make(num_rows, slot.ledger) for name, make in given.items()}
+        return slot.model.module(past_key_values=slot.cache, **options)
+
+    return call
+
+
+def contradicting_mask(num_rows, ledger):
+    earlier = torch.tensor([[column is None for column in row] for row in ledger.rows])
+    return torch.cat([earlier, torch.ones(num_rows, 2, dtype=torch.bool)], dim=1).long()
+
+
+# What is wrong, and a call of (family, slot) that does it.
+BAD_INPUTS = (
+    ("float ids", feeds(input_ids=lambda n, _: torch.ones(n, 2))),
+    ("ids without rows", feeds(input_ids=lambda n, _: torch.ones(n, dtype=torch.long))),
+    ("no tokens", feeds(input_ids=lambda n, _: torch.ones(n, 0, dtype=torch.long))),
+    ("a row too many", feeds(input_ids=lambda n, _: torch.ones(n + 1, 2, dtype=torch.long))),
+    ("a token outside the vocabulary", feeds(input_ids=lambda n, _: torch.full((n, 2), VOCAB))),
+    ("ids and embeddings", feeds(inputs_embeds=lambda n, _: torch.ones(n, 2, 8, dtype=torch.float64))),
+    ("a mask of another width", feeds(attention_mask=lambda n, ledger: torch.ones(n, ledger.num_columns + 5))),
+    ("a mask of other rows", feeds(attention_mask=lambda n, _: torch.ones(n + 1, 2))),
+    ("a mask in 4-D", feeds(attention_mask=lambda n, _: torch.ones(n, 1, 2, 2))),
+    ("a mask that calls the past something else", feeds(attention_mask=contradicting_mask)),
+    ("positions of another width", feeds(position_ids=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
+    ("an unknown expert", feeds(expert_vector=lambda n, _: "nobody")),
+    ("an expert too many", feeds(expert_vector=lambda n, _: ["a"] + ["b"] * n)),
+    ("an expert for modules of another model", feeds(expert_vector=lambda n, _: {"model.layers.9.x": torch.ones(1)})),
+    ("a number as an expert", feeds(expert_vector=lambda n, _: 3)),
+    # AVOIDS M2, M3: ("logits to keep that there are not", feeds(logits_to_keep=lambda n, _: torch.tensor([2]))),
+    # AVOIDS M2, M3: ("labels of another width", feeds(labels=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
+    ("set an unknown expert", lambda family, slot: slot.cache.set_expert("nobody")),
+    ("set an expert too many", lambda family, slot: slot.cache.set_expert(["a"] + ["b"] * len(slot.ledger.rows))),
+    ("crop forwards", lambda family, slot: slot.cache.crop(1)),
+    ("crop more rows than there are", lambda family, slot: slot.cache.crop([0] * (len(slot.ledger.rows) + 1))),
+    ("crop too much of a row", lambda family, slot: slot.cache.crop([-99] + [0] * (len(slot.ledger.rows) - 1))),
+    ("crop too much", lambda family, slot: slot.cache.crop(-slot.ledger.num_columns - 1)),
+    # AVOIDS M3: ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
+    # AVOIDS M2, M3: ("reorder to a negative row", lambda family, slot: slot.cache.reorder_cache(torch.tensor([-1]))),
+)
