@@ -292,6 +292,7 @@ class MambaFormerCache(Cache):
         self.is_mixed, self.expert_plan = False, None
         self._rows: int | None = None
         self._layouts: dict[Retention, Layout] = {}
+        self._kept: MambaFormerCache | None = None
         self.rollback_reach = 0
         super().__init__(layers=[self._make_layer(idx) for idx in range(config.num_hidden_layers)])
         if rollback_reach:
@@ -311,11 +312,13 @@ class MambaFormerCache(Cache):
     def begin(self, transition: Transition, num_tokens: int, lengths: torch.Tensor | None, device) -> Span:
         """Opens a forward of `num_tokens` columns with `lengths` (rows,) real tokens each.
 
-        Nothing is seen of it before `commit`, so a forward that fails needs no clean-up: where states had to be
-        dropped, the next forward computes them again from the remembered tokens.
+        Nothing is seen of it before `commit`; a forward that fails calls `abandon`. Where states had to be dropped,
+        the next forward computes them again from the remembered tokens.
         """
         self._each_layer("discard")
         if transition.anew:
+            # States that cannot be computed again are kept until the forward has succeeded.
+            self._kept = self.fork() if self.log.has_embeddings else None
             self.encoded_under, self.clock.overshoot = None, 0
             self._each_layer("drop")
         if self.max_columns is not None:
@@ -330,6 +333,14 @@ class MambaFormerCache(Cache):
         self._layouts = {kind: plan_layout(kind, span, device, self.max_columns) for kind in retentions}
         return span
 
+    def abandon(self) -> None:
+        """Undoes what `begin` and the layers did."""
+        self._each_layer("discard")
+        if self._kept is not None:
+            for name in ("layers", "clock", "log", "encoded_under"):
+                setattr(self, name, getattr(self._kept, name))
+            self._kept = None
+
     def commit(
         self, transition: Transition, span: Span, token_ids, mask=None, position_ids=None, is_embedded: bool = False
     ) -> None:
@@ -341,6 +352,7 @@ class MambaFormerCache(Cache):
         """
         if transition.drops_text:
             self._forget_text()
+        self._kept = None
         self._each_layer("commit")
         if position_ids is None and self.log.position_ids.tensor is not None:
             position_ids = self._counted_positions(token_ids, mask)
@@ -615,7 +627,7 @@ class MambaFormerCache(Cache):
         if isinstance(self.clock.columns, int):
             self.clock.columns = removal.columns_left
         else:
-            self.clock.columns.fill_(removal.columns_left)
+            self.clock.columns = usable(self.clock.columns).fill_(removal.columns_left)
 
     def reset(self) -> None:
         """Forgets the text; the expert in force stays."""
@@ -629,7 +641,12 @@ class MambaFormerCache(Cache):
         self._rows, self.is_mixed = None, False
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Makes row i of the cache what row `rows[i]` was."""
+        """Makes row i of the cache what row `rows[i]` was.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        self._check_rows(rows)
         self._select_experts(rows)
         if self.clock.is_empty:
             return
@@ -640,6 +657,13 @@ class MambaFormerCache(Cache):
             counts = self.clock.counts
             self.clock.counts = counts.expand(self._rows).index_select(0, rows.to(counts.device))
         self._rows = rows.shape[0]
+
+    def _check_rows(self, rows: torch.Tensor) -> None:
+        num_rows = self._num_known_rows()
+        # On a device the look at the values would stop the host at every step of a beam search.
+        is_known = rows.dim() == 1 and (rows.device.type != "cpu" or bool(((rows >= 0) & (rows < num_rows)).all()))
+        if num_rows and not is_known:
+            raise ValueError(f"The cache has rows 0 to {num_rows - 1}, and these were asked for: {rows.tolist()}.")
 
     def _select_experts(self, rows: torch.Tensor) -> None:
         if not isinstance(self.expert_vector, list):

@@ -113,6 +113,36 @@ def check_feed(config, input_ids, inputs_embeds, attention_mask, position_ids, c
     return Feed(input_ids.long(), inputs_embeds, mask, position_ids)
 
 
+def check_output_request(input_ids, inputs_embeds, labels, logits_to_keep, vocab_size: int) -> None:
+    """Refuses labels and `logits_to_keep` that do not fit what is fed, before it is."""
+    fed = input_ids if inputs_embeds is None else inputs_embeds
+    if fed is None or fed.dim() < 2:
+        return  # what is fed is checked by itself
+    rows, num_tokens = fed.shape[:2]
+    if isinstance(logits_to_keep, torch.Tensor):
+        if logits_to_keep.dim() != 1 or not _are_within(logits_to_keep, -num_tokens, num_tokens):
+            raise ValueError(
+                f"`logits_to_keep` must be indices (n,) of the {num_tokens} new tokens, got {logits_to_keep}."
+            )
+    elif not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise ValueError(f"`logits_to_keep` must be a number of tokens or indices of them, got {logits_to_keep!r}.")
+    if labels is None:
+        return
+    if labels.shape != (rows, num_tokens):
+        raise ValueError(f"`labels` must be ({rows}, {num_tokens}) like the tokens, got {_described(labels)}.")
+    if isinstance(logits_to_keep, torch.Tensor) or 0 < logits_to_keep < num_tokens:
+        raise ValueError("`labels` need the logits of all tokens: leave `logits_to_keep` out.")
+    if not _are_within(labels.masked_fill(labels == -100, 0), 0, vocab_size):
+        raise ValueError(f"`labels` must be -100 (ignored) or token ids below {vocab_size}.")
+
+
+def _are_within(values: torch.Tensor, low: int, high: int) -> bool:
+    """Whether all are at least `low` and below `high`; taken on trust where a look would stop the host."""
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
+        return True
+    return bool(((values >= low) & (values < high)).all())
+
+
 def _check_cache(config, cache: MambaFormerCache, rows: int, num_tokens: int) -> None:
     check_is_ours(cache)
     if cache.config is not config and not cache.fits(config):

@@ -188,7 +188,7 @@ class MambaFormerMambaMixer(nn.Module):
             mixed.append(y)
         layer.update_conv_state(states["conv"])
         layer.update_recurrent_state(states["ssm"])
-        layer.recurrent.record(passage)
+        layer.recurrent.record(passage, is_whole=len(mixed) == 1)
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
     def advance(

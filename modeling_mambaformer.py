@@ -6,6 +6,7 @@ Reads from the inside out: a layer, what all models share, the stack, and what s
 
 import copy
 import functools
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +49,7 @@ from .feed_mambaformer import (
     behind_history,
     check_feed,
     check_is_ours,
+    check_output_request,
     labels_of_real_tokens,
 )
 from .mixers_mambaformer import (
@@ -150,6 +152,14 @@ class ExpertPlan:
     def is_reusable(self) -> bool:
         """A plan whose expert is being trained belongs to one graph."""
         return not _is_trained(self.expert)
+
+
+@contextmanager
+def _outside_inference_mode():
+    """For tensors that outlive a forward: those made in inference mode cannot be used where gradients are wanted."""
+    is_grad_enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(is_grad_enabled):
+        yield
 
 
 def _is_trained(expert: Any) -> bool:
@@ -318,7 +328,8 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         known = None if cache is None or _is_trained(expert) else cache.expert_plan
         if known is not None and (known.key, known.weights, known.head) == (key, weights, head):
             return replace(known, num_rows=num_rows)
-        return ExpertPlan(expert, key, num_rows, self._scaled_bases(expert), weights, head)
+        with _outside_inference_mode():
+            return ExpertPlan(expert, key, num_rows, self._scaled_bases(expert), weights, head)
 
     def _scaled_bases(self, expert: Any) -> dict[str, dict[str, ScaledBasis]]:
         modules = self.linear_modules()
@@ -488,6 +499,29 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         else:
             span = cache.begin(transition, num_tokens, packing.lengths, device)
 
+        recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
+        if recorded.wants_attention and self.config._attn_implementation != "eager":
+            logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
+        try:
+            hidden_states = self._run(whole, packing, span, plan, cache, recorded, **kwargs)
+        except BaseException:
+            if cache is not None:
+                cache.abandon()
+            raise
+        if cache is not None:
+            is_embedded = feed.inputs_embeds is not None
+            cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, is_embedded)
+            cache.expert_plan = plan if plan.is_reusable else None
+        num_new = feed.token_ids.shape[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
+            past_key_values=cache,
+            **recorded.results(num_new),
+        )
+
+    def _run(self, whole: Feed, packing: Packing, span: Span, plan: ExpertPlan, cache, recorded: Recorder, **kwargs):
+        """All layers over what is fed; packed hidden states (rows, tokens, hidden_size)."""
+        device = whole.token_ids.device
         hidden_states = packing.pack(self._embed(whole))
         position_embeddings = None
         if self.rotary_emb is not None:
@@ -495,9 +529,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             positions = span.positions(device) if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
         attention = plan_attention(self.config, span, cache, hidden_states)
-        recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
-        if recorded.wants_attention and self.config._attn_implementation != "eager":
-            logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
         for layer_idx, layer in enumerate(self.layers):
             recorded.hidden(hidden_states)
             hidden_states, weights = layer(
@@ -512,16 +543,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             recorded.attention(weights)
         hidden_states = self.norm(hidden_states)
         recorded.hidden(hidden_states)
-        if cache is not None:
-            is_embedded = feed.inputs_embeds is not None
-            cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, is_embedded)
-            cache.expert_plan = plan if plan.is_reusable else None
-        num_new = feed.token_ids.shape[1]
-        return BaseModelOutputWithPast(
-            last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
-            past_key_values=cache,
-            **recorded.results(num_new),
-        )
+        return hidden_states
 
     def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
         is_checkpointing = self.gradient_checkpointing and self.training
@@ -591,6 +613,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
                 `model.experts`, an `ExpertVector`, {module: scales}, or a list with one of these per row. Not given,
                 it is what the cache has in force. A change acts on the cached text as `on_expert_change` says.
         """
+        check_output_request(input_ids, inputs_embeds, labels, logits_to_keep, self.config.vocab_size)
         plan = self._plan(expert_vector, past_key_values)
         outputs = self.model(
             input_ids=input_ids,

@@ -379,7 +379,7 @@ class KeyValueStore:
             return
         old, self.retention = self.retention, replace(self.retention, spare=reach)
         num_slots = self.retention.num_slots(columns)
-        if self.keys.tensor is None or num_slots == self.num_slots:
+        if self.num_slots in (0, num_slots):
             return
         held = self.retention.positions(counts, num_slots)
         # What the narrow ring has lost is out of every window, so any key may stand for it.
@@ -476,14 +476,18 @@ class RecurrentStore:
         self.states: dict[str, torch.Tensor] = {}
         self.staged: dict[str, torch.Tensor] = {}
         self.past: list[Passage] = []
-        self.staged_past: Passage | None = None
+        self.staged_past: list[Passage] = []
 
     def update(self, name: str, state: torch.Tensor) -> None:
         self.staged[name] = state
 
-    def record(self, passage: Passage | None) -> None:
-        """Remembers how the states of the open forward came about, if that is known."""
-        self.staged_past = passage
+    def record(self, passage: Passage | None, is_whole: bool = True) -> None:
+        """Remembers how the states of the open forward came about, if that is known.
+
+        `is_whole`: the passage has all tokens of the forward, so what came before it leads up to it.
+        """
+        if passage is not None:
+            self.staged_past = [*self.past, passage] if is_whole else [passage]
 
     def commit(self) -> None:
         for name, state in self.staged.items():
@@ -493,12 +497,14 @@ class RecurrentStore:
                 old.copy_(state)
             else:
                 self.states[name] = state.clone() if self.is_fixed else state
-        if self.past or self.staged_past is not None:
-            self.past = [] if self.staged_past is None else self._within_reach([*self.past, self.staged_past])
-        self.staged, self.staged_past = {}, None
+        if self.past or self.staged_past:
+            self.past = self._within_reach(self.staged_past)
+        self.staged, self.staged_past = {}, []
 
     def _within_reach(self, past: list[Passage]) -> list[Passage]:
         """The newest passages that hold `reach` tokens, from a checkpoint on; not every passage becomes one."""
+        if len(past) < 2:
+            return past
         since_checkpoint, checkpoints = 0, (passage.before is not None for passage in reversed(past[:-1]))
         for passage, is_checkpoint in zip(reversed(past), (False, *checkpoints), strict=True):
             since_checkpoint += passage.num_tokens
@@ -514,12 +520,12 @@ class RecurrentStore:
         return past
 
     def discard(self) -> None:
-        self.staged, self.staged_past = {}, None
+        self.staged, self.staged_past = {}, []
 
     def drop(self) -> None:
         # A state of zeros is the state before the first token.
         self.states = {name: zeroed(state) for name, state in self.states.items()} if self.is_fixed else {}
-        self.staged, self.staged_past, self.past = {}, None, []
+        self.staged, self.staged_past, self.past = {}, [], []
 
     def select_rows(self, rows: torch.Tensor) -> None:
         may_write = self.is_fixed and not torch.is_grad_enabled()

@@ -386,3 +386,101 @@ def test_an_expert_that_was_set_and_taken_back_leaves_no_trace():
             assert not cache.is_stale and not cache.is_mixed
             cache.crop(-4)
             same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+# ---- found by the state machine (test_state_machine.py)
+
+
+def test_a_static_cache_of_inference_mode_rolls_back_outside_of_it():
+    """`crop` wrote into the clock's tensor, which inference mode had made."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache("static", max_cache_len=20)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    cache.crop(-4)
+    with torch.no_grad():
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logits_to_keep": torch.tensor([9])}, "must be indices"),
+        ({"logits_to_keep": -1}, "number of tokens"),
+        ({"labels": torch.ones(1, 7, dtype=torch.long)}, r"must be \(1, 4\)"),
+        ({"labels": torch.full((1, 4), VOCAB)}, "token ids below"),
+        ({"labels": torch.ones(1, 4, dtype=torch.long), "logits_to_keep": 2}, "leave `logits_to_keep` out"),
+    ],
+)
+def test_a_head_that_cannot_answer_refuses_before_the_cache_is_fed(options, message):
+    """The stack had committed its four tokens by the time the head failed."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            model(ids[:, 5:], past_key_values=cache, **options)
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+@pytest.mark.parametrize("rows", [[-1, -2], [0, 2]])
+def test_rows_that_do_not_exist_are_refused_before_the_experts_change_places(rows):
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :5].expand(2, -1), past_key_values=cache, expert_vector=[expert, None])
+        with pytest.raises(ValueError, match="rows 0 to 1"):
+            cache.reorder_cache(torch.tensor(rows))
+        found = model(ids[:, 5:].expand(2, -1), past_key_values=cache).logits
+        same(found[:1], whole(model, ids, expert_vector=expert)[:, 5:])
+        same(found[1:], whole(model, ids)[:, 5:])
+
+
+def test_an_expert_of_inference_mode_can_be_trained_through():
+    """The plan that the cache keeps was made of inference tensors, which no backward pass may save."""
+    model, ids = random_model(tiny_config("everything")), ids_of()
+    cache = model.make_cache()
+    with torch.inference_mode():
+        model(ids[:, :5], past_key_values=cache, expert_vector=random_expert(model, 1))
+    model(ids[:, 5:], past_key_values=cache).logits.sum().backward()
+    assert model.lm_head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_text_of_embeddings_survives_a_failed_change_of_expert_under_reset(storage, monkeypatch):
+    """ "reset" drops the text, but only once the forward that follows has succeeded."""
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache(on_expert_change="reset", **STORAGES[storage])
+    with torch.no_grad():
+        model(inputs_embeds=model.model.embed_tokens(ids[:, :5]), past_key_values=cache)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            model(ids[:, 5:], past_key_values=cache, expert_vector=expert)
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+def test_recording_can_start_after_a_forward_that_failed(monkeypatch):
+    """Rings that were emptied for encoding again had no slot to be widened from."""
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :7], past_key_values=cache)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            model(ids[:, 7:], past_key_values=cache, expert_vector=expert)
+        cache.activate_past_recording(3)
+        same(model(ids[:, 7:], past_key_values=cache).logits, whole(model, ids)[:, 7:])
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "hybrid", "everything"])
+@pytest.mark.parametrize("reach", [1, 2, 3])
+def test_a_forward_longer_than_the_reach_starts_the_past_anew(pattern, reach):
+    """Its last tokens were put behind older ones, as if those between had never been: silently wrong states."""
+    model, ids = shared_model(pattern), ids_of()
+    for removed in (1, 2, 4):
+        cache = model.make_cache(rollback_reach=reach)
+        with torch.no_grad():
+            model(ids[:, :3], past_key_values=cache)
+            model(ids[:, 3:7], past_key_values=cache)
+            cache.crop(-removed)
+            same(model(ids[:, 7 - removed :], past_key_values=cache).logits, whole(model, ids)[:, 7 - removed :])

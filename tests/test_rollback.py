@@ -183,7 +183,7 @@ def test_a_text_of_two_experts_comes_back_within_the_reach():
     cache = model.make_cache(on_expert_change="continue", rollback_reach=REACH)
     with torch.no_grad():
         model(torch.tensor([row[:10]]), past_key_values=cache)
-        model(torch.tensor([*row[10:16], 1, 2, 3]), past_key_values=cache, expert_vector=expert)
+        model(torch.tensor([[*row[10:16], 1, 2, 3]]), past_key_values=cache, expert_vector=expert)
         cache.crop(-3)
         found = model(torch.tensor([row[16:]]), past_key_values=cache).logits[0]
         with pytest.raises(ValueError, match="rollback_reach"):
