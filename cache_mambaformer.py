@@ -4,6 +4,7 @@
 expert is planned first. `commit` makes all of it true at once, so a forward that fails leaves the cache as it was.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from .session_mambaformer import load_session, save_session
 from .storage_mambaformer import (
     Buffer,
     KeyValueStore,
@@ -267,6 +269,7 @@ class MambaFormerCache(Cache):
         resolve: turns what a user may call an expert into `(expert, key)`; a model's caches bring the model's.
         rollback_reach: tokens that `crop` takes back at once; beyond it, and under static storage, it is as exact but
             the next forward encodes what is left of the text again. See `activate_past_recording`.
+        model: the stack whose weights a saved cache is tied to; it is not kept alive.
 
     Raises:
         ValueError: an unknown option, or static storage without `max_cache_len`.
@@ -280,10 +283,12 @@ class MambaFormerCache(Cache):
         on_expert_change: str = "recompute",
         resolve: Callable | None = None,
         rollback_reach: int = 0,
+        model: Any = None,
     ):
         _check_options(storage, max_cache_len, on_expert_change, rollback_reach)
         self.config, self.storage, self.max_columns = config, storage, max_cache_len
         self.on_expert_change, self.resolve = on_expert_change, resolve
+        self._model = None if model is None else weakref.ref(model)
         self.clock = Clock()
         self.log = TokenLog(max_cache_len)
         # What is in force, and what the states were encoded under (`None`: they have to be computed again).
@@ -471,7 +476,7 @@ class MambaFormerCache(Cache):
         """Whether a text is cached and goes on under exactly what encoded it; compares no keys."""
         return not self.clock.is_empty and self.encoded_under is self.in_force
 
-    def _is_about_to_mix(self) -> bool:
+    def is_about_to_mix(self) -> bool:
         """Whether the next token goes on from a text that something else than what is in force has encoded."""
         return not self.clock.is_empty and not self.is_stale and self.encoded_under != self.in_force
 
@@ -489,11 +494,13 @@ class MambaFormerCache(Cache):
                 "not remembered: call `cache.reset()` and feed it again, or use on_expert_change='continue'."
             )
 
+    # Fields of the configuration that a cache takes its shape from.
+    depends_on = ("layer_types", "sliding_window", "num_sink_tokens", "num_key_value_heads", "head_dim", "vocab_size")
+    depends_on += ("hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_expand")
+
     def fits(self, config) -> bool:
         """Whether a model of `config` can use this cache."""
-        names = ("layer_types", "sliding_window", "num_sink_tokens", "num_key_value_heads", "head_dim", "vocab_size")
-        names += ("hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_expand")
-        return all(getattr(self.config, name) == getattr(config, name) for name in names)
+        return all(getattr(self.config, name) == getattr(config, name) for name in self.depends_on)
 
     # ---- what users and `generate` do to it
 
@@ -607,7 +614,7 @@ class MambaFormerCache(Cache):
         return torch.arange(columns, device=device) >= columns - torch.tensor(removed, device=device)[:, None]
 
     def _check_can_encode_again(self) -> None:
-        if self.is_mixed or self._is_about_to_mix():
+        if self.is_mixed or self.is_about_to_mix():
             raise ValueError(
                 "The cached text was encoded under several experts or weights (on_expert_change='continue') and cannot"
                 " be rolled back so far: make the cache with a larger `rollback_reach`, or fork it before feeding what"
@@ -669,7 +676,7 @@ class MambaFormerCache(Cache):
         if not isinstance(self.expert_vector, list):
             return
         is_stale = self.is_stale
-        self.is_mixed |= self._is_about_to_mix()
+        self.is_mixed |= self.is_about_to_mix()
         self.expert_vector, key = self.resolve([self.expert_vector[row] for row in rows.tolist()])
         self.in_force, self.expert_plan = InForce(key, self.in_force.weights), None
         self.encoded_under = None if is_stale else self.in_force
@@ -690,8 +697,8 @@ class MambaFormerCache(Cache):
 
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
-        other = MambaFormerCache(self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
-        other.rollback_reach = self.rollback_reach
+        options = (self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
+        other = MambaFormerCache(*options, self.rollback_reach, self.model)
         for layer, copy in zip(self.layers, other.layers, strict=True):
             layer.fork_into(copy)
         columns, counts = self.clock.columns, self.clock.counts
@@ -705,6 +712,42 @@ class MambaFormerCache(Cache):
 
     def __deepcopy__(self, memo) -> "MambaFormerCache":
         return self.fork()
+
+    # ---- sessions
+
+    @property
+    def model(self) -> Any:
+        """The stack of the model that made it, or `None` if there is none (any more)."""
+        return None if self._model is None else self._model()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_model": None}  # a copy in another process belongs to no model
+
+    def save(self, path) -> None:
+        """Writes the cache as a safetensors file, whole or not at all; a file that was there stays if writing fails.
+
+        It holds the tokens, the states, the expert in force with its vectors, and the fingerprint of the weights.
+
+        Raises:
+            ValueError: the cache belongs to no model.
+            OSError: the file cannot be written.
+        """
+        save_session(self, path)
+
+    @classmethod
+    def load(cls, path, model, on_weights_change: str = "error") -> "MambaFormerCache":
+        """The cache that `save` wrote, for `model`: it goes on as the saved one would have, bit for bit.
+
+        Args:
+            on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the text again at the
+                next forward.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a damaged file or one of another kind (nothing is ever unpickled), a newer version, or a model
+                of another configuration or other weights. No cache has been built then.
+        """
+        return load_session(path, model, on_weights_change)
 
     # ---- what it holds
 

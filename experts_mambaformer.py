@@ -17,7 +17,6 @@ import math
 import os
 import re
 import threading
-import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +28,9 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+
+from .files_mambaformer import digest_of, is_sealed, read_tensors, sealed, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -42,56 +41,6 @@ SPECTRUM_LENGTH = 4
 SPECTRUM_TOLERANCE = 0.05
 # Rows of a tall matrix that are reduced at a time: bounds the memory that the basis of a vocabulary matrix needs.
 REDUCTION_ROWS = 8192
-
-
-def _write_atomically(path: Path, data: bytes):
-    """`path` holds either its old content or all of `data`, whatever fails in between."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file of `file_format`. Errors: ValueError for other content, OSError if unreadable."""
-    with open(path, "rb") as file:  # the system's own error for a missing or forbidden file
-        start = file.read(4)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            _check_header(path, header, file_format)
-            # Copies, because the library hands out views of the mapped file.
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118
-    except SafetensorError as error:
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise ValueError(
-                f"{path} is a pickle or torch.save file, which can run code when it is opened: load it where you "
-                "trust it and write its vectors with `ExpertVector(vectors).save(path)`."
-            ) from error
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}): it is damaged or cut short, fetch or save it again."
-        ) from error
-
-
-def _check_header(path: Path, header: Mapping[str, str], file_format: str):
-    if header.get("format") != file_format:
-        raise ValueError(
-            f"{path} is a safetensors file, but not of format {file_format!r} (its header says "
-            f"{header.get('format')!r}): pass a file that this library saved."
-        )
-    version = header.get("version", "")
-    if version.isdecimal() and int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has version {version} of format {file_format!r}, newer than {FORMAT_VERSION}, the newest that "
-            "is understood here: upgrade mambaformer."
-        )
-    if version != str(FORMAT_VERSION):
-        raise ValueError(f"{path} has the unknown version {version!r} of format {file_format!r}: save it again.")
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -230,7 +179,7 @@ class ExpertVector:
         }
         header["labels"] = _digest_of_labels(header)
         tensors = {key: _copy_of_vector(vector) for key, vector in self._vectors.items()}
-        _write_atomically(Path(path), to_safetensors(tensors, header))
+        write_tensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExpertVector":
@@ -244,7 +193,7 @@ class ExpertVector:
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"{path} is a folder: load it into an `ExpertLibrary`, or pass one of its files.")
-        vectors, header = _read(path, EXPERT_FORMAT)
+        vectors, header = read_tensors(path, EXPERT_FORMAT, FORMAT_VERSION, "`ExpertVector(vectors).save(path)`")
         try:
             expert = cls(vectors, json.loads(header["name"]), json.loads(header["metadata"]))
             expected = header["fingerprint"]
@@ -469,7 +418,7 @@ class SingularBases:
         # The stamp alone could come back: a new tensor may be put where a freed one was.
         if entry is not None and entry.stamp == stamp and entry.weight() is weight:
             return entry
-        digest = _digest_of_weight(weight)
+        digest = digest_of({"weight": weight})
         if entry is None or entry.digest != digest:
             entry = self._entries[name] = _Entry(digest)
         elif entry.stamp[-1] != weight.device:
@@ -490,10 +439,12 @@ class SingularBases:
 
     def _load(self, digest: str, weight: Tensor) -> SingularBasis | None:
         try:
-            tensors, header = _read(self._path(digest), BASIS_FORMAT)
+            tensors, header = read_tensors(self._path(digest), BASIS_FORMAT, FORMAT_VERSION, "`prepare_experts`")
         except (OSError, ValueError):
             return None  # absent or damaged: computed again and put in its place
-        if header.get("checksum") != _checksum(digest, tensors) or tensors.keys() != {"vectors", "values"}:
+        # The weight is named inside too, so that a renamed file is not believed.
+        is_ours = header.get("weight") == digest and tensors.keys() == {"vectors", "values"}
+        if not is_ours or not is_sealed(header, tensors):
             return None
         return SingularBasis(tensors["vectors"], tensors["values"], side_of(*weight.shape))
 
@@ -501,10 +452,10 @@ class SingularBases:
         if not self._is_writable:
             return False
         tensors = {"vectors": basis.vectors, "values": basis.values}
-        header = {"format": BASIS_FORMAT, "version": str(FORMAT_VERSION), "checksum": _checksum(digest, tensors)}
+        header = {"format": BASIS_FORMAT, "version": str(FORMAT_VERSION), "weight": digest}
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self._path(digest), to_safetensors(tensors, header))
+            write_tensors(self._path(digest), tensors, sealed(header, tensors))
         except OSError as error:
             self._is_writable = False
             logger.warning(
@@ -514,25 +465,6 @@ class SingularBases:
                 error,
             )
         return self._is_writable
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-
-
-def _digest_of_weight(weight: Tensor) -> str:
-    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
-    digest.update(_bytes_of(weight))
-    return digest.hexdigest()
-
-
-def _checksum(weight_digest: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of what a cache file holds and of the weight it is for, so that a renamed file is not believed either."""
-    digest = hashlib.sha256(weight_digest.encode())
-    for key in sorted(tensors):
-        digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)} ".encode())
-        digest.update(_bytes_of(tensors[key]))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

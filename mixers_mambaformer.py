@@ -213,6 +213,11 @@ class MambaFormerMambaMixer(nn.Module):
             passage = Passage(recorded, functools.partial(_advance_states, A, taps.shape[1]), states, lengths)
         return y, {"conv": window, "ssm": state}, passage
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one row of each state that a cache keeps for this mixer."""
+        channels, _, kernel = self.conv1d.weight.shape
+        return {"conv": (kernel - 1, channels), "ssm": (channels, self.state_size)}
+
     def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
         """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
         sizes = [self.rank, self.state_size, self.state_size]

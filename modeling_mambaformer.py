@@ -52,6 +52,7 @@ from .feed_mambaformer import (
     check_output_request,
     labels_of_real_tokens,
 )
+from .files_mambaformer import digest_of
 from .mixers_mambaformer import (
     AttentionPlan,
     MambaFormerAttention,
@@ -230,6 +231,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         self._singular_bases = SingularBases()
         self._unmerged: list[tuple[nn.Module, torch.Tensor]] = []
         self.num_merges = 0
+        self._fingerprint: tuple[Any, str] | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -268,7 +270,29 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `MambaFormerCache`."""
         resolve = functools.partial(resolve_with_key, self._expert_library)
-        return MambaFormerCache(self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach)
+        return MambaFormerCache(
+            self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach, self.base_model
+        )
+
+    def load_cache(self, path: str, on_weights_change: str = "error") -> MambaFormerCache:
+        """The cache that `cache.save(path)` wrote; see `MambaFormerCache.load`."""
+        return MambaFormerCache.load(path, self, on_weights_change)
+
+    def weights_fingerprint(self) -> tuple[Any, str]:
+        """`weights_stamp` and hex SHA-256 of all weights that a cache depends on; read once for each stamp.
+
+        Raises:
+            ValueError: weights are offloaded, so that their content cannot be read.
+        """
+        base, stamp = self.base_model, weights_stamp(self.base_model)
+        known = base._fingerprint
+        if known is None or known[0] != stamp:
+            weights = {name: weight for name, weight in base.state_dict().items() if torch.is_tensor(weight)}
+            offloaded = [name for name, weight in weights.items() if weight.is_meta]
+            if offloaded:
+                raise ValueError(f"A session is tied to the weights, and these are offloaded: {offloaded[:3]}.")
+            known = base._fingerprint = (stamp, digest_of(weights))
+        return known
 
     # ---- experts
 
@@ -336,7 +360,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         rows = expert if isinstance(expert, list) else [expert]
         for row in rows:
             if row is not None:
-                self._check_expert(row, modules)
+                self.check_expert(row)
         scaled: dict[str, dict[str, ScaledBasis]] = {}
         for name in dict.fromkeys(name for row in rows if row is not None for name in row.vectors):
             if name not in modules:
@@ -358,9 +382,11 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         for row, expert in pairs:
             if row is not None and expert is None:
                 row = self._expert_library[row] if isinstance(row, str) else row
-                self._check_expert(ExpertVector(getattr(row, "vectors", row)), self.linear_modules())
+                self.check_expert(ExpertVector(getattr(row, "vectors", row)))
 
-    def _check_expert(self, expert: ExpertVector, modules: dict[str, nn.Module]) -> None:
+    def check_expert(self, expert: ExpertVector) -> None:
+        """Refuses an expert (`ValueError`) that names other modules than this model has, or has too many scales."""
+        modules = self.linear_modules()
         sizes = {name: tuple(module.weight.shape) for name, module in modules.items()}
         if "lm_head" not in sizes:
             sizes["lm_head"] = (self.config.vocab_size, self.config.hidden_size)
@@ -381,7 +407,7 @@ class MambaFormerPreTrainedModel(PreTrainedModel):
         if expert is None or isinstance(expert, list):
             raise TypeError("`merge_expert` takes one expert for all rows, and not the base.")
         modules = self.linear_modules()
-        self._check_expert(expert, modules)
+        self.check_expert(expert)
         merged = []
         for name, z in expert.vectors.items():
             if name in modules:  # not so the head, for a model without one

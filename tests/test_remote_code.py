@@ -38,6 +38,13 @@ USER_SCRIPT = """
     model.save_pretrained(again)
     reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
     found["tokens_again"] = answer(reloaded)
+    cache = model.make_cache()
+    model(ids, past_key_values=cache, expert_vector="bold")
+    cache.save(again + "/session")
+    loaded = reloaded.load_cache(again + "/session")
+    with torch.no_grad():
+        after = [one(ids, past_key_values=kept).logits for one, kept in ((model, cache), (reloaded, loaded))]
+    found["session_matches"] = torch.equal(*after)
     found["imported_package"] = "mambaformer" in sys.modules
     print(json.dumps(found))
 """
@@ -92,6 +99,10 @@ def test_remote_code_computes_what_the_package_computes(saved, found):
     torch.testing.assert_close(torch.tensor(found["logits"]), logits, atol=1e-5 * logits.abs().max().item(), rtol=0)
     options = {"max_new_tokens": 12, "do_sample": False, "expert_schedule": {0: None, 6: expert}}
     assert model.generate(ids, **options).tolist() == found["tokens"]
+
+
+def test_a_session_of_remote_code_goes_on_in_the_reloaded_model(found):
+    assert found["session_matches"]
 
 
 def test_a_model_saved_by_remote_code_generates_the_same_after_reloading(found):

@@ -243,3 +243,16 @@ def test_a_crop_that_cannot_be_is_refused(wrong):
 def test_a_reach_that_is_no_count_is_refused(wrong):
     with pytest.raises(ValueError, match="rollback_reach"):
         shared_model("mamba").make_cache(rollback_reach=wrong)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_saved_text_can_be_rolled_back_after_it_is_loaded(pattern, tmp_path):
+    """Windows come back at once, Mamba states by encoding again: their past is not in the file."""
+    text = make_text(pattern, "recorded", 2, seed=11)
+    text.feed([9, 7])
+    text.crop([2, 3])
+    text.cache.save(tmp_path / "session.safetensors")
+    text.cache = text.model.load_cache(tmp_path / "session.safetensors")
+    assert text.cache.rollback_reach == REACH
+    text.crop([1, 4])
+    text.feed([3, 3])
