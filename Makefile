@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 # The exact versions that results were measured with; override to try others.
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
+OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-library lint check bench train-experts clean
+.PHONY: demo test test-long test-library test-oldest lint check bench train-experts clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -14,8 +15,14 @@ demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a
 test: $(VENV)/.dev  ## all tests, on both cores
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+test-oldest:  ## all tests on the oldest supported transformers, in an environment of its own
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=$(OLDEST)
+
 test-library: $(VENV)/.dev  ## the library's own common model tests, on our classes
 	$(BIN)/python tests_library/run.py $(ARGS)
+
+test-long: $(VENV)/.dev  ## 200,000 operations on caches that no run has tried before
+	MACHINE_OPS=$(or $(MACHINE_OPS),200000) $(BIN)/python -m pytest -n 2 tests/test_state_machine.py
 
 lint: $(VENV)/.dev  ## style
 	$(BIN)/ruff check .
@@ -30,7 +37,7 @@ train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
 	sh examples/train_experts.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) demo runs build *.egg-info
+	rm -rf $(VENV) .venv-oldest .library demo runs build *.egg-info
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
