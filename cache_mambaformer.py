@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache
 
+from .layers_mambaformer import CacheLayer, Clock, TokenLog, make_layer
 from .session_mambaformer import load_session, save_session
 from .storage_mambaformer import (
-    Buffer,
-    KeyValueStore,
     Layout,
-    RecurrentStore,
     Removal,
     Retention,
     Span,
@@ -31,151 +29,12 @@ EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
 DEFAULT_REACH = 64
 
 
-# ------------------------------------------------------------------------------------------------------------ layers
-
-
-@dataclass
-class Clock:
-    """Two lengths, two names: `columns` were fed (pads included), of which row b had `counts[b]` real tokens.
-
-    `columns` is an integer, or a tensor () under static storage. `counts` is `None` while no row ever had a pad.
-    `overshoot` is by how many tokens at most a row has been further than it is now: what they overwrote is lost.
-    """
-
-    columns: Any = 0
-    counts: torch.Tensor | None = None
-    is_empty: bool = True
-    overshoot: int = 0
-
-    @property
-    def start(self) -> Any:
-        """Real tokens before the next one, as a `Span` wants them."""
-        if self.counts is not None:
-            return self.counts
-        return self.columns if isinstance(self.columns, int) else self.columns[None]
-
-
 @dataclass(frozen=True)
 class InForce:
     """What a text is encoded under: an expert, by the key of its content, and weights, by their stamp."""
 
     expert_key: Any = None
     weights: Any = None
-
-
-class _CacheLayer:
-    """What every layer of the cache can do; the stores do the work and each implements all of it."""
-
-    is_croppable = True
-    record_past = False
-
-    def _set_up(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None) -> None:
-        self.clock, self.stores, self.max_columns = clock, stores, max_cache_len
-        self.is_compileable = max_cache_len is not None
-        self.attention: KeyValueStore | None = stores.get("attention")
-        self.recurrent: RecurrentStore | None = stores.get("mamba")
-        self.is_sliding = self.attention is not None and self.attention.retention.window is not None
-
-    def each_store(self, method: str, *args) -> None:
-        for store in self.stores.values():
-            getattr(store, method)(*args)
-
-    def record_past_of(self, reach: int, counts: torch.Tensor, columns: int) -> None:
-        """Makes the last `reach` tokens removable; rows hold `counts` (rows or 1,) tokens in `columns`."""
-        self.record_past = True
-        self.each_store("record_past", reach, counts, columns)
-
-    def fork_into(self, other: "_CacheLayer") -> None:
-        other.record_past = self.record_past
-        for name, store in self.stores.items():
-            store.fork_into(other.stores[name])
-
-    def reset(self) -> None:
-        self.each_store("drop")
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.each_store("select_rows", beam_idx)
-
-    def get_seq_length(self) -> int:
-        return int(self.clock.columns)
-
-    def get_max_length(self) -> int:
-        return -1 if self.max_columns is None else self.max_columns
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.19
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that the next forward's mask covers, and the first of them."""
-        return self.get_seq_length() + query_length, 0
-
-    def lazy_initialization(self, *args, **kwargs) -> None:
-        """Nothing to do: stores take shape from what they are first given."""
-
-
-class AttentionCacheLayer(_CacheLayer, CacheLayerMixin):
-    """Keys and values of an attention layer."""
-
-    supports_early_init = False
-
-    def __init__(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None = None):
-        self._set_up(clock, stores, max_cache_len)
-
-    def update(self, key_states, value_states, layout, is_recorded=False, *args, **kwargs):
-        return self.attention.update(key_states, value_states, layout, is_recorded)
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        return self.attention.tensors().get("keys")
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        return self.attention.tensors().get("values")
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.attention.keys.tensor is not None
-
-
-class RecurrentCacheLayer(_CacheLayer, LinearAttentionCacheLayerMixin):
-    """Convolution window and state of a Mamba layer."""
-
-    supports_early_init = False
-    is_croppable = True
-    number_of_states = 1
-
-    def __init__(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None = None):
-        self._set_up(clock, stores, max_cache_len)
-
-    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
-        self.recurrent.update("conv", conv_states)
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
-        self.recurrent.update("ssm", recurrent_states)
-        return recurrent_states
-
-    @property
-    def conv_states(self) -> dict[int, torch.Tensor | None]:
-        return {0: self.recurrent.states.get("conv")}
-
-    @property
-    def recurrent_states(self) -> dict[int, torch.Tensor | None]:
-        return {0: self.recurrent.states.get("ssm")}
-
-    @property
-    def has_previous_state(self) -> dict[int, bool]:
-        return {0: "ssm" in self.recurrent.states and not self.clock.is_empty}
-
-
-class HybridCacheLayer(RecurrentCacheLayer, AttentionCacheLayer):
-    """Both, for a layer of attention and Mamba."""
-
-
-LAYER_CLASSES = {
-    ("attention",): AttentionCacheLayer,
-    ("mamba",): RecurrentCacheLayer,
-    ("attention", "mamba"): HybridCacheLayer,
-}
 
 
 @dataclass(frozen=True)
@@ -198,60 +57,6 @@ class Transition:
 
 # Goes on as before. A compiled step takes it without a look at the expert's key, on which its graph would depend.
 UNCHANGED = Transition(None, InForce())
-
-
-class TokenLog:
-    """What was fed, column by column with its pads: enough to feed it again."""
-
-    def __init__(self, fixed_size: int | None = None):
-        self.token_ids, self.mask, self.position_ids = (Buffer(1, fixed_size) for _ in range(3))
-        self.has_embeddings = False
-
-    def append(self, columns, token_ids, mask=None, position_ids=None) -> None:
-        """Remembers (rows, tokens) behind `columns`; a mask or own positions are kept from their first use on."""
-        size = columns + token_ids.shape[1] if isinstance(columns, int) else self.token_ids.fixed_size
-        if isinstance(columns, int):
-            slots = columns
-        else:
-            slots = (columns + torch.arange(token_ids.shape[1], device=token_ids.device))[None]
-        self.token_ids.reserve(token_ids, size)
-        self.token_ids.write(slots, token_ids)
-        if mask is not None or self.mask.tensor is not None:
-            mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-            self._start(self.mask, mask, size, lambda like: torch.ones_like(like))
-            self.mask.write(slots, mask)
-        if position_ids is not None:
-            self._start(self.position_ids, position_ids, size, self._counted_positions)
-            self.position_ids.write(slots, position_ids)
-
-    def _start(self, buffer: Buffer, like: torch.Tensor, size: int, earlier: Callable) -> None:
-        is_new = buffer.tensor is None
-        buffer.reserve(like, size)
-        if is_new:
-            buffer.tensor = earlier(buffer.tensor)
-
-    def _counted_positions(self, like: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones_like(like) if self.mask.tensor is None else self.mask.tensor.to(like.dtype)
-        return counted_positions(mask)[:, : like.shape[1]]
-
-    def add_pads(self, pads: torch.Tensor) -> None:
-        """Makes pads of the columns (rows, columns) that are true."""
-        like = torch.ones_like(self.token_ids.tensor, dtype=torch.bool)
-        self._start(self.mask, like, like.shape[1], lambda mask: torch.ones_like(mask))
-        self.mask.write(0, self.mask.view(pads.shape[1]) & ~pads)
-
-    def buffers(self) -> dict[str, Buffer]:
-        return {"token_ids": self.token_ids, "mask": self.mask, "position_ids": self.position_ids}
-
-    def fork(self) -> "TokenLog":
-        other = TokenLog()
-        for name, buffer in self.buffers().items():
-            setattr(other, name, buffer.fork())
-        other.has_embeddings = self.has_embeddings
-        return other
-
-
-# ------------------------------------------------------------------------------------------------------------- cache
 
 
 class MambaFormerCache(Cache):
@@ -299,18 +104,11 @@ class MambaFormerCache(Cache):
         self._layouts: dict[Retention, Layout] = {}
         self._kept: MambaFormerCache | None = None
         self.rollback_reach = 0
-        super().__init__(layers=[self._make_layer(idx) for idx in range(config.num_hidden_layers)])
+        super().__init__(
+            layers=[make_layer(config, idx, self.clock, max_cache_len) for idx in range(config.num_hidden_layers)]
+        )
         if rollback_reach:
             self.activate_past_recording(rollback_reach)
-
-    def _make_layer(self, layer_idx: int) -> _CacheLayer:
-        mixers = self.config.mixers(layer_idx)
-        retention = Retention.of(self.config, layer_idx)
-        stores = {
-            "attention": lambda: KeyValueStore(retention, self.max_columns),
-            "mamba": lambda: RecurrentStore(is_fixed=self.max_columns is not None),
-        }
-        return LAYER_CLASSES[mixers](self.clock, {name: stores[name]() for name in mixers}, self.max_columns)
 
     # ---- a forward, as the model drives it
 
@@ -762,7 +560,7 @@ class MambaFormerCache(Cache):
         names += [f"layer_{idx}" for idx in range(len(self.layers) - len(names))]
         return {"layers": {name: self._layer_dict(layer) for name, layer in zip(names, self.layers, strict=True)}}
 
-    def _layer_dict(self, layer: _CacheLayer) -> dict:
+    def _layer_dict(self, layer: CacheLayer) -> dict:
         return {
             "mamba_cache": layer.recurrent.tensors() or None if layer.recurrent is not None else None,
             "attn_kv_cache": layer.attention.tensors() or None if layer.attention is not None else None,

@@ -1,55 +1,32 @@
-"""Expert vectors: one scale per singular value of a frozen weight, their files, and the bases they act in.
+"""Expert vectors: one scale per singular value of a frozen weight, their files, and the library of a model.
 
-For a weight `W = U diag(s) V^T` an expert's vector `z` means `W' = U diag(s * z) V^T` (SVF, Transformer-squared,
-arXiv 2501.06252); `z = 1` is the base. With `Q` the singular vectors on W's narrow side, the same is
-
-    out >= in (side "input",  Q = V):  W' x = W (x + Q ((z - 1) * Q^T x))
-    out <  in (side "output", Q = U):  W' x = y + Q ((z - 1) * Q^T y),  y = W x
-
-so W itself is never touched, may be quantized or sharded, and every row of a batch may have its own `z`.
+An expert's vector `z` means `W' = U diag(s * z) V^T` for a weight `W = U diag(s) V^T` (SVF, Transformer-squared,
+arXiv 2501.06252); `z = 1` is the base. `svd_mambaformer` computes with it.
 """
 
 import difflib
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from .files_mambaformer import digest_of, is_sealed, read_tensors, sealed, write_tensors
-from .placement_mambaformer import base_linear, bias_beside, part_of, sum_over_shards, used_by_shards
-
-logger = logging.getLogger(__name__)
+from .files_mambaformer import read_tensors, write_tensors
+from .placement_mambaformer import version_of
+from .svd_mambaformer import SingularBasis, at_least_float32
 
 EXPERT_FORMAT = "mambaformer.expert_vector"
-BASIS_FORMAT = "mambaformer.singular_basis"
 FORMAT_VERSION = 1
 SPECTRUM_LENGTH = 4
 SPECTRUM_TOLERANCE = 0.05
-# Rows of a tall matrix that are reduced at a time: bounds the memory that the basis of a vocabulary matrix needs.
-REDUCTION_ROWS = 8192
-
-
-def _version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _copy_of_vector(vector: Tensor) -> Tensor:
@@ -129,7 +106,7 @@ class ExpertVector:
 
         Names, metadata, the float type, the order of modules, trailing ones and all-one vectors do not count.
         """
-        versions = [_version_of(vector) for vector in self._vectors.values()]
+        versions = [version_of(vector) for vector in self._vectors.values()]
         if self._fingerprint is None or self._fingerprint[0] != versions or self.requires_grad:
             self._fingerprint = (versions, _fingerprint(self._vectors))
         return self._fingerprint[1]
@@ -251,319 +228,6 @@ def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
         delta = delta + nn.functional.pad(change, (0, rank - vector.numel()))
     is_double = any(vector.dtype == torch.float64 for _, vector in parts)
     return (1 + delta).to(torch.float64 if is_double else torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class SingularBasis:
-    """The singular vectors on a weight's narrow side, strongest first.
-
-    `vectors` Q (n, r) with n = min(in, out); `values` (r,) descending; `side` is "input" (out >= in, Q = V) or
-    "output" (Q = U).
-    """
-
-    vectors: Tensor
-    values: Tensor
-    side: str
-
-    @property
-    def rank(self) -> int:
-        return self.values.numel()
-
-    def cut(self, rank: int) -> "SingularBasis":
-        """The first `rank` directions, as views."""
-        if rank == self.rank:
-            return self
-        return SingularBasis(self.vectors[:, :rank], self.values[:rank], self.side)
-
-    def to(self, dtype: torch.dtype, device: torch.device | str) -> "SingularBasis":
-        """The vectors in `dtype`; compact, so that what comes back does not keep a larger basis alive."""
-        values = self.values.to(device).contiguous()
-        return SingularBasis(self.vectors.to(device, dtype).contiguous(), values, self.side)
-
-
-def side_of(out_features: int, in_features: int) -> str:
-    """The narrow side of a weight (out, in), on which its basis lives; square weights count as "input"."""
-    return "input" if out_features >= in_features else "output"
-
-
-def compute_basis(weight: Tensor, rank: int | None = None) -> SingularBasis:
-    """The singular basis of a weight (out, in), in float32 (float64 for float64), all of it or the first `rank`.
-
-    The long side is first reduced to a triangle with the same singular values and narrow-side vectors (QR, block by
-    block: TSQR, Demmel et al., UCB/EECS-2008-74), so that memory and time stay near those of an n x n SVD.
-    Errors: ValueError for a weight or rank that has no basis.
-    """
-    _check_weight(weight)
-    side = side_of(*weight.shape)
-    tall = weight.detach() if side == "input" else weight.detach().mT  # (long, n)
-    rank = _checked_rank(rank, tall.shape[1])
-    triangle = _triangle(tall)
-    if not torch.isfinite(triangle).all():
-        raise ValueError("The weight has NaN or infinite entries, so it has no singular basis: check the checkpoint.")
-    _, values, rows = torch.linalg.svd(triangle)
-    return SingularBasis(rows[:rank].mT.contiguous(), values[:rank].contiguous(), side)
-
-
-def _triangle(tall: Tensor) -> Tensor:
-    """R (n, n) with R^T R = M^T M for M (long, n)."""
-    columns = tall.shape[1]
-    triangle = tall.new_empty((0, columns), dtype=at_least_float32(tall.dtype))
-    for block in tall.split(max(REDUCTION_ROWS, 2 * columns)):
-        stacked = torch.cat([triangle, block.to(triangle.dtype)])
-        triangle = torch.linalg.qr(stacked, mode="r").R
-    return triangle
-
-
-def _check_weight(weight: Tensor):
-    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point() or weight.is_meta:
-        raise ValueError(
-            f"A singular basis needs a floating-point weight (out, in), got {weight.dtype} of shape "
-            f"{tuple(weight.shape)} on {weight.device}: load and dequantize the weight first."
-        )
-
-
-def _checked_rank(rank: int | None, most: int) -> int:
-    rank = most if rank is None else rank
-    if not 1 <= rank <= most:
-        raise ValueError(f"`rank` must be between 1 and min(in, out) = {most}, got {rank}.")
-    return rank
-
-
-@contextmanager
-def _undisturbed(name: str):
-    """Errors name the module, and bases made while only inferring can still be trained through later."""
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(f"There is no singular basis for `{name}`. {error}") from error
-
-
-@dataclass
-class _Entry:
-    """What is known of one weight: its content's digest and the bases in memory."""
-
-    digest: str
-    stamp: tuple = ()
-    weight: Callable[[], Tensor | None] = field(default=lambda: None)
-    casts: dict[tuple, SingularBasis] = field(default_factory=dict)
-    unsaved: SingularBasis | None = None  # the whole basis, only where the disk could not take it
-
-
-class SingularBases:
-    """The bases of a model's weights, computed once per content: kept in memory by name and on disk by digest.
-
-    A weight that is changed in place or replaced gets a new basis at the next `get`; a change through `weight.data`
-    leaves no trace, and is seen after `look_again`. Safe to share between threads.
-
-    Args:
-        cache_dir: folder of the disk cache. Default: the environment variable MAMBAFORMER_CACHE, else
-            `mambaformer/singular_bases` under Hugging Face's home. A folder that cannot be written only costs time.
-    """
-
-    def __init__(self, cache_dir: str | os.PathLike | None = None):
-        default = os.environ.get("MAMBAFORMER_CACHE") or Path(hub_constants.HF_HOME, "mambaformer", "singular_bases")
-        self.cache_dir = Path(default if cache_dir is None else cache_dir).expanduser()
-        self._entries: dict[str, _Entry] = {}
-        self._lock = threading.RLock()
-        self._is_writable = True
-        self._writes: Any = None
-
-    def look_again(self, writes: Any):
-        """Has every weight's content looked at again if `writes`, a stamp of writes that leave no trace, changed."""
-        with self._lock:
-            if writes != self._writes:
-                self._writes = writes
-                for entry in self._entries.values():
-                    entry.stamp, entry.weight = (), lambda: None
-
-    def __getstate__(self) -> dict:
-        return {"cache_dir": self.cache_dir}  # a copied model has other weights, and locks cannot be copied
-
-    def __setstate__(self, state: dict):
-        self.__init__(state["cache_dir"])
-
-    def get(
-        self,
-        name: str,
-        weight: Tensor,
-        rank: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> SingularBasis:
-        """The basis of `weight` (the module's own parameter), cut to `rank`, in `dtype` on `device`.
-
-        Default: all of it, in float32 (float64 for float64), on the weight's device. Errors: ValueError.
-        """
-        with self._lock, _undisturbed(name):
-            _check_weight(weight)
-            rank = _checked_rank(rank, min(weight.shape))
-            cast_to = (dtype or at_least_float32(weight.dtype), torch.device(device or weight.device))
-            entry = self._entry(name, weight)
-            known = entry.casts.get(cast_to)
-            if known is None or known.rank < rank:
-                known = entry.casts[cast_to] = self._whole(weight, entry).cut(rank).to(*cast_to)
-            return known.cut(rank)
-
-    def prepare(self, named_weights: Mapping[str, Tensor], progress: bool | None = None):
-        """Compute the bases that are neither on disk nor in memory, so that `get` is quick.
-
-        `progress`: a bar; default: only if something is to be computed.
-        """
-        with self._lock:
-            missing = [name for name, weight in named_weights.items() if not self._is_known(name, weight)]
-            for name in tqdm(missing, desc="Singular bases", disable=not (missing if progress is None else progress)):
-                with _undisturbed(name):
-                    self._whole(named_weights[name], self._entries[name])
-
-    def _is_known(self, name: str, weight: Tensor) -> bool:
-        with _undisturbed(name):
-            _check_weight(weight)
-            entry = self._entry(name, weight)
-        return bool(entry.unsaved or entry.casts) or self._path(entry.digest).is_file()
-
-    def _entry(self, name: str, weight: Tensor) -> _Entry:
-        entry = self._entries.get(name)
-        stamp = (weight.data_ptr(), _version_of(weight), weight.shape, weight.dtype, weight.device)
-        # The stamp alone could come back: a new tensor may be put where a freed one was.
-        if entry is not None and entry.stamp == stamp and entry.weight() is weight:
-            return entry
-        digest = digest_of({"weight": weight})
-        if entry is None or entry.digest != digest:
-            entry = self._entries[name] = _Entry(digest)
-        elif entry.stamp and entry.stamp[-1] != weight.device:
-            entry.casts.clear()  # the model has moved, and takes its bases along
-        entry.stamp, entry.weight = stamp, weakref.ref(weight)
-        return entry
-
-    def _whole(self, weight: Tensor, entry: _Entry) -> SingularBasis:
-        basis = entry.unsaved or self._load(entry.digest, weight)
-        if basis is None:
-            basis = compute_basis(weight).to(at_least_float32(weight.dtype), "cpu")
-            if not self._save(entry.digest, basis):
-                entry.unsaved = basis
-        return basis
-
-    def _path(self, digest: str) -> Path:
-        return self.cache_dir / f"{digest}.safetensors"
-
-    def _load(self, digest: str, weight: Tensor) -> SingularBasis | None:
-        try:
-            tensors, header = read_tensors(self._path(digest), BASIS_FORMAT, FORMAT_VERSION, "`prepare_experts`")
-        except (OSError, ValueError):
-            return None  # absent or damaged: computed again and put in its place
-        # The weight is named inside too, so that a renamed file is not believed.
-        is_ours = header.get("weight") == digest and tensors.keys() == {"vectors", "values"}
-        if not is_ours or not is_sealed(header, tensors):
-            return None
-        return SingularBasis(tensors["vectors"], tensors["values"], side_of(*weight.shape))
-
-    def _save(self, digest: str, basis: SingularBasis) -> bool:
-        if not self._is_writable:
-            return False
-        tensors = {"vectors": basis.vectors, "values": basis.values}
-        header = {"format": BASIS_FORMAT, "version": str(FORMAT_VERSION), "weight": digest}
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._path(digest), tensors, sealed(header, tensors))
-        except OSError as error:
-            self._is_writable = False
-            logger.warning(
-                "Singular bases cannot be kept in %s (%s) and will be computed again in the next process: set "
-                "MAMBAFORMER_CACHE to a folder that can be written.",
-                self.cache_dir,
-                error,
-            )
-        return self._is_writable
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledBasis:
-    """An expert at one module: `vectors` Q (n, r), `delta` = z - 1 of shape (r,), or (B, 1, r) per row, and `side`.
-
-    `mesh` names the processes that the module is split over by tensor parallelism; Q is whole in each of them.
-    """
-
-    vectors: Tensor
-    delta: Tensor
-    side: str
-    mesh: Any = None
-
-
-def scale_basis(
-    basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None, mesh: Any = None
-) -> ScaledBasis | None:
-    """`z` (r,), or a list with one (None = base) per row, made ready for `project`; None if nothing is scaled.
-
-    `delta` is float32, or float64 if the basis is; shorter vectors are filled up with the base.
-    """
-    if isinstance(z, Tensor):
-        return ScaledBasis(_first(basis, z.numel()), _delta(basis, z), basis.side, mesh)
-    rank = max((vector.numel() for vector in z or () if vector is not None), default=0)
-    if not rank:
-        return None
-    rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in z]
-    delta = torch.stack([nn.functional.pad(row, (0, rank - row.numel())) for row in rows])
-    return ScaledBasis(_first(basis, rank), delta[:, None], basis.side, mesh)  # delta: (B, r) -> (B, 1, r)
-
-
-def _first(basis: SingularBasis, rank: int) -> Tensor:
-    return basis.vectors[:, : _checked_rank(rank, basis.rank)]
-
-
-def _delta(basis: SingularBasis, z: Tensor) -> Tensor:
-    return z.to(basis.vectors.device, at_least_float32(basis.vectors.dtype)) - 1
-
-
-def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None = None) -> Tensor:
-    """`module` (linear, seen only from outside) with its singular values scaled: (..., in) -> (..., out).
-
-    Rows whose `delta` is 0 get the base's own bits. Q is used in the dtype of the activations; the scaling runs in
-    the wider of that and `delta`'s. An adapter around the linear module (W x + D x) adds what it adds to the base,
-    W'x + D x, as it does when the expert is merged into W.
-    """
-    if scaled is None:
-        return module(hidden_states)
-    base = base_linear(module)
-    if scaled.side == "input":
-        if base is module:
-            return module(hidden_states + _change(hidden_states, scaled))
-        return module(hidden_states) + _without_bias(base(_change(hidden_states, scaled)), base)
-    outputs = module(hidden_states)
-    return outputs + _change(_without_bias(outputs if base is module else base(hidden_states), base), scaled)
-
-
-def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
-    """The bias is no part of W: what an expert scales does not have it."""
-    bias = bias_beside(outputs, module)
-    return outputs if bias is None else outputs - bias
-
-
-def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
-    delta = scaled.delta
-    if delta.ndim == 3 and (states.ndim != 3 or delta.shape[0] != states.shape[0]):
-        raise ValueError(
-            f"There are experts for {delta.shape[0]} rows, but the activations are {tuple(states.shape)}: make them "
-            "(batch, length, channels) with as many rows."
-        )
-    basis = scaled.vectors.to(states.dtype)
-    if states.shape[-1] == basis.shape[0]:
-        return ((states @ basis) * delta).to(states.dtype) @ basis.mT
-    # This process has some of the channels: the coordinates (..., r) are sums over all processes.
-    basis = part_of(basis, states.shape[-1], scaled.mesh)
-    coordinates = sum_over_shards(states @ basis, scaled.mesh) * delta
-    return used_by_shards(coordinates.to(states.dtype), scaled.mesh) @ basis.mT
-
-
-def merged_weight(weight: Tensor, basis: SingularBasis, z: Tensor) -> Tensor:
-    """`U diag(s * z) V^T` of a weight (out, in), computed in float32 at least, returned in the weight's dtype."""
-    dtype = at_least_float32(weight.dtype)
-    wide = weight.detach().to(dtype)
-    directions = _first(basis, z.numel()).to(weight.device, dtype)
-    delta = z.to(weight.device, dtype) - 1
-    if basis.side == "input":
-        return (wide + ((wide @ directions) * delta) @ directions.mT).to(weight.dtype)
-    return (wide + directions @ (delta[:, None] * (directions.mT @ wide))).to(weight.dtype)
 
 
 def check_expert(expert: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
@@ -774,18 +438,10 @@ __all__ = [
     "BASE_FINGERPRINT",
     "ExpertLibrary",
     "ExpertVector",
-    "ScaledBasis",
-    "SingularBases",
-    "SingularBasis",
     "check_expert",
     "check_spectrum",
-    "compute_basis",
     "expert_key",
     "is_expert",
-    "merged_weight",
-    "project",
     "resolve_expert",
-    "scale_basis",
-    "side_of",
     "spectrum_of",
 ]

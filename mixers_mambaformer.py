@@ -18,11 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
-from .experts_mambaformer import ScaledBasis, at_least_float32, project
 from .feed_mambaformer import Packing
 from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
 from .placement_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
-from .storage_mambaformer import Layout, Passage, Retention, Span, plan_layout, split_at_reach
+from .recurrent_mambaformer import Passage, split_at_reach
+from .storage_mambaformer import Layout, Retention, Span, plan_layout
+from .svd_mambaformer import ScaledBasis, at_least_float32, project
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")

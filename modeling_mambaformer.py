@@ -31,15 +31,10 @@ from .dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule, ExpertSw
 from .experts_mambaformer import (
     ExpertLibrary,
     ExpertVector,
-    ScaledBasis,
-    SingularBases,
     check_expert,
     check_spectrum,
     expert_key,
-    merged_weight,
-    project,
     resolve_expert,
-    scale_basis,
     spectrum_of,
 )
 from .export_mambaformer import DecodeStep
@@ -75,6 +70,7 @@ from .placement_mambaformer import (
     writes_stamp,
 )
 from .storage_mambaformer import Span
+from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project, scale_basis
 
 logger = logging.get_logger(__name__)
 

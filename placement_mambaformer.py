@@ -108,7 +108,7 @@ def _offloaded_stamp(module: nn.Module, name: str) -> tuple:
     key, loader = getattr(source, "prefix", "") + name, getattr(source, "dataset", source)
     in_memory = getattr(loader, "state_dict", loader)
     if key in in_memory:
-        return in_memory[key].data_ptr(), _version_of(in_memory[key])
+        return in_memory[key].data_ptr(), version_of(in_memory[key])
     file = loader.index[key].get("safetensors_file") or os.path.join(loader.save_folder, f"{key}.dat")
     status = os.stat(file)
     return file, status.st_mtime_ns, status.st_size, status.st_ino
@@ -137,7 +137,7 @@ def weights_stamp(model: nn.Module) -> Any:
         for name, weight in attributes["_parameters"].items():
             if weight is not None:
                 pointer = weight.data_ptr() if type(weight) is nn.Parameter else 0
-                found.append((pointer, _version_of(weight)) if pointer else _placed_stamp(module, name, weight))
+                found.append((pointer, version_of(weight)) if pointer else _placed_stamp(module, name, weight))
     return hash(tuple(found))
 
 
@@ -146,11 +146,11 @@ def _placed_stamp(module: nn.Module, name: str, weight: Tensor) -> tuple:
     if weight.is_meta:
         return _offloaded_stamp(module, name)
     if is_shard(weight):  # a write counts for the whole or for the part, as it was written to
-        return weight._local_tensor.data_ptr(), _version_of(weight._local_tensor), _version_of(weight)
-    return weight.data_ptr(), _version_of(weight)
+        return weight._local_tensor.data_ptr(), version_of(weight._local_tensor), version_of(weight)
+    return weight.data_ptr(), version_of(weight)
 
 
-def _version_of(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .experts_mambaformer import BASE_FINGERPRINT, ExpertVector, at_least_float32
+from .experts_mambaformer import BASE_FINGERPRINT, ExpertVector
 from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
 from .storage_mambaformer import Layout, Retention
+from .svd_mambaformer import at_least_float32
 
 SESSION_FORMAT = "mambaformer.session"
 SESSION_VERSION = 1

@@ -19,16 +19,19 @@ from mambaformer.experts_mambaformer import (
     BASE_FINGERPRINT,
     ExpertLibrary,
     ExpertVector,
-    SingularBases,
     check_expert,
     check_spectrum,
-    compute_basis,
     expert_key,
+    resolve_expert,
+    spectrum_of,
+)
+from mambaformer.svd_mambaformer import (
+    SingularBases,
+    SingularBasis,
+    compute_basis,
     merged_weight,
     project,
-    resolve_expert,
     scale_basis,
-    spectrum_of,
 )
 
 SHAPES = {"tall": (11, 6), "wide": (6, 11), "square": (7, 7), "column": (5, 1), "row": (1, 5)}
@@ -137,7 +140,7 @@ def test_half_precision_stays_in_its_dtype_and_near_the_definition(shape, dtype)
 def test_only_the_first_columns_of_the_basis_are_used():
     module = random_linear(9, 6)
     basis = compute_basis(module.weight)
-    poisoned = experts.SingularBasis(basis.vectors.clone(), basis.values, basis.side)
+    poisoned = SingularBasis(basis.vectors.clone(), basis.values, basis.side)
     poisoned.vectors[:, 2:] = torch.nan
     z = random_tensor(2)
     assert torch.equal(merged_weight(module.weight, poisoned, z), merged_weight(module.weight, basis, z))
