@@ -65,6 +65,8 @@ logger = logging.get_logger(__name__)
 EXPERTS_FOLDER = "experts"
 # Arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# What this model's `generate` tells its own hooks, and no assistant.
+OWN_GENERATION_KWARGS = ("expert_schedule", "is_speculative")
 # Which class of the saved folder each Auto class finds there.
 AUTO_MAP = {
     "AutoConfig": "configuration_mambaformer.MambaFormerConfig",
@@ -647,6 +649,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
         expert_schedule: ExpertSchedule | None = None,
+        is_speculative: bool = False,
         **kwargs,
     ) -> dict[str, Any]:
         """What the next forward is fed: the new tokens, or all of them when a change of expert dropped the cache."""
@@ -662,6 +665,9 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         if was_dropped and (num_cached or not is_first_iteration):
             next_sequence_length = None
             self._check_whole_text(input_ids, inputs_embeds, num_cached)
+        elif is_speculative and is_first_iteration and num_cached:
+            # The library's speculative loop would feed the cached text a second time.
+            next_sequence_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] - num_cached
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -730,6 +736,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
             )
         if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
             drafted = generation_config.prompt_lookup_num_tokens or 0
+            model_kwargs["is_speculative"] = generation_mode == GenerationMode.ASSISTED_GENERATION
             model_kwargs["past_key_values"].activate_past_recording(max(drafted + 1, DEFAULT_REACH))
 
     def _get_candidate_generator(self, *, generation_config, model_kwargs, assistant_model=None, **kwargs):
@@ -740,6 +747,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
                 "`ExpertSwitchLogitsProcessor` changes the expert after tokens that were drafted under the old one: "
                 "pass `expert_schedule` to `generate` instead, or leave speculative decoding out."
             )
+        self._check_speculation_goes_on(generation_config, model_kwargs, kwargs["input_ids"])
         schedule = model_kwargs.get("expert_schedule")
         if generation_config.assistant_early_exit is not None:
             generation_config = copy.copy(generation_config)
@@ -747,11 +755,24 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
             generation_config.assistant_early_exit = None
         drafter = super()._get_candidate_generator(
             generation_config=generation_config,
-            model_kwargs={key: value for key, value in model_kwargs.items() if key != "expert_schedule"},
+            model_kwargs={key: value for key, value in model_kwargs.items() if key not in OWN_GENERATION_KWARGS},
             assistant_model=assistant_model,
             **kwargs,
         )
         return drafter if schedule is None else DraftsUnderOneExpert(drafter, schedule)
+
+    @staticmethod
+    def _check_speculation_goes_on(generation_config, model_kwargs, input_ids) -> None:
+        """Refuses only the new part of a text: a draft is looked up in, and an assistant is fed, all of it."""
+        num_cached = model_kwargs["past_key_values"].get_seq_length()
+        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+        length = (input_ids if embeds is None else embeds).shape[1]
+        mask_length = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
+        if num_cached and (length <= num_cached or mask_length != length):
+            raise ValueError(
+                f"The cache holds {num_cached} columns, and speculative decoding goes on from it with the whole text "
+                f"only, cached and new: `generate` was given {length} columns, with a mask of {mask_length}."
+            )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
         """No positions: the cache counts the real tokens of each row itself, over all turns."""
