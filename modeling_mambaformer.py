@@ -747,7 +747,7 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
                 "`ExpertSwitchLogitsProcessor` changes the expert after tokens that were drafted under the old one: "
                 "pass `expert_schedule` to `generate` instead, or leave speculative decoding out."
             )
-        self._check_speculation_goes_on(generation_config, model_kwargs, kwargs["input_ids"])
+        self._check_can_draft(generation_config, model_kwargs, kwargs["input_ids"])
         schedule = model_kwargs.get("expert_schedule")
         if generation_config.assistant_early_exit is not None:
             generation_config = copy.copy(generation_config)
@@ -762,10 +762,15 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         return drafter if schedule is None else DraftsUnderOneExpert(drafter, schedule)
 
     @staticmethod
-    def _check_speculation_goes_on(generation_config, model_kwargs, input_ids) -> None:
-        """Refuses only the new part of a text: a draft is looked up in, and an assistant is fed, all of it."""
+    def _check_can_draft(generation_config, model_kwargs, input_ids) -> None:
+        """Drafts are looked up in all of the text, or an assistant is fed all of it; so there has to be one."""
+        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+        if embeds is not None and (input_ids.shape[1] or generation_config.prompt_lookup_num_tokens is None):
+            raise ValueError(
+                "Speculative decoding drafts from token ids, and the library would not feed the first draft behind"
+                " `inputs_embeds`: give the prompt as `input_ids` alone, or `inputs_embeds` alone with prompt lookup."
+            )
         num_cached = model_kwargs["past_key_values"].get_seq_length()
-        mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
         length = (input_ids if embeds is None else embeds).shape[1]
         mask_length = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
         if num_cached and (length <= num_cached or mask_length != length):

