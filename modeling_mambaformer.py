@@ -625,6 +625,8 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         Raises:
             ValueError, TypeError: an expert that does not fit, or both arguments for token 0; nothing has run then.
         """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        self._check_goes_on(prompt, **kwargs)
         entries = dict(expert_schedule) if expert_schedule is not None else {}
         if expert_vector is not ...:
             if 0 in entries:
@@ -634,11 +636,28 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
             for expert in entries.values():
                 self._plan(expert, None)
             entries = {n: resolve_expert(expert, self._expert_library) for n, expert in entries.items()}
-            prompt = inputs if inputs is not None else kwargs.get("input_ids")
             has_embeds = kwargs.get("inputs_embeds") is not None
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
             kwargs["expert_schedule"] = ExpertSchedule(entries, length)
         return super().generate(inputs, *args, **kwargs)
+
+    @staticmethod
+    def _check_goes_on(
+        prompt, past_key_values=None, attention_mask=None, inputs_embeds=None, generation_config=None, **kwargs
+    ) -> None:
+        """Refuses a prompt that `generate` would take for the text in the cache and more, and is not."""
+        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        is_draft = getattr(generation_config, "is_assistant", False)  # wrong drafts are only slow
+        if num_cached == 0 or is_draft or prompt is None or inputs_embeds is not None:
+            return
+        check_is_ours(past_key_values)
+        if attention_mask is not None and attention_mask.shape[1] != prompt.shape[1]:
+            return  # the new part of the text, with a mask of all of it
+        if not _starts_with(prompt, past_key_values):
+            raise ValueError(
+                f"`input_ids` of {prompt.shape[1]} columns must be the {num_cached} columns of the cache and new ones"
+                " behind them: give the whole text, or only its new part with an `attention_mask` of all of it."
+            )
 
     def prepare_inputs_for_generation(
         self,
@@ -794,6 +813,19 @@ class MambaFormerForCausalLM(MambaFormerPreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
+
+
+def _starts_with(prompt: torch.Tensor, cache: MambaFormerCache) -> bool:
+    """Whether token ids (rows, columns) are what is cached, with more behind it; pads may be any token."""
+    cached = cache.token_ids.to(prompt.device)
+    num_cached = cached.shape[1]
+    if prompt.shape[1] <= num_cached:
+        return False
+    is_same = (prompt[:, :num_cached] == cached) | (cached < 0) if prompt.shape[0] == cached.shape[0] else None
+    if is_same is None:
+        return True  # the forward says what is wrong with the rows
+    mask = cache.log.mask.tensor
+    return bool((is_same if mask is None else is_same | ~mask[:, :num_cached].to(prompt.device)).all())
 
 
 class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):

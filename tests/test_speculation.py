@@ -5,6 +5,10 @@ Plain greedy decoding is a full forward for every token, without a cache.
 
 import copy
 import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -378,3 +382,17 @@ def test_a_model_of_the_first_layers_shares_weights_and_changes_nothing():
     alone.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in alone.state_dict()})
     assert_same_logits(feed_row(short, short.make_cache(), ids, [4, 2]), expected(alone, [ids])[0])
     assert model.config.to_dict() == before and len(model.model.layers) == 5
+
+
+def test_smollm2_as_a_hybrid_says_the_same_however_its_tokens_are_drafted(tmp_path, monkeypatch):
+    """A small round of `make bench-speculation`, in float32: real weights, prompts and tokenizer."""
+    path = Path(__file__).resolve().parent.parent / "benchmarks/speculation.py"
+    spec = importlib.util.spec_from_file_location("speculation", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "speculation", benchmark)
+    spec.loader.exec_module(benchmark)
+    benchmark.main(["--prompts", "3", "--max-new-tokens", "10", "--models", "random", "--output", str(tmp_path)])
+    runs = [benchmark.Run(**run) for run in json.loads((tmp_path / "speculation.json").read_text())]
+    assert [run.mode for run in runs].count("lookup") == 3 and len(runs) == 12
+    assert all(run.is_right for run in runs)
+    assert sum(run.num_forwards < run.num_tokens for run in runs) >= 4  # drafts were accepted
