@@ -256,7 +256,7 @@ def verdicts(runs: list[Run]) -> list[tuple[str, bool]]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50, help="how many of the 50, evenly from all kinds")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=list(MODES[1:]), help="beside plain decoding")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder for the results")
