@@ -7,7 +7,7 @@ TRANSFORMERS ?= transformers==5.23.0
 OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench train-experts clean
+.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -32,6 +32,9 @@ check: lint test  ## style, then all tests
 
 bench: $(VENV)/.demo  ## the cost of a decoding step at 1k and at 4k tokens of context
 	$(BIN)/python benchmarks/decode_context.py
+
+bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
+	$(BIN)/python benchmarks/speculation.py
 
 train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
 	sh examples/train_experts.sh $(BIN)/python

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mambaformer.experts_mambaformer as experts
+import mambaformer.svd_mambaformer as svd
 from mambaformer.experts_mambaformer import (
     BASE_FINGERPRINT,
     ExpertLibrary,
@@ -200,7 +201,7 @@ def test_a_wrapped_module_is_seen_only_from_outside():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(50, 8), (8, 50), (8, 8), (300, 8)])
 def test_a_basis_is_orthonormal_descending_and_on_the_narrow_side(shape, dtype, monkeypatch):
-    monkeypatch.setattr(experts, "REDUCTION_ROWS", 64)  # so that (300, 8) takes several blocks
+    monkeypatch.setattr(svd, "REDUCTION_ROWS", 64)  # so that (300, 8) takes several blocks
     weight = random_tensor(*shape).to(dtype)
     basis = compute_basis(weight)
     atol = 1e-12 if dtype == torch.float64 else 2e-5
@@ -275,8 +276,8 @@ def test_a_basis_in_memory_needs_neither_disk_nor_svd(tmp_path, counted_svd, mon
     weight = nn.Parameter(random_tensor(9, 5))
     bases = SingularBases(tmp_path)
     first = bases.get("q", weight)
-    monkeypatch.setattr(experts, "read_tensors", None)
-    monkeypatch.setattr(experts, "digest_of", None)
+    monkeypatch.setattr(svd, "read_tensors", None)
+    monkeypatch.setattr(svd, "digest_of", None)
     assert bases.get("q", weight).vectors.data_ptr() == first.vectors.data_ptr()
     assert torch.equal(bases.get("q", weight, rank=2).vectors, first.vectors[:, :2])
     assert len(counted_svd) == 1
@@ -336,7 +337,7 @@ def test_a_cache_file_of_another_shape_is_not_believed(tmp_path):
     bases = SingularBases(tmp_path)
     bases.get("q", small)
     (file,) = tmp_path.iterdir()
-    os.replace(file, bases._path(experts.digest_of({"weight": large})))
+    os.replace(file, bases._path(svd.digest_of({"weight": large})))
     assert torch.equal(bases.get("p", large).vectors, expected.vectors)
 
 
@@ -400,13 +401,13 @@ def test_the_folder_is_the_variables_else_under_the_hub_home(tmp_path, monkeypat
     assert SingularBases().cache_dir == tmp_path / "mine"
     assert SingularBases(tmp_path).cache_dir == tmp_path
     monkeypatch.delenv("MAMBAFORMER_CACHE")
-    monkeypatch.setattr(experts.hub_constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(svd.hub_constants, "HF_HOME", str(tmp_path / "home"))
     assert SingularBases().cache_dir == tmp_path / "home" / "mambaformer" / "singular_bases"
 
 
 def test_prepare_computes_what_is_missing_with_a_bar_and_nothing_without(tmp_path, counted_svd, monkeypatch):
     bars = []
-    monkeypatch.setattr(experts, "tqdm", lambda items, disable, **_: bars.append((list(items), not disable)) or items)
+    monkeypatch.setattr(svd, "tqdm", lambda items, disable, **_: bars.append((list(items), not disable)) or items)
     weights = {"q": random_tensor(9, 5), "k": random_tensor(5, 9)}
     SingularBases(tmp_path).get("q", weights["q"])
     bases = SingularBases(tmp_path)
