@@ -107,7 +107,7 @@ class MambaFormerGenerationMixin(GenerationMixin):
             self._check_whole_text(input_ids, inputs_embeds, num_cached)
         elif is_speculative and is_first_iteration and num_cached:
             # The library's speculative loop would feed the cached text a second time.
-            next_sequence_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] - num_cached
+            next_sequence_length = input_ids.shape[1] - num_cached
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -204,14 +204,13 @@ class MambaFormerGenerationMixin(GenerationMixin):
     @staticmethod
     def _check_can_draft(generation_config, model_kwargs, input_ids) -> None:
         """Drafts are looked up in all of the text, or an assistant is fed all of it; so there has to be one."""
-        embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-        if embeds is not None and (input_ids.shape[1] or generation_config.prompt_lookup_num_tokens is None):
+        if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "Speculative decoding drafts from token ids, and the library would not feed the first draft behind"
-                " `inputs_embeds`: give the prompt as `input_ids` alone, or `inputs_embeds` alone with prompt lookup."
+                "Speculative decoding drafts from token ids, and the library would neither feed the first draft behind"
+                " `inputs_embeds` nor keep their mask: give the prompt as `input_ids`."
             )
-        num_cached = model_kwargs["past_key_values"].get_seq_length()
-        length = (input_ids if embeds is None else embeds).shape[1]
+        num_cached, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
+        mask = model_kwargs.get("attention_mask")
         mask_length = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
         if num_cached and (length <= num_cached or mask_length != length):
             raise ValueError(

@@ -326,14 +326,6 @@ def test_a_padded_prompt_drafts_too(name):
     assert found[0, 2:].tolist() == greedy("everything", tuple(prompt()[0].tolist()))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_behind_embeddings_drafts_are_looked_up_in_what_was_generated(pattern):
-    model = shared_model(pattern)
-    embeds = model.get_input_embeddings()(prompt())
-    found = model.generate(inputs_embeds=embeds, max_new_tokens=NUM_NEW, prompt_lookup_num_tokens=4, **GREEDY)
-    assert found[0].tolist() == greedy(pattern, tuple(prompt()[0].tolist()))[prompt().shape[1] :]
-
-
 def counted_forwards(model):
     forwards = []
     return forwards, model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -351,9 +343,9 @@ def test_what_cannot_be_speculated_is_refused_before_anything_runs():
         "Static cache": {"inputs": prompt(), "cache_implementation": "static"},
         "batch_size = 1": {"inputs": prompt().repeat(2, 1)},
         "use_cache=True": {"inputs": prompt(), "use_cache": False},
-        "`inputs_embeds` alone": {"inputs": prompt(), "inputs_embeds": model.get_input_embeddings()(prompt())},
-        "whole text only": {"inputs": prompt()[:, :3], "past_key_values": full},
-        "a mask of 15": {"inputs": prompt()[:, :3], "past_key_values": full, "attention_mask": whole},
+        "drafts from token ids": {"inputs_embeds": model.get_input_embeddings()(prompt())},
+        "give the whole text": {"inputs": prompt()[:, :3], "past_key_values": full},
+        "whole text only": {"inputs": prompt()[:, :3], "past_key_values": full, "attention_mask": whole},
     }
     forwards, counting = counted_forwards(model)
     for message, options in bad.items():
