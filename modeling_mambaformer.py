@@ -607,7 +607,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         return feed.inputs_embeds.masked_fill(~feed.mask[..., None], 0)
 
 
-class MambaFormerForCausalLM(MambaFormerPreTrainedModel, MambaFormerGenerationMixin):
+class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedModel):
     """A language model: token ids -> logits (rows, tokens, vocab_size)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
