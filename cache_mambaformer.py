@@ -6,12 +6,13 @@ expert is planned first. `commit` makes all of it true at once, so a forward tha
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
+from .experts_mambaformer import collapsed_key
 from .layers_mambaformer import CacheLayer, Clock, TokenLog, make_layer
 from .session_mambaformer import load_session, save_session
 from .storage_mambaformer import (
@@ -471,13 +472,15 @@ class MambaFormerCache(Cache):
             raise ValueError(f"The cache has rows 0 to {num_rows - 1}, and these were asked for: {rows.tolist()}.")
 
     def _select_experts(self, rows: torch.Tensor) -> None:
-        if not isinstance(self.expert_vector, list):
-            return
-        is_stale = self.is_stale
-        self.is_mixed |= self.is_about_to_mix()
-        self.expert_vector, key = self.resolve([self.expert_vector[row] for row in rows.tolist()])
-        self.in_force, self.expert_plan = InForce(key, self.in_force.weights), None
-        self.encoded_under = None if is_stale else self.in_force
+        """Deals the experts in force, and those that encoded the text, to the rows as they are now."""
+        encoded_under = self.encoded_under
+        if encoded_under is not None and isinstance(encoded_under.expert_key, tuple):
+            key = collapsed_key([encoded_under.expert_key[row] for row in rows.tolist()])
+            encoded_under = replace(encoded_under, expert_key=key)
+        if isinstance(self.expert_vector, list):
+            self.expert_vector, key = self.resolve([self.expert_vector[row] for row in rows.tolist()])
+            self.in_force, self.expert_plan = InForce(key, self.in_force.weights), None
+        self.encoded_under = self.in_force if encoded_under == self.in_force else encoded_under
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select_rows(beam_idx)

@@ -434,12 +434,21 @@ def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) ->
     return keys[0] if len(set(keys)) == 1 else keys
 
 
+def collapsed_key(keys: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """The key of rows with these keys: `None` (base) or one key if all are the same, else a tuple."""
+    rows = [keys] if keys is None or isinstance(keys, str) else list(keys)
+    if len(set(rows)) > 1:
+        return tuple(rows)
+    return None if rows[0] == BASE_FINGERPRINT else rows[0]
+
+
 __all__ = [
     "BASE_FINGERPRINT",
     "ExpertLibrary",
     "ExpertVector",
     "check_expert",
     "check_spectrum",
+    "collapsed_key",
     "expert_key",
     "is_expert",
     "resolve_expert",

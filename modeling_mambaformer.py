@@ -5,6 +5,7 @@ Reads from the inside out: a layer, what all models share, the stack, and what s
 """
 
 import functools
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +60,7 @@ from .mixers_mambaformer import (
 )
 from .placement_mambaformer import (
     CountsReplacements,
+    adapters_of,
     agreed,
     base_linear,
     mesh_of,
@@ -72,6 +74,9 @@ from .storage_mambaformer import Span
 from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project, scale_basis
 
 logger = logging.get_logger(__name__)
+
+# Of the models of this process: what is left of one that is gone must not be taken for the next one's.
+_numbers = itertools.count()
 
 EXPERTS_FOLDER = "experts"
 # Arguments of `from_pretrained` that say where on the Hub a file is.
@@ -221,8 +226,12 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         self._expert_library = ExpertLibrary()
         self._singular_bases = SingularBases()
         self._unmerged: list[tuple[nn.Module, torch.Tensor]] = []
-        self.num_merges = 0
+        self.num_merges, self.number = 0, next(_numbers)
         self._fingerprint: tuple[Any, str] | None = None
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.number = next(_numbers)  # a copy is another model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -283,8 +292,15 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
             offloaded = [name for name, weight in weights.items() if weight.is_meta]
             if offloaded:
                 raise ValueError(f"A session is tied to the weights, and these are offloaded: {offloaded[:3]}.")
-            known = base._fingerprint = (stamp, digest_of(weights))
+            known = base._fingerprint = (stamp, digest_of(weights, {"adapters": adapters_of(base)}))
         return known
+
+    def weights_changed(self) -> None:
+        """Tells caches and singular bases that weights were written in a way that leaves no trace.
+
+        Such are writes through `weight.data` or through a NumPy view. All others are noticed without it.
+        """
+        self.base_model.num_replacements += 1
 
     # ---- experts
 

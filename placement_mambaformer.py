@@ -4,12 +4,15 @@ The rest of the project sees modules only from outside. What it has to know of P
 that are on the `meta` device until they are needed) and DTensor (a process has only a part of a weight) is here.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
 
 if torch.distributed.is_available():
@@ -66,6 +69,12 @@ def _adapter_stamp(module: nn.Module) -> str:
     return repr((settings, hooks))
 
 
+def adapters_of(model: nn.Module) -> str:
+    """What tells apart the states of all adapters of a model that its weights do not show; "" without any."""
+    found = {name: _adapter_stamp(module) for name, module in model.named_modules() if _is_adapter(module)}
+    return json.dumps(found) if found else ""
+
+
 def writes_stamp(model: nn.Module) -> Any:
     """Changes whenever an adapter may have been merged into the weights below it, through `weight.data`."""
     modules = list(model.modules())
@@ -114,18 +123,30 @@ def _offloaded_stamp(module: nn.Module, name: str) -> tuple:
     return file, status.st_mtime_ns, status.st_size, status.st_ino
 
 
+def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
+    """A fused step writes weights and does not count it as a version of theirs; now it does."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([weight for weight in group["params"] if not weight.is_inference()])
+
+
+register_optimizer_step_post_hook(_count_fused_step)
+
+
 def weights_stamp(model: nn.Module) -> Any:
-    """Tells whether weights changed, without reading them.
+    """Tells whether weights changed, or are those of another model, without reading them.
 
     Every in-place write and every new tensor changes it, also where weights are offloaded or split, and so does every
     adapter that is added, switched, disabled, merged or removed. Weights made in inference mode do not count their
-    writes, so merging and unmerging experts count theirs. A write through `weight.data` by hand leaves no trace.
+    writes, so merging and unmerging experts count theirs. A write through `weight.data` by hand leaves no trace
+    (`model.weights_changed()` makes one).
     """
     if torch.compiler.is_compiling():
         return None
-    found, modules = [getattr(model, "num_merges", 0)], [model]
-    while modules:  # `model.parameters()` builds every name, which takes ten times as long
+    found, modules, num_modules = [getattr(model, "number", 0), getattr(model, "num_merges", 0)], [model], 0
+    while modules:  # `model.parameters()` builds every name, which takes several times as long
         module = modules.pop()
+        num_modules += 1
         attributes = module.__dict__
         for child in attributes["_modules"].values():
             if child is not None:
@@ -138,7 +159,7 @@ def weights_stamp(model: nn.Module) -> Any:
             if weight is not None:
                 pointer = weight.data_ptr() if type(weight) is nn.Parameter else 0
                 found.append((pointer, version_of(weight)) if pointer else _placed_stamp(module, name, weight))
-    return hash(tuple(found))
+    return hash((num_modules, *found))
 
 
 def _placed_stamp(module: nn.Module, name: str, weight: Tensor) -> tuple:

@@ -178,7 +178,8 @@ class RecurrentStore:
             if passage.num_tokens:
                 earlier.append(replace(passage, before=states))
                 states = passage.advance(states, passage.inputs, passage.lengths)
-        return states, earlier
+        # A state of zeros is the state before the first token.
+        return states or {name: torch.zeros_like(state) for name, state in self.states.items()}, earlier
 
     def rewind(self, rewound: tuple[dict[str, torch.Tensor], list[Passage]]) -> None:
         self.states, self.past = rewound

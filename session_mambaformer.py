@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .experts_mambaformer import BASE_FINGERPRINT, ExpertVector
+from .experts_mambaformer import ExpertVector, collapsed_key
 from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
 from .storage_mambaformer import Layout, Retention
 from .svd_mambaformer import at_least_float32
@@ -87,7 +87,8 @@ def save_session(cache, path) -> None:
         can_be_encoded_again=not (cache.log.has_embeddings or cache.is_mixed or cache.is_about_to_mix()),
         is_of_these_weights=is_current,
         has_states=has_states,
-        encoded_key=_plain_key(cache.encoded_under.expert_key) if has_states else None,
+        # An expert that is trained has a key of its own even as the base; once it is read it is like any other.
+        encoded_key=collapsed_key(cache.encoded_under.expert_key) if has_states else None,
         experts=[{"fingerprint": e.fingerprint, "name": e.name, "metadata": e.metadata} for e in experts],
         expert=expert,
     )
@@ -130,15 +131,6 @@ def _experts_of(in_force) -> tuple[list[ExpertVector], int | list | None]:
 def _content_of(expert) -> tuple:
     """Trailing ones do not count in a fingerprint, and yet decide how many directions a row is computed with."""
     return expert.fingerprint, tuple(sorted((name, z.numel()) for name, z in expert.vectors.items()))
-
-
-def _plain_key(key) -> str | list | None:
-    """The key that an expert has once it is read: an expert that is trained has one even as the base."""
-    rows = {key} if key is None or isinstance(key, str) else set(key)
-    if len(rows) > 1:
-        return list(key)
-    (only,) = rows
-    return None if only == BASE_FINGERPRINT else only
 
 
 def _log_tensors(cache) -> Iterator[tuple[str, Tensor]]:

@@ -3,10 +3,11 @@
 import inspect
 import shutil
 
+import peft
 import pytest
 import torch
 
-from cases import VOCAB, random_expert, random_model, random_rows, shared_expert, shared_model, tiny_config
+from cases import VOCAB, expected, random_expert, random_model, random_rows, shared_expert, shared_model, tiny_config
 from mambaformer import MambaFormerForCausalLM, MambaFormerForSequenceClassification
 
 GREEDY = {"do_sample": False, "pad_token_id": VOCAB}
@@ -562,3 +563,111 @@ def test_a_model_that_was_moved_to_another_dtype_and_back_is_another_model():
             model.to(torch.float32).to(torch.float64)
             with pytest.raises(ValueError, match="weights changed"):
                 model(ids, past_key_values=cache)
+
+
+# ---- found by a second hostile reading
+
+
+def test_a_fused_optimizer_step_is_noticed():
+    """It counts no version, and it is Trainer's default: caches and singular bases went on from the old weights."""
+    model, ids = random_model(tiny_config("paper")), ids_of()
+    cache, expert = model.make_cache(), random_expert(model, 1)
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        whole(model, ids, expert_vector=expert)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+    wanted = expected(model, ids.tolist(), [expert])[0]
+    same(whole(model, ids, expert_vector=expert)[0], wanted)
+
+
+@pytest.mark.parametrize("between", [None, "other"])
+def test_rows_change_places_while_another_expert_is_about_to_take_over(between):
+    """The key that had encoded the rows kept their old order, and going back to it was taken for no change."""
+    model, ids = shared_model("everything"), ids_of()
+    first, second, other = (shared_expert("everything", seed) for seed in (1, 2, 3))
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :6].expand(2, -1), past_key_values=cache, expert_vector=[first, second])
+        cache.set_expert(None if between is None else other)
+        cache.select_rows(torch.tensor([1, 0]))
+        cache.set_expert([first, second])
+        found = model(ids[:, 6:].expand(2, -1), past_key_values=cache).logits
+        for row, expert in zip(found, (first, second), strict=True):
+            same(row[None], whole(model, ids, expert_vector=expert)[:, 6:])
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_parametrization_that_is_removed_is_noticed():
+    """It writes through `weight.data`; that there are fewer modules is what can be seen."""
+    model, ids = random_model(tiny_config("everything")), ids_of()
+    linear = model.model.layers[1].self_attn.v_proj
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        torch.nn.utils.parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+def test_what_leaves_no_trace_can_be_told():
+    """A NumPy view writes past every count; caches and singular bases look again after `weights_changed`."""
+    model, ids = random_model(tiny_config("everything")), ids_of()
+    expert = random_expert(model, 1)
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache, expert_vector=expert)
+        model.model.layers[1].self_attn.v_proj.weight.numpy()[...] *= 1.5
+        model.weights_changed()
+        found = model(ids[:, 5:], past_key_values=cache).logits[0]
+    same(found, expected(model, ids.tolist(), [expert])[0][5:])
+
+
+def test_a_cache_that_outlives_its_model_is_not_taken_for_the_next_ones():
+    """The next model's weights were often put where the old ones had been, and the stamp was one of addresses."""
+    config, ids = tiny_config("paper"), ids_of()
+    for seed in range(10):
+        model = random_model(config, seed)
+        cache = model.make_cache()
+        with torch.no_grad():
+            model(ids[:, :5], past_key_values=cache)
+            del model
+            model = random_model(config, seed + 1)
+            same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_a_session_is_tied_to_the_adapters_too(tmp_path):
+    """The weights of a model are the same with its adapter on and off; what they compute is not."""
+    model, ids = random_model(tiny_config("everything")), ids_of()
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "in_proj"], init_lora_weights=False)
+    )
+    adapted.eval()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+    cache.save(tmp_path / "session.safetensors")
+    with adapted.disable_adapter(), pytest.raises(ValueError, match="other weights"):
+        model.load_cache(tmp_path / "session.safetensors")
+    cache = model.load_cache(tmp_path / "session.safetensors")
+    with torch.no_grad():
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+def test_a_session_of_nothing_but_pads_can_be_loaded(tmp_path):
+    """With the last real token taken back there were no states in the file, which said that there were."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache(rollback_reach=4)
+    with torch.no_grad():
+        model(torch.tensor([[9, 5]]), attention_mask=torch.tensor([[0, 1]]), past_key_values=cache)
+        cache.crop(-1)
+        cache.save(tmp_path / "session.safetensors")
+        cache = model.load_cache(tmp_path / "session.safetensors")
+        same(model(ids, past_key_values=cache).logits, whole(model, ids))
