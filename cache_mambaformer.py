@@ -210,11 +210,15 @@ class MambaFormerCache(Cache):
                 or a list with one of these per row.
 
         Raises:
-            ValueError: the policy is `"error"` and a text is cached, or the expert is not known.
+            ValueError: the policy is `"error"` and a text is cached, or the expert is not known or does not fit.
         """
         if expert is not None and self.resolve is None:
             raise ValueError("This cache belongs to no model yet: make it with `model.make_cache()`.")
+        self._check_one_a_row(expert)
         expert, key = (None, None) if expert is None else self.resolve(expert)
+        for row in expert if isinstance(expert, list) else [expert]:
+            if row is not None and self.model is not None:
+                self.model.check_expert(row)
         transition = self.plan(expert, key, self.in_force.weights)
         if transition.drops_text:
             self.reset()
@@ -226,10 +230,7 @@ class MambaFormerCache(Cache):
         Raises:
             ValueError: the change is refused; nothing has changed.
         """
-        if isinstance(expert, list) and self._rows not in (None, len(expert)):
-            raise ValueError(
-                f"`expert_vector` has {len(expert)} entries but the cache has {self._rows} rows: give one each."
-            )
+        self._check_one_a_row(expert)
         in_force = InForce(key, weights)
         if in_force == self.encoded_under:
             in_force = self.encoded_under
@@ -250,6 +251,12 @@ class MambaFormerCache(Cache):
         if policy == "recompute":
             self._check_history()
         return Transition(expert, in_force, anew=True, drops_text=policy == "reset")
+
+    def _check_one_a_row(self, expert) -> None:
+        if isinstance(expert, (list, tuple)) and self._rows not in (None, len(expert)):
+            raise ValueError(
+                f"`expert_vector` has {len(expert)} entries but the cache has {self._rows} rows: give one each."
+            )
 
     def _put_in_force(self, transition: Transition) -> None:
         if transition.in_force.expert_key != self.in_force.expert_key:
@@ -324,6 +331,21 @@ class MambaFormerCache(Cache):
         return -1 if self._rows is None else self._rows
 
     @property
+    def max_batch_size(self) -> int:
+        """The same: rows are added and taken away by selecting."""
+        return self.batch_size
+
+    @property
+    def max_cache_len(self) -> int:
+        """Columns that static storage holds, or -1."""
+        return self.get_max_length()
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        return self.layers[layer_idx].get_max_length()
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.19
+
+    @property
     def is_initialized(self) -> bool:
         return not self.clock.is_empty
 
@@ -343,7 +365,11 @@ class MambaFormerCache(Cache):
         Mamba layers keep a checkpoint of their states and the inputs of the tokens since; windows keep `reach` keys
         more. `generate` calls it when it speculates. Static storage, whose states are overwritten in place, does not
         record: there `crop` is as exact, but the text that is left is encoded again.
+
+        Raises:
+            ValueError: `reach` is no number of tokens.
         """
+        _check_reach(reach)
         if self.max_columns is not None or reach <= self.rollback_reach:
             return
         if not self.clock.is_empty:
@@ -389,9 +415,11 @@ class MambaFormerCache(Cache):
 
     def _checked_removal(self, tokens_to_remove: Any, columns: int) -> list[int]:
         """Columns that each row loses; a single number where all lose as many."""
-        given = torch.as_tensor(tokens_to_remove)
-        given = given[None].tolist() if given.dim() == 0 else given.tolist()
-        if len(given) not in (1, self._rows) or not all(isinstance(k, int) and 0 <= -k <= columns for k in given):
+        given = tokens_to_remove.tolist() if isinstance(tokens_to_remove, torch.Tensor) else tokens_to_remove
+        is_for_all = not isinstance(given, (list, tuple))
+        given = [given] if is_for_all else given
+        is_complete = is_for_all or len(given) == self._rows
+        if not is_complete or not all(isinstance(k, int) and 0 <= -k <= columns for k in given):
             raise ValueError(
                 f"`crop` takes -k for the last k columns, with k at most {columns}, or one such number for each of the"
                 f" {self._rows or 0} rows; got {tokens_to_remove}."
@@ -452,6 +480,7 @@ class MambaFormerCache(Cache):
         Raises:
             ValueError: there is no such row.
         """
+        rows = torch.as_tensor(rows, dtype=torch.long)
         self._check_rows(rows)
         self._select_experts(rows)
         if self.clock.is_empty:
@@ -467,7 +496,8 @@ class MambaFormerCache(Cache):
     def _check_rows(self, rows: torch.Tensor) -> None:
         num_rows = self._num_known_rows()
         # On a device the look at the values would stop the host at every step of a beam search.
-        is_known = rows.dim() == 1 and (rows.device.type != "cpu" or bool(((rows >= 0) & (rows < num_rows)).all()))
+        is_known = rows.device.type != "cpu" or bool(((rows >= 0) & (rows < num_rows)).all())
+        is_known = is_known and rows.dim() == 1 and rows.numel() > 0
         if num_rows and not is_known:
             raise ValueError(f"The cache has rows 0 to {num_rows - 1}, and these were asked for: {rows.tolist()}.")
 
@@ -489,7 +519,8 @@ class MambaFormerCache(Cache):
         self.select_rows(torch.arange(self._num_known_rows()).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.select_rows(torch.arange(self._num_known_rows())[torch.as_tensor(indices).cpu()])
+        indices = torch.as_tensor(indices)
+        self.select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def _num_known_rows(self) -> int:
         if self._rows is not None:
@@ -539,6 +570,8 @@ class MambaFormerCache(Cache):
     def load(cls, path, model, on_weights_change: str = "error") -> "MambaFormerCache":
         """The cache that `save` wrote, for `model`: it goes on as the saved one would have, bit for bit.
 
+        What a cache has recorded to roll back is not in the file: its reach starts anew behind what is loaded.
+
         Args:
             on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the text again at the
                 next forward.
@@ -571,9 +604,9 @@ class MambaFormerCache(Cache):
         }
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Bytes in use, by layer type and kind (`keys`, `values`, `conv`, `ssm`, `past`), and those of the token log.
+        """Bytes that the text takes, by layer type and kind, and those of the token log; not those of an expert.
 
-        `past` is what `activate_past_recording` keeps.
+        Kinds are `keys`, `values`, `conv`, `ssm` and `past`, which is what `activate_past_recording` keeps.
         """
         found: dict[str, dict[str, int]] = {}
         for layer_type, layer in zip(self.config.layer_types, self.layers, strict=True):
@@ -586,7 +619,7 @@ class MambaFormerCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated in all."""
+        """Those of `report` in all."""
         return sum(sum(kinds.values()) for kinds in self.report().values())
 
 
@@ -599,10 +632,12 @@ def _check_options(storage: str, max_cache_len: int | None, on_expert_change: st
         raise ValueError("`max_cache_len` (columns to hold) goes with storage='static', and only with it.")
     if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
         raise ValueError(f"`max_cache_len` must be a positive integer, got {max_cache_len!r}.")
-    if not isinstance(rollback_reach, int) or rollback_reach < 0:
-        raise ValueError(
-            f"`rollback_reach` counts tokens and must be an integer of at least 0, got {rollback_reach!r}."
-        )
+    _check_reach(rollback_reach)
+
+
+def _check_reach(reach: Any) -> None:
+    if not isinstance(reach, int) or reach < 0:
+        raise ValueError(f"`rollback_reach` counts tokens and must be an integer of at least 0, got {reach!r}.")
 
 
 __all__ = ["MambaFormerCache"]

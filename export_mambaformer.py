@@ -13,6 +13,7 @@ class DecodeStep(nn.Module):
 
     Make one with `model.decode_step(cache)` and hand it to `torch.export.export(step, (input_ids,))`. The module goes
     on from a fork, so the cache itself stays as it is. The expert that the cache has in force becomes part of it.
+    All modules of one exported program share these buffers: together they go on with one text.
 
     Args:
         model: a `MambaFormerForCausalLM`.
@@ -32,6 +33,7 @@ class DecodeStep(nn.Module):
         for name, holder, key in self._places():
             self.register_buffer(name, holder[key], persistent=False)
 
+    @torch.no_grad()
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Token ids (rows, 1) -> logits (rows, 1, vocab_size)."""
         for name, holder, key in self._places():

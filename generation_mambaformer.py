@@ -175,6 +175,11 @@ class MambaFormerGenerationMixin(GenerationMixin):
                 " or 'static', or pass a cache of `model.make_cache()` as `past_key_values`."
             )
         if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
+            if batch_size > 1:
+                raise ValueError(
+                    f"Speculative decoding takes one row at a time, and there are {batch_size}: call `generate` for "
+                    "each, or leave it out."
+                )
             drafted = generation_config.prompt_lookup_num_tokens or 0
             model_kwargs["is_speculative"] = generation_mode == GenerationMode.ASSISTED_GENERATION
             model_kwargs["past_key_values"].activate_past_recording(max(drafted + 1, DEFAULT_REACH))

@@ -80,6 +80,14 @@ class CacheLayer:
     def lazy_initialization(self, *args, **kwargs) -> None:
         """Nothing to do: stores take shape from what they are first given."""
 
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("Layers share one clock and go back together: call `crop` of the cache.")
+
+    def offload(self) -> None:
+        raise NotImplementedError("This cache stays on the device of its model: keys are not offloaded.")
+
+    prefetch = offload
+
 
 class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
     """Keys and values of an attention layer."""

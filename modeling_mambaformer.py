@@ -558,7 +558,8 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         if cache is not None:
             is_embedded = feed.inputs_embeds is not None
             cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, is_embedded)
-            cache.expert_plan = plan if plan.is_reusable else None
+            if transition is not UNCHANGED:
+                cache.expert_plan = plan if plan.is_reusable else None
         num_new = feed.token_ids.shape[1]
         return BaseModelOutputWithPast(
             last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
@@ -603,14 +604,14 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
 
     def _transition(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Transition:
         rows = feed.token_ids.shape[0]
+        if _is_compiled_step(cache):
+            return UNCHANGED
         if plan.num_rows not in (None, rows):
             raise ValueError(
                 f"`expert_vector` has {plan.num_rows} entries for {rows} rows of the batch: give one each."
             )
         if cache is None:
             return Transition(plan.expert, None)
-        if _is_compiled_step(cache):
-            return UNCHANGED
         weights = weights_stamp(self) if plan.weights is None else plan.weights
         return cache.plan(plan.expert, plan.key, weights)
 

@@ -60,7 +60,9 @@ class Passage:
         return self._cut(int(left.max()), left), tokens - (lengths - left)
 
     def _cut(self, num_tokens: int, lengths: torch.Tensor | None) -> "Passage":
-        inputs = {name: tensor[:, :num_tokens] for name, tensor in self.inputs.items()}
+        inputs = self.inputs
+        if num_tokens < self.num_tokens:  # copied: a view would keep what was taken back in memory
+            inputs = {name: tensor[:, :num_tokens].clone() for name, tensor in inputs.items()}
         return replace(self, inputs=inputs, lengths=lengths)
 
     def select_rows(self, rows: torch.Tensor) -> "Passage":

@@ -671,3 +671,76 @@ def test_a_session_of_nothing_but_pads_can_be_loaded(tmp_path):
         cache.save(tmp_path / "session.safetensors")
         cache = model.load_cache(tmp_path / "session.safetensors")
         same(model(ids, past_key_values=cache).logits, whole(model, ids))
+
+
+def test_an_expert_that_does_not_fit_is_refused_before_the_text_is_dropped():
+    """`set_expert` took anything, and under "reset" the text was gone when the next forward complained."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache(on_expert_change="reset")
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        with pytest.raises(ValueError, match="does not have"):
+            cache.set_expert({"x": torch.ones(2)})
+        with pytest.raises(ValueError, match="2 entries but the cache has 1 rows"):
+            cache.set_expert([None, None])
+        same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: cache.activate_past_recording(9.5), "counts tokens"),
+        (lambda cache: cache.activate_past_recording(-3), "counts tokens"),
+        (lambda cache: cache.crop("x"), "takes -k"),
+        (lambda cache: cache.crop(None), "takes -k"),
+        (lambda cache: cache.crop([-1]), "takes -k"),
+        (lambda cache: cache.select_rows([2]), "rows 0 to 1"),
+        (lambda cache: cache.select_rows([]), "rows 0 to 1"),
+        (lambda cache: cache.batch_select_indices(torch.tensor([5])), "rows 0 to 1"),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused_and_change_nothing(call, message):
+    """Some were taken, some failed in the middle of PyTorch."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache(rollback_reach=4)
+    with torch.no_grad():
+        model(ids[:, :5].expand(2, -1), past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            call(cache)
+        assert cache.rollback_reach == 4
+        same(model(ids[:, 5:].expand(2, -1), past_key_values=cache).logits[:1], whole(model, ids)[:, 5:])
+
+
+def test_what_the_librarys_cache_offers_is_answered_or_refused_by_name():
+    """Its sizes and a layer's own `crop` failed with errors about attributes."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache("static", max_cache_len=20)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert (cache.max_batch_size, cache.max_cache_len, cache.get_max_cache_shape()) == (1, 20, 20)
+    cache.batch_select_indices(torch.tensor([True]))
+    for refused in (lambda: cache.layers[1].crop(-1), lambda: cache.layers[0].offload()):
+        with pytest.raises(NotImplementedError):
+            refused()
+
+
+def test_refused_speculation_leaves_the_users_cache_as_it_was():
+    """The library refused two rows after the cache had started to record for them."""
+    model, ids = shared_model("everything"), ids_of()
+    cache = model.make_cache()
+    with pytest.raises(ValueError, match="one row at a time"):
+        model.generate(ids.expand(2, -1), past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
+    assert cache.rollback_reach == 0
+
+
+def test_what_was_taken_back_is_not_kept_in_memory():
+    """The passage that was cut short was a view of the whole one."""
+    model = shared_model("mamba")
+    cache = model.make_cache(rollback_reach=64)
+    with torch.no_grad():
+        model(torch.randint(VOCAB, (2, 60)), past_key_values=cache)
+    cache.crop(-50)
+    for layer in cache.layers:
+        for passage in layer.recurrent.past:
+            for tensor in passage.inputs.values():
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
