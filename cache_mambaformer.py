@@ -154,6 +154,8 @@ class MambaFormerCache(Cache):
             token_ids: the columns that were not fed before, (rows, tokens); so are `mask` and `position_ids`.
             is_embedded: they were given as embeddings, so `token_ids` says nothing.
         """
+        if transition is not UNCHANGED:
+            self.encoded_under = None  # whatever cuts this short, a state that is further than the text is never used
         if transition.drops_text:
             self._forget_text()
         self._kept = None
@@ -407,11 +409,13 @@ class MambaFormerCache(Cache):
         rewound = [None if self.encoded_under is None else store.rewound(removal) for store in stores]
         if any(answer is None for answer in rewound):
             self._check_can_encode_again()
-            self.encoded_under = None
+            self._set_back(removal, removed)
         else:
+            encoded_under = self.encoded_under
+            self._set_back(removal, removed)
             for store, answer in zip(stores, rewound, strict=True):
                 store.rewind(answer)
-        self._set_back(removal, removed)
+            self.encoded_under = encoded_under
 
     def _checked_removal(self, tokens_to_remove: Any, columns: int) -> list[int]:
         """Columns that each row loses; a single number where all lose as many."""
@@ -450,7 +454,8 @@ class MambaFormerCache(Cache):
         self._check_history()
 
     def _set_back(self, removal: Removal, removed: list[int]) -> None:
-        """Sets the clock and the log back; columns that only some rows lose are pads of those rows from now on."""
+        """Sets the text back; columns that only some rows lose are pads of those rows from now on."""
+        self.encoded_under = None  # the states have not followed yet
         if len(removed) > 1:
             self.log.add_pads(self._is_removed(removed, removal.columns)[:, : removal.columns_left])
         if len(removed) > 1 or self.clock.counts is not None:
@@ -482,16 +487,19 @@ class MambaFormerCache(Cache):
         """
         rows = torch.as_tensor(rows, dtype=torch.long)
         self._check_rows(rows)
-        self._select_experts(rows)
+        encoded_under = self._select_experts(rows)
         if self.clock.is_empty:
+            self.encoded_under = encoded_under
             return
-        self._each_layer("select_rows", rows)
+        self.encoded_under = None  # until all layers have followed the text
         for buffer in self.log.buffers().values():
             buffer.select_rows(rows)
         if self.clock.counts is not None:
             counts = self.clock.counts
             self.clock.counts = counts.expand(self._rows).index_select(0, rows.to(counts.device))
         self._rows = rows.shape[0]
+        self._each_layer("select_rows", rows)
+        self.encoded_under = encoded_under
 
     def _check_rows(self, rows: torch.Tensor) -> None:
         num_rows = self._num_known_rows()
@@ -501,8 +509,8 @@ class MambaFormerCache(Cache):
         if num_rows and not is_known:
             raise ValueError(f"The cache has rows 0 to {num_rows - 1}, and these were asked for: {rows.tolist()}.")
 
-    def _select_experts(self, rows: torch.Tensor) -> None:
-        """Deals the experts in force, and those that encoded the text, to the rows as they are now."""
+    def _select_experts(self, rows: torch.Tensor) -> InForce | None:
+        """Deals the experts in force to the rows as they are to be; returns what will have encoded them then."""
         encoded_under = self.encoded_under
         if encoded_under is not None and isinstance(encoded_under.expert_key, tuple):
             key = collapsed_key([encoded_under.expert_key[row] for row in rows.tolist()])
@@ -510,7 +518,7 @@ class MambaFormerCache(Cache):
         if isinstance(self.expert_vector, list):
             self.expert_vector, key = self.resolve([self.expert_vector[row] for row in rows.tolist()])
             self.in_force, self.expert_plan = InForce(key, self.in_force.weights), None
-        self.encoded_under = self.in_force if encoded_under == self.in_force else encoded_under
+        return self.in_force if encoded_under == self.in_force else encoded_under
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select_rows(beam_idx)

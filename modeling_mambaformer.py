@@ -5,7 +5,6 @@ Reads from the inside out: a layer, what all models share, the stack, and what s
 """
 
 import functools
-import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +65,7 @@ from .placement_mambaformer import (
     mesh_of,
     num_shards,
     placed_like,
+    version_of,
     weight_of,
     weights_stamp,
     writes_stamp,
@@ -74,9 +74,6 @@ from .storage_mambaformer import Span
 from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project, scale_basis
 
 logger = logging.get_logger(__name__)
-
-# Of the models of this process: what is left of one that is gone must not be taken for the next one's.
-_numbers = itertools.count()
 
 EXPERTS_FOLDER = "experts"
 # Arguments of `from_pretrained` that say where on the Hub a file is.
@@ -225,13 +222,9 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self._expert_library = ExpertLibrary()
         self._singular_bases = SingularBases()
-        self._unmerged: list[tuple[nn.Module, torch.Tensor]] = []
-        self.num_merges, self.number = 0, next(_numbers)
+        self._unmerged: list[tuple[nn.Module, torch.Tensor, int]] = []
+        self.num_merges = 0
         self._fingerprint: tuple[Any, str] | None = None
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.number = next(_numbers)  # a copy is another model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -430,33 +423,41 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         merged, bases = [], self._bases
         for name, z in expert.vectors.items():
             if name in modules:  # not so the head, for a model without one
+                if "weight" not in modules[name]._parameters:
+                    raise ValueError(f"`{name}` is parametrized: remove the parametrization before merging.")
                 old = weight_of(modules[name])
                 basis = bases.get(name, old)
                 check_spectrum(expert, name, basis.values)
                 new = merged_weight(old, basis, z.detach())
                 merged.append((modules[name], placed_like(new, modules[name].weight)))
         for module, weight in merged:
-            self._merged_modules().append((module, _swap_weight(module, weight, self._is_tied(module))))
+            old = _swap_weight(module, weight, self._is_tied(module))
+            self._merged_modules().append((module, old, version_of(module.weight)))
         self.base_model.num_merges += 1
 
     def unmerge_expert(self) -> None:
         """Puts back the weights of before `merge_expert`, bit for bit.
 
         Raises:
-            ValueError: nothing is merged.
+            ValueError: nothing is merged, or the weights were trained or loaded since.
         """
         if not self._merged_modules():
             raise ValueError("No expert is merged: there is nothing to undo.")
+        if any(version_of(module.weight) != version for module, _, version in self._merged_modules()):
+            raise ValueError(
+                "Weights were written since the expert was merged, by training or loading: putting the old ones back "
+                "would mix two models. Load the model anew."
+            )
         while self._merged_modules():
-            module, weight = self._merged_modules().pop()
+            module, weight, _ = self._merged_modules().pop()
             if isinstance(weight, nn.Parameter):
                 module.weight = weight
             else:
                 _swap_weight(module, weight, is_tied=False)
         self.base_model.num_merges += 1
 
-    def _merged_modules(self) -> list[tuple[nn.Module, torch.Tensor]]:
-        """What is merged, with what undoes it; kept by the stack, which all models that stand on it share."""
+    def _merged_modules(self) -> list[tuple[nn.Module, torch.Tensor, int]]:
+        """What is merged, what undoes it, and the version it has; kept by the stack, which its models share."""
         return self.base_model._unmerged
 
     def _is_tied(self, module: nn.Module) -> bool:
@@ -468,7 +469,7 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         return super().tie_weights(*args, **kwargs)
 
     def _check_tied_head(self, action: str) -> None:
-        if any(isinstance(weight, nn.Parameter) for _, weight in self._merged_modules()):
+        if any(isinstance(weight, nn.Parameter) for _, weight, _ in self._merged_modules()):
             raise ValueError(f"An expert is merged into the tied `lm_head`: call `unmerge_expert()` before {action}.")
 
     def save_pretrained(self, save_directory, *args, **kwargs):

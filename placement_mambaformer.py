@@ -4,6 +4,7 @@ The rest of the project sees modules only from outside. What it has to know of P
 that are on the `meta` device until they are needed) and DTensor (a process has only a part of a weight) is here.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
 
@@ -27,22 +29,13 @@ ADAPTER_SETTINGS = ("_active_adapter", "_disable_adapters", "merged_adapters", "
 
 
 class CountsReplacements(nn.Module):
-    """Counts what replaces weights and leaves no other trace.
+    """Counts how often a submodule is put in another one's place.
 
     An adapter that is merged and unloaded writes through `weight.data`, which no version counter sees, and puts the
-    old module back; that it was there is all that is left to see. A model that is moved to another dtype and back, or
-    is given new parameters, may find room for them where the old ones were.
+    old module back; that it was there is all that is left to see.
     """
 
     num_replacements = 0
-
-    def _apply(self, *args, **kwargs) -> nn.Module:
-        self.__dict__["num_replacements"] = self.num_replacements + 1
-        return super()._apply(*args, **kwargs)
-
-    def load_state_dict(self, *args, **kwargs) -> Any:
-        self.__dict__["num_replacements"] = self.num_replacements + 1
-        return super().load_state_dict(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_modules", ()):
@@ -133,6 +126,34 @@ def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
 register_optimizer_step_post_hook(_count_fused_step)
 
 
+class _StorageNumbers:
+    """A running number for each piece of memory that weights are in.
+
+    An address is given out again when what was there is gone; a number never is. The weak references keep the records
+    of memory, not the memory.
+    """
+
+    def __init__(self):
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.numbers, self.most = itertools.count(), 4096
+
+    def __call__(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        known = self.known.get(storage._cdata)
+        return known[1] if known is not None else self._remember(storage)
+
+    def _remember(self, storage: torch.UntypedStorage) -> int:
+        if len(self.known) >= self.most:
+            self.known = {key: entry for key, entry in list(self.known.items()) if not entry[0].expired()}
+            self.most = max(4096, 2 * len(self.known))
+        number = next(self.numbers)
+        self.known[storage._cdata] = StorageWeakRef(storage), number
+        return number
+
+
+storage_number = _StorageNumbers()
+
+
 def weights_stamp(model: nn.Module) -> Any:
     """Tells whether weights changed, or are those of another model, without reading them.
 
@@ -143,7 +164,7 @@ def weights_stamp(model: nn.Module) -> Any:
     """
     if torch.compiler.is_compiling():
         return None
-    found, modules, num_modules = [getattr(model, "number", 0), getattr(model, "num_merges", 0)], [model], 0
+    found, modules, num_modules = [getattr(model, "num_merges", 0)], [model], 0
     while modules:  # `model.parameters()` builds every name, which takes several times as long
         module = modules.pop()
         num_modules += 1
@@ -157,8 +178,8 @@ def weights_stamp(model: nn.Module) -> Any:
             found.append(_adapter_stamp(module))
         for name, weight in attributes["_parameters"].items():
             if weight is not None:
-                pointer = weight.data_ptr() if type(weight) is nn.Parameter else 0
-                found.append((pointer, version_of(weight)) if pointer else _placed_stamp(module, name, weight))
+                is_here = type(weight) is nn.Parameter and not weight.is_meta
+                found.append(_stamp_of(weight) if is_here else _placed_stamp(module, name, weight))
     return hash((num_modules, *found))
 
 
@@ -167,8 +188,12 @@ def _placed_stamp(module: nn.Module, name: str, weight: Tensor) -> tuple:
     if weight.is_meta:
         return _offloaded_stamp(module, name)
     if is_shard(weight):  # a write counts for the whole or for the part, as it was written to
-        return weight._local_tensor.data_ptr(), version_of(weight._local_tensor), version_of(weight)
-    return weight.data_ptr(), version_of(weight)
+        return *_stamp_of(weight._local_tensor), version_of(weight)
+    return _stamp_of(weight)
+
+
+def _stamp_of(tensor: Tensor) -> tuple[int, int, int]:
+    return storage_number(tensor), tensor.storage_offset(), version_of(tensor)
 
 
 def version_of(tensor: Tensor) -> int:

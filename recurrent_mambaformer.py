@@ -166,7 +166,13 @@ class RecurrentStore:
         """States and past after a removal; `None` when it goes beyond what is remembered."""
         if removal.most == 0:
             return self.states, self.past
-        earlier, again, tokens = list(self.past), [], removal.tokens
+        # What may be trained through later keeps its graph, whatever mode the caller is in.
+        needs_graph = any(tensor.requires_grad for passage in self.past for tensor in passage.inputs.values())
+        with torch.set_grad_enabled(needs_graph or torch.is_grad_enabled()):
+            return self._run_again(removal.tokens)
+
+    def _run_again(self, tokens: Any) -> tuple[dict[str, torch.Tensor], list[Passage]] | None:
+        earlier, again = list(self.past), []
         while earlier:
             passage, tokens = earlier.pop().without_last(tokens)
             again.insert(0, passage)

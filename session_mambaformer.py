@@ -68,7 +68,10 @@ class Session:
 def save_session(cache, path) -> None:
     """Writes `cache` to `path`; see `MambaFormerCache.save`."""
     if cache.model is None:
-        raise ValueError("This cache belongs to no model (any more): a cache of `model.make_cache()` can be saved.")
+        raise ValueError(
+            "This cache belongs to no model (any more), as a pickled one does: make one with `model.make_cache()` and "
+            "feed it `token_ids`, then it can be saved."
+        )
     stamp, fingerprint = cache.model.weights_fingerprint()
     is_current = cache.in_force.weights == stamp
     # States of a text that has to be encoded again are left out, but where a change of expert may be taken back.

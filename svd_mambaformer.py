@@ -25,7 +25,15 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from .files_mambaformer import digest_of, is_sealed, read_tensors, sealed, write_tensors
-from .placement_mambaformer import base_linear, bias_beside, part_of, sum_over_shards, used_by_shards, version_of
+from .placement_mambaformer import (
+    base_linear,
+    bias_beside,
+    part_of,
+    storage_number,
+    sum_over_shards,
+    used_by_shards,
+    version_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +218,7 @@ class SingularBases:
 
     def _entry(self, name: str, weight: Tensor) -> _Entry:
         entry = self._entries.get(name)
-        stamp = (weight.data_ptr(), version_of(weight), weight.shape, weight.dtype, weight.device)
+        stamp = (storage_number(weight), version_of(weight), weight.shape, weight.dtype, weight.device)
         # The stamp alone could come back: a new tensor may be put where a freed one was.
         if entry is not None and entry.stamp == stamp and entry.weight() is weight:
             return entry

@@ -680,7 +680,7 @@ def test_an_expert_that_does_not_fit_is_refused_before_the_text_is_dropped():
     with torch.no_grad():
         model(ids[:, :5], past_key_values=cache)
         with pytest.raises(ValueError, match="does not have"):
-            cache.set_expert({"x": torch.ones(2)})
+            cache.set_expert({"x": torch.tensor([0.5, 2.0])})
         with pytest.raises(ValueError, match="2 entries but the cache has 1 rows"):
             cache.set_expert([None, None])
         same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
@@ -729,7 +729,9 @@ def test_refused_speculation_leaves_the_users_cache_as_it_was():
     model, ids = shared_model("everything"), ids_of()
     cache = model.make_cache()
     with pytest.raises(ValueError, match="one row at a time"):
-        model.generate(ids.expand(2, -1), past_key_values=cache, prompt_lookup_num_tokens=3, **GREEDY)
+        model.generate(
+            ids.expand(2, -1), past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, **GREEDY
+        )
     assert cache.rollback_reach == 0
 
 
@@ -744,3 +746,96 @@ def test_what_was_taken_back_is_not_kept_in_memory():
         for passage in layer.recurrent.past:
             for tensor in passage.inputs.values():
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_commit_or_a_reordering_that_is_cut_short_costs_an_encoding_and_never_a_wrong_number(storage, monkeypatch):
+    """Some layers had moved on and others not, and the cache said that it was up to date."""
+    model, ids = shared_model("everything"), ids_of()
+    other = ids.flip(1)
+    with torch.no_grad():
+        cache = model.make_cache(**STORAGES[storage])
+        model(torch.cat([ids, other])[:, :5], past_key_values=cache)
+        with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+            patched.setattr(cache.log, "append", out_of_memory)
+            model(torch.cat([ids, other])[:, 5:7], past_key_values=cache)
+        both = model(torch.cat([ids, other])[:, 5:7], past_key_values=cache).logits
+        same(both[:1], whole(model, ids[:, :7])[:, 5:])
+        with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+            patched.setattr(cache.layers[3].attention, "select_rows", out_of_memory)
+            cache.reorder_cache(torch.tensor([1, 0]))
+        both = model(torch.cat([other, ids])[:, 7:], past_key_values=cache).logits
+        same(both[:1], whole(model, other)[:, 7:])
+        same(both[1:], whole(model, ids)[:, 7:])
+
+
+def test_a_rollback_that_is_cut_short_costs_an_encoding_and_never_a_wrong_number(monkeypatch):
+    model, ids = shared_model("everything"), ids_of()
+    with torch.no_grad():
+        cache = model.make_cache(rollback_reach=4)
+        model(ids, past_key_values=cache)
+        with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+            patched.setattr(cache.layers[3].recurrent, "rewind", out_of_memory)
+            cache.crop(-2)
+        columns = cache.get_seq_length()
+        same(model(ids[:, columns - 9 :], past_key_values=cache).logits[:, -1], whole(model, ids)[:, -1])
+
+
+@pytest.mark.parametrize("write", ["load", "train"])
+def test_unmerging_never_mixes_two_models(write):
+    """The modules that the expert had scaled got their old weights back, and all others kept the new ones."""
+    model, other, ids = random_model(tiny_config("paper")), random_model(tiny_config("paper"), seed=1), ids_of()
+    model.merge_expert(random_expert(model, 1, modules=["model.layers.1.self_attn.q_proj"]))
+    if write == "load":
+        model.load_state_dict(other.state_dict())
+    else:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    before = whole(model, ids)
+    with pytest.raises(ValueError, match="mix two models"):
+        model.unmerge_expert()
+    same(whole(model, ids), before)
+
+
+def test_nothing_is_merged_into_a_weight_that_is_computed():
+    """The merged weight was written into the value of a parametrization, which is computed anew."""
+    model = random_model(tiny_config("everything"))
+    torch.nn.utils.parametrize.register_parametrization(model.model.layers[1].self_attn.v_proj, "weight", Doubled())
+    with pytest.raises(ValueError, match="is parametrized"):
+        model.merge_expert(random_expert(model, 1, modules=["model.layers.1.self_attn.v_proj"]))
+
+
+def test_a_rollback_without_gradients_keeps_those_that_are_wanted_later():
+    """The states were computed again in the caller's mode, and what was trained through them later was cut off."""
+    model, ids = random_model(tiny_config("mamba")), ids_of()
+    weight = model.model.layers[0].mamba.in_proj.weight
+
+    def gradient(*crops):
+        model.zero_grad()
+        cache = model.make_cache(rollback_reach=4)
+        model(ids[:, :7] if crops else ids[:, :5], past_key_values=cache)
+        for columns in crops:
+            with torch.no_grad():
+                cache.crop(columns)
+        model(ids[:, 5:], past_key_values=cache).logits.sum().backward()
+        return weight.grad.clone()
+
+    same(gradient(-2), gradient())
+
+
+def test_forks_of_a_prefix_notice_every_set_of_weights_that_is_tried_on_them():
+    """Addresses come back: a later candidate of an evolution strategy was put where the first one had been."""
+    model, ids = random_model(tiny_config("paper")), ids_of()
+    parameters = list(model.parameters())
+    base = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
+    with torch.no_grad():
+        torch.nn.utils.vector_to_parameters(base * 1.05, parameters)
+        prefix = model.make_cache()
+        model(ids[:, :5], past_key_values=prefix)
+        for scale in range(8):
+            torch.nn.utils.vector_to_parameters(base * (1 + 0.1 * scale), parameters)
+            same(model(ids[:, 5:], past_key_values=prefix.fork()).logits, whole(model, ids)[:, 5:])
