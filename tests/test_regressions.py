@@ -525,6 +525,19 @@ def test_a_text_of_embeddings_survives_a_failed_change_of_expert_under_reset(sto
         same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
 
 
+def test_a_text_that_was_dropped_does_not_come_back_when_a_later_forward_fails(monkeypatch):
+    """What is kept aside until a change of expert has succeeded is let go then."""
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache(on_expert_change="reset")
+    with torch.no_grad():
+        model(inputs_embeds=model.model.embed_tokens(ids[:, :7]), past_key_values=cache)
+        model(ids[:, :4], past_key_values=cache, expert_vector=expert)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            model(ids[:, 4:], past_key_values=cache)
+        same(model(ids[:, 4:], past_key_values=cache).logits, whole(model, ids, expert_vector=expert)[:, 4:])
+
+
 def test_recording_can_start_after_a_forward_that_failed(monkeypatch):
     """Rings that were emptied for encoding again had no slot to be widened from."""
     model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
