@@ -286,6 +286,22 @@ def test_a_loaded_window_knows_how_far_it_has_been(tmp_path):
     text.feed([3], is_padded=False)
 
 
+def test_a_change_of_expert_that_fails_leaves_a_window_as_far_as_it_has_been(monkeypatch):
+    """Emptied for the new expert, it had never been further; the text that comes back has been."""
+    model, ids = shared_model("sliding"), torch.tensor(random_rows(18, [30]))
+    cache = model.make_cache(on_expert_change="reset", rollback_reach=REACH)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+        cache.crop(-5)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            model(ids[:, 25:], past_key_values=cache, expert_vector=shared_expert("sliding", 1))
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            cache.crop(-5)
+        found = model(ids[:, 25:], past_key_values=cache).logits[0]
+    assert_same_logits(found, expected(model, ids.tolist())[0][25:])
+
+
 def test_what_is_recorded_keeps_no_prompt_in_memory():
     """Views of the prompt's inputs look small and keep all of them alive."""
     model, sizes = shared_model("mamba"), []
