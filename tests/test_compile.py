@@ -15,6 +15,7 @@ from cases import (
     expected,
     feed,
     feed_row,
+    one_turn,
     padded_turn,
     random_rows,
     shared_expert,
@@ -85,6 +86,20 @@ def test_generate_sees_weights_that_changed_under_a_compiled_step():
         model.model.layers[0].mamba.D.add_(0.5)
     found = feed_row(step, cache, row[8:], [1] * 6)
     assert_same_logits(found, expected(model, [row])[0][8:])
+
+
+def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
+    """The plan of the experts is made anew then, which no graph can do: the call around it leaves it to the model."""
+    model, rows = shared_model("everything"), random_rows(7, (12, 12))
+    experts = [shared_expert("everything", 1), None]
+    step = model.get_compiled_call(CompileConfig(backend="aot_eager", fullgraph=True))
+    cache = model.make_cache("static", max_cache_len=40)
+    cache.set_expert(experts)
+    feed(step, cache, [one_turn([row[:6] for row in rows]), one_turn([row[6:7] for row in rows])])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    found = feed(step, cache, [one_turn([row[n : n + 1] for row in rows[::-1]]) for n in range(7, 12)])
+    for logits, wanted in zip(found, expected(model, rows, experts)[::-1], strict=True):
+        assert_same_logits(logits, wanted[7:])
 
 
 @pytest.mark.parametrize("pattern", MIXED)

@@ -473,10 +473,15 @@ def test_a_static_cache_of_inference_mode_rolls_back_outside_of_it():
     ("options", "message"),
     [
         ({"logits_to_keep": torch.tensor([9])}, "must be indices"),
+        ({"logits_to_keep": torch.tensor([-5])}, "must be indices"),
+        ({"logits_to_keep": torch.tensor([[0]])}, "must be indices"),
         ({"logits_to_keep": -1}, "number of tokens"),
+        ({"logits_to_keep": 1.5}, "number of tokens"),
         ({"labels": torch.ones(1, 7, dtype=torch.long)}, r"must be \(1, 4\)"),
         ({"labels": torch.full((1, 4), VOCAB)}, "token ids below"),
+        ({"labels": torch.full((1, 4), -1)}, "token ids below"),
         ({"labels": torch.ones(1, 4, dtype=torch.long), "logits_to_keep": 2}, "leave `logits_to_keep` out"),
+        ({"labels": torch.ones(1, 4, dtype=torch.long), "logits_to_keep": torch.arange(4)}, "leave `logits_to_keep`"),
     ],
 )
 def test_a_head_that_cannot_answer_refuses_before_the_cache_is_fed(options, message):
@@ -490,7 +495,14 @@ def test_a_head_that_cannot_answer_refuses_before_the_cache_is_fed(options, mess
         same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
 
 
-@pytest.mark.parametrize("rows", [[-1, -2], [0, 2]])
+def test_indices_of_logits_to_keep_count_from_either_end():
+    """What refuses indices that are too large must not refuse those from the end."""
+    model, ids = shared_model("everything"), ids_of()
+    found = whole(model, ids, logits_to_keep=torch.tensor([2, -1, -9]))
+    same(found, whole(model, ids)[:, [2, 8, 0]])
+
+
+@pytest.mark.parametrize("rows", [[-1, -2], [0, 2], [[0, 1]]])
 def test_rows_that_do_not_exist_are_refused_before_the_experts_change_places(rows):
     model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
     cache = model.make_cache()
@@ -524,6 +536,19 @@ def test_a_text_of_embeddings_survives_a_failed_change_of_expert_under_reset(sto
             patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
             model(ids[:, 5:], past_key_values=cache, expert_vector=expert)
         same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
+
+
+def test_a_text_that_was_dropped_does_not_come_back_when_a_later_forward_fails(monkeypatch):
+    """What is kept aside until a change of expert has succeeded is let go then."""
+    model, expert, ids = shared_model("everything"), shared_expert("everything", 1), ids_of()
+    cache = model.make_cache(on_expert_change="reset")
+    with torch.no_grad():
+        model(inputs_embeds=model.model.embed_tokens(ids[:, :7]), past_key_values=cache)
+        model(ids[:, :4], past_key_values=cache, expert_vector=expert)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            model(ids[:, 4:], past_key_values=cache)
+        same(model(ids[:, 4:], past_key_values=cache).logits, whole(model, ids, expert_vector=expert)[:, 4:])
 
 
 def test_recording_can_start_after_a_forward_that_failed(monkeypatch):

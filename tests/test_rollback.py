@@ -10,6 +10,7 @@ from cases import (
     assert_same_logits,
     expected,
     feed,
+    feed_row,
     one_turn,
     padded_turn,
     random_rows,
@@ -229,6 +230,87 @@ def test_what_is_recorded_stays_small():
     assert max(sizes[30:]) == max(sizes[:30])
     state_of_a_layer = cache.report()["linear_attention"]["ssm"]
     assert max(sizes) < 2 * (REACH + 8) * state_of_a_layer
+
+
+def test_a_compiled_forward_that_records_nothing_ends_the_past():
+    """Were it kept, `crop` would run the tokens of the eager forwards again, and take the rest for never fed."""
+    torch.compiler.reset()
+    model, row = shared_model("mamba"), random_rows(12, [16])[0]
+    cache = model.make_cache(rollback_reach=REACH)
+    feed_row(model, cache, row[:8])
+    feed_row(torch.compile(model, backend="aot_eager"), cache, row[8:12])
+    cache.crop(-6)
+    assert_same_logits(feed_row(model, cache, row[6:]), expected(model, [row])[0][6:])
+    torch.compiler.reset()
+
+
+def test_a_row_that_was_fed_little_is_still_behind_where_its_window_has_been():
+    """The row that was fed the most says nothing about the keys that another one has lost."""
+    model = shared_model("sliding")
+    text = Text(model, model.make_cache(rollback_reach=REACH), 2, random.Random(13))
+    text.feed([30, 30], is_padded=False)
+    text.crop(5)
+    text.feed([6, 1])
+    text.crop([0, 12])  # the second row loses seven tokens, and was four further before
+    assert text.cache.is_stale
+    text.feed([2, 2], is_padded=False)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_window_that_is_filled_anew_has_never_been_further(is_reset):
+    """Were it still thought to have been, tokens within the reach would cost an encoding of all the others."""
+    model = shared_model("sliding")
+    text = Text(model, model.make_cache(rollback_reach=REACH), 1, random.Random(14))
+    text.feed([30], is_padded=False)
+    text.crop(25)
+    assert text.cache.is_stale
+    if is_reset:
+        text.cache.reset()
+        text.columns = [[]]
+    text.feed([4], is_padded=False)
+    text.crop(2)
+    assert not text.cache.is_stale
+    text.feed([3], is_padded=False)
+
+
+def test_a_loaded_window_knows_how_far_it_has_been(tmp_path):
+    """What the tokens that were taken back had overwritten is not in the file either."""
+    model = shared_model("sliding")
+    text = Text(model, model.make_cache(rollback_reach=REACH), 1, random.Random(15))
+    text.feed([30], is_padded=False)
+    text.crop(5)
+    text.cache.save(tmp_path / "session.safetensors")
+    text.cache = model.load_cache(tmp_path / "session.safetensors")
+    text.crop(5)
+    assert text.cache.is_stale
+    text.feed([3], is_padded=False)
+
+
+def test_a_change_of_expert_that_fails_leaves_a_window_as_far_as_it_has_been(monkeypatch):
+    """Emptied for the new expert, it had never been further; the text that comes back has been."""
+    model, ids = shared_model("sliding"), torch.tensor(random_rows(18, [30]))
+    cache = model.make_cache(on_expert_change="reset", rollback_reach=REACH)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+        cache.crop(-5)
+        with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(model.model.norm, "forward", lambda _: 1 / 0)
+            model(ids[:, 25:], past_key_values=cache, expert_vector=shared_expert("sliding", 1))
+        with pytest.raises(ValueError, match="inputs_embeds"):
+            cache.crop(-5)
+        found = model(ids[:, 25:], past_key_values=cache).logits[0]
+    assert_same_logits(found, expected(model, ids.tolist())[0][25:])
+
+
+def test_what_is_recorded_keeps_no_prompt_in_memory():
+    """Views of the prompt's inputs look small and keep all of them alive."""
+    model, sizes = shared_model("mamba"), []
+    for length in (20, 200):
+        cache = model.make_cache(rollback_reach=REACH)
+        feed_row(model, cache, random_rows(16, [length])[0])
+        recorded = [tensor for layer in cache.layers for one in layer.recurrent.past for tensor in one.inputs.values()]
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in recorded))
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("wrong", [3, -21, [-1, -2], [-1, 1, 0], torch.tensor([-1.5, 0, 0]), [[-1], [0], [0]]])

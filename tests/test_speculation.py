@@ -14,6 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.streamers import BaseStreamer
 
 from cases import (
@@ -29,6 +30,7 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertSwitchLogitsProcessor
+from mambaformer.dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule
 
 GREEDY = {"do_sample": False, "pad_token_id": VOCAB}
 NUM_NEW = 12
@@ -186,6 +188,26 @@ def test_nothing_is_encoded_a_second_time(pattern, name):
         model.generate(prompt(), max_new_tokens=NUM_NEW, **drafter(pattern, name), **GREEDY)
     assert of_all.fed == of_all.passed
     assert of_the_model.fed == of_the_model.passed >= prompt().shape[1] + NUM_NEW - 1
+
+
+def test_a_draft_longer_than_the_usual_reach_is_taken_back_at_once():
+    """Drafts of 70 tokens, nearly all of them wrong, in a cache that takes back 64 unless it is told of more."""
+    model, part = shared_model("mamba"), random_rows(17, [75])[0]
+    ids = torch.tensor([part + part[:5]])
+    with Counted(model, -1, lambda stack: stack is model.model) as counted:
+        found = model.generate(ids, max_new_tokens=80, prompt_lookup_num_tokens=70, **GREEDY)
+    assert counted.fed == counted.passed > ids.shape[1] + 79 + 64
+    assert found[0].tolist() == greedy("mamba", tuple(ids[0].tolist()), num_new=80)
+
+
+@pytest.mark.parametrize(("start", "kept"), [(1, 0), (3, 2), (6, 5), (7, 6), (8, 6)])
+def test_a_draft_reaches_as_far_as_the_expert_in_force(start, kept):
+    """One forward verifies it and predicts the token behind it: the last that the expert is in force for."""
+    ids = prompt()
+    lookup = PromptLookupCandidateGenerator(num_output_tokens=6, max_matching_ngram_size=2, max_length=100)
+    drafter = DraftsUnderOneExpert(lookup, ExpertSchedule({0: None, start: None}, ids.shape[1]))
+    drafted, _ = drafter.get_candidates(ids)
+    assert drafted.shape[1] - ids.shape[1] == kept
 
 
 def test_drafts_of_a_twin_are_mostly_right_and_sometimes_not():
