@@ -102,6 +102,18 @@ def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
         assert_same_logits(logits, wanted[7:])
 
 
+def test_going_back_to_the_base_between_compiled_steps_is_left_out_of_the_graph():
+    """The base needs no plan, so only the text tells that it has to be encoded again."""
+    model, row = shared_model("mamba"), random_rows(8, [12])[0]
+    step = model.get_compiled_call(CompileConfig(backend="aot_eager", fullgraph=True))
+    cache = model.make_cache("static", max_cache_len=40)
+    cache.set_expert(shared_expert("mamba", 1))
+    feed_row(step, cache, row[:8], [6, 1, 1])
+    cache.set_expert(None)
+    assert_same_logits(feed_row(step, cache, row[8:], [1] * 4), expected(model, [row])[0][8:])
+    assert num_graphs() == 2  # with an expert and without
+
+
 @pytest.mark.parametrize("pattern", MIXED)
 def test_an_exported_step_decodes_like_the_model(pattern):
     model, row = shared_model(pattern), random_rows(4, [16])[0]
