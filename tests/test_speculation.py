@@ -363,7 +363,7 @@ def test_what_cannot_be_speculated_is_refused_before_anything_runs():
     bad = {
         "expert_schedule": {"inputs": prompt(), "past_key_values": cache, "logits_processor": [hook]},
         "Static cache": {"inputs": prompt(), "cache_implementation": "static"},
-        "batch_size = 1": {"inputs": prompt().repeat(2, 1)},
+        "one row at a time": {"inputs": prompt().repeat(2, 1)},
         "use_cache=True": {"inputs": prompt(), "use_cache": False},
         "drafts from token ids": {"inputs_embeds": model.get_input_embeddings()(prompt())},
         "give the whole text": {"inputs": prompt()[:, :3], "past_key_values": full},
