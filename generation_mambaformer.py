@@ -246,9 +246,9 @@ def _starts_with(prompt: torch.Tensor, cache: MambaFormerCache) -> bool:
     num_cached = cached.shape[1]
     if prompt.shape[1] <= num_cached:
         return False
-    is_same = (prompt[:, :num_cached] == cached) | (cached < 0) if prompt.shape[0] == cached.shape[0] else None
-    if is_same is None:
+    if prompt.shape[0] != cached.shape[0]:
         return True  # the forward says what is wrong with the rows
+    is_same = (prompt[:, :num_cached] == cached) | (cached < 0)
     mask = cache.log.mask.tensor
     return bool((is_same if mask is None else is_same | ~mask[:, :num_cached].to(prompt.device)).all())
 

@@ -36,7 +36,7 @@ class CacheLayer:
     """What every layer of the cache can do; the stores do the work and each implements all of it."""
 
     is_croppable = True
-    record_past = False
+    record_past = False  # what the library asks a layer by `Cache.is_recording_past`
 
     def _set_up(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None) -> None:
         self.clock, self.stores, self.max_columns = clock, stores, max_cache_len
@@ -117,7 +117,6 @@ class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
     """Convolution window and state of a Mamba layer."""
 
     supports_early_init = False
-    is_croppable = True
     number_of_states = 1
 
     def __init__(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None = None):

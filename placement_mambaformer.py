@@ -1,4 +1,4 @@
-"""Where weights are and what stands around them: adapters, offloading, shards of tensor parallelism.
+"""Where weights are, whether they changed, and what stands around them: adapters, offloading, tensor parallelism.
 
 The rest of the project sees modules only from outside. What it has to know of PEFT (adapters), Accelerate (weights
 that are on the `meta` device until they are needed) and DTensor (a process has only a part of a weight) is here.
@@ -110,10 +110,13 @@ def _offloaded_stamp(module: nn.Module, name: str) -> tuple:
     key, loader = getattr(source, "prefix", "") + name, getattr(source, "dataset", source)
     in_memory = getattr(loader, "state_dict", loader)
     if key in in_memory:
-        return in_memory[key].data_ptr(), version_of(in_memory[key])
+        return _stamp_of(in_memory[key])
     file = loader.index[key].get("safetensors_file") or os.path.join(loader.save_folder, f"{key}.dat")
     status = os.stat(file)
     return file, status.st_mtime_ns, status.st_size, status.st_ino
+
+
+# ----------------------------------------------------------------------------------------- whether weights changed
 
 
 def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
