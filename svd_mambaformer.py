@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants as hub_constants
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from .files_mambaformer import digest_of, is_sealed, read_tensors, sealed, write_tensors
+from .files_mambaformer import cache_folder, digest_of, is_sealed, read_tensors, sealed, write_tensors
 from .placement_mambaformer import (
     base_linear,
     bias_beside,
@@ -151,13 +150,12 @@ class SingularBases:
     leaves no trace, and is seen after `look_again`. Safe to share between threads.
 
     Args:
-        cache_dir: folder of the disk cache. Default: the environment variable MAMBAFORMER_CACHE, else
-            `mambaformer/singular_bases` under Hugging Face's home. A folder that cannot be written only costs time.
+        cache_dir: folder of the disk cache, by default `cache_folder("singular_bases")`. A folder that cannot be
+            written only costs time.
     """
 
     def __init__(self, cache_dir: str | os.PathLike | None = None):
-        default = os.environ.get("MAMBAFORMER_CACHE") or Path(hub_constants.HF_HOME, "mambaformer", "singular_bases")
-        self.cache_dir = Path(default if cache_dir is None else cache_dir).expanduser()
+        self.cache_dir = cache_folder("singular_bases") if cache_dir is None else Path(cache_dir).expanduser()
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
         self._is_writable = True
