@@ -76,6 +76,7 @@ from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project,
 logger = logging.get_logger(__name__)
 
 EXPERTS_FOLDER = "experts"
+NO_EXPERTS: dict[str, ScaledBasis] = {}
 # Arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Which class of the saved folder each Auto class finds there.
@@ -93,6 +94,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.expert_names = {name: f"layers.{layer_idx}.{name}" for name in ("self_attn", "mamba", "mlp")}
         mixers = config.mixers(layer_idx)
         self.has_attention, self.has_mamba = "attention" in mixers, "mamba" in mixers
         self.has_mlp = config.intermediate_size is not None
@@ -116,12 +118,12 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attentions, prefix = None, f"layers.{self.layer_idx}"
+        attentions, names = None, self.expert_names
         if self.has_attention:
             mixed, attentions = self.self_attn(
                 self.self_attn_layernorm(hidden_states),
                 attention,
-                experts.get(f"{prefix}.self_attn", {}),
+                experts.get(names["self_attn"], NO_EXPERTS),
                 position_embeddings,
                 past_key_values,
                 **kwargs,
@@ -129,11 +131,11 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
             hidden_states = hidden_states + mixed
         if self.has_mamba:
             normed = self.mamba_layernorm(hidden_states)
-            mamba_experts = experts.get(f"{prefix}.mamba", {})
+            mamba_experts = experts.get(names["mamba"], NO_EXPERTS)
             hidden_states = hidden_states + self.mamba(normed, mamba_experts, past_key_values, lengths)
         if self.has_mlp:
             normed = self.mlp_layernorm(hidden_states)
-            hidden_states = hidden_states + self.mlp(normed, experts.get(f"{prefix}.mlp", {}))
+            hidden_states = hidden_states + self.mlp(normed, experts.get(names["mlp"], NO_EXPERTS))
         return hidden_states, attentions
 
 

@@ -180,9 +180,12 @@ def weights_stamp(model: nn.Module) -> Any:
         elif _is_adapter(module):
             found.append(_adapter_stamp(module))
         for name, weight in attributes["_parameters"].items():
-            if weight is not None:
-                is_here = type(weight) is nn.Parameter and not weight.is_meta
-                found.append(_stamp_of(weight) if is_here else _placed_stamp(module, name, weight))
+            if weight is None:
+                continue
+            if type(weight) is nn.Parameter and not weight.is_meta:
+                found += _stamp_of(weight)
+            else:
+                found.append(_placed_stamp(module, name, weight))
     return hash((num_modules, *found))
 
 
