@@ -487,7 +487,7 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
             raise ValueError(f"An expert is merged into the tied `lm_head`: call `unmerge_expert()` before {action}.")
 
     def _note_whether_tied(self) -> None:
-        """Quantizing only the head unties it, and torchao's loading may say so where it has not; files need the truth."""
+        """Quantizing only the head unties it, and Transformers may say so where it has not: a file needs the truth."""
         head = self.get_output_embeddings()
         if head is not None and (self._is_tied(head) or is_quantized(base_linear(head).weight)):
             self.config.tie_word_embeddings = self._is_tied(head)

@@ -169,6 +169,11 @@ def weights_stamp(model: nn.Module) -> Any:
     """
     if torch.compiler.is_compiling():
         return None
+    with torch._C.DisableTorchFunctionSubclass():  # a quantized weight would take its time for every attribute
+        return _stamp_of_all(model)
+
+
+def _stamp_of_all(model: nn.Module) -> int:
     found, modules, num_modules = [getattr(model, "num_merges", 0)], [model], 0
     while modules:  # `model.parameters()` builds every name, which takes several times as long
         module = modules.pop()

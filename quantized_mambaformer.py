@@ -39,12 +39,16 @@ def is_quantized(weight: Any) -> bool:
     return _is_torchao(type(weight))
 
 
-def inner_tensors(weight: Tensor) -> Iterator[Tensor]:
+@functools.cache
+def _names_of_inner_tensors(kind: type) -> tuple[str, ...]:
+    return (*kind.tensor_data_names, *getattr(kind, "optional_tensor_data_names", ()))
+
+
+def inner_tensors(weight: Tensor) -> list[Tensor]:
     """The tensors that a quantized weight is made of; it has no memory of its own."""
-    for name in (*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ())):
-        inner = getattr(weight, name)
-        if inner is not None:
-            yield inner
+    attributes = weight.__dict__
+    inner = [attributes.get(name) for name in _names_of_inner_tensors(type(weight))]
+    return [tensor for tensor in inner if tensor is not None]
 
 
 def quantized_activations(model: nn.Module) -> dict[str, str]:
