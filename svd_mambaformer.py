@@ -30,11 +30,11 @@ from .placement_mambaformer import (
     base_linear,
     bias_beside,
     part_of,
-    storage_number,
+    stamp_of,
     sum_over_shards,
     used_by_shards,
-    version_of,
 )
+from .quantized_mambaformer import dequantized, portable
 
 logger = logging.getLogger(__name__)
 
@@ -218,11 +218,11 @@ class SingularBases:
 
     def _entry(self, name: str, weight: Tensor) -> _Entry:
         entry = self._entries.get(name)
-        stamp = (storage_number(weight), version_of(weight), weight.shape, weight.dtype, weight.device)
+        stamp = (stamp_of(weight), weight.shape, weight.dtype, weight.device)
         # The stamp alone could come back: a new tensor may be put where a freed one was.
         if entry is not None and entry.stamp == stamp and entry.weight() is weight:
             return entry
-        digest = digest_of({"weight": weight})
+        digest = digest_of({"weight": portable(weight)})
         if entry is None or entry.digest != digest:
             entry = self._entries[name] = _Entry(digest)
         elif entry.stamp and entry.stamp[-1] != weight.device:
@@ -233,7 +233,7 @@ class SingularBases:
     def _whole(self, weight: Tensor, entry: _Entry) -> SingularBasis:
         basis = entry.unsaved or self._load(entry.digest, weight)
         if basis is None:
-            basis = compute_basis(weight).to(at_least_float32(weight.dtype), "cpu")
+            basis = compute_basis(dequantized(weight)).to(at_least_float32(weight.dtype), "cpu")
             if not self._save(entry.digest, basis):
                 entry.unsaved = basis
         return basis
