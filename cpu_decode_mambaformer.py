@@ -17,6 +17,7 @@ from torch import Tensor, get_num_threads
 
 from .compiler_mambaformer import are_readable, cpu_library
 from .cpu_decode_source_mambaformer import DECODE_SOURCE
+from .quantized_mambaformer import PackedWeight
 
 # Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float64: 16}
@@ -78,6 +79,53 @@ def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) 
     states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
     bias = None if bias is None else bias.data_ptr()
     kernel(states.data_ptr(), rows, width, weight.data_ptr(), num_outputs, bias, outputs.data_ptr(), get_num_threads())
+    return outputs
+
+
+def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
+    """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
+    rows = states.numel() // states.shape[-1]
+    is_few = rows <= MOST_ROWS.get(states.dtype, 0)
+    if not _takes(states, bias) or not are_readable(packed.qdata) or not (is_few or packed.kind == "int4"):
+        return None
+    if packed.kind == "int8":
+        return _few_rows_int8(states, rows, packed, bias)
+    name, scales = "linear_int4" if is_few else "unpack_int4", packed.scale_and_zero
+    kernel = _kernel(name, states.dtype, scales.dtype) if _has_our_blocks(packed) else None
+    if kernel is None:
+        return None
+    (num_outputs, width), group = packed.shape, packed.group_size
+    if not is_few:
+        weight = states.new_empty((width, num_outputs))
+        kernel(packed.qdata.data_ptr(), num_outputs, width, group, scales.data_ptr(), weight.data_ptr(),
+               get_num_threads())  # fmt: skip
+        return states @ weight if bias is None else states @ weight + bias
+    states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
+    bias = None if bias is None else bias.data_ptr()
+    kernel(states.data_ptr(), rows, width, packed.qdata.data_ptr(), num_outputs, group, scales.data_ptr(), bias,
+           outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def _has_our_blocks(packed: PackedWeight) -> bool:
+    """Whether a block is four vectors of rows, as the kernels read it."""
+    return packed.has_halves and packed.block_n == _rows_of_block() and packed.shape[0] % packed.block_n == 0
+
+
+@lru_cache
+def _rows_of_block() -> int:
+    return getattr(cpu_library(DECODE_SOURCE), "rows_of_block", lambda: 0)()
+
+
+def _few_rows_int8(states: Tensor, rows: int, packed: PackedWeight, bias: Tensor | None) -> Tensor | None:
+    kernel = _kernel("linear_int8", states.dtype) if packed.scale.dtype == torch.float32 else None
+    if kernel is None:
+        return None
+    num_outputs, width = packed.shape
+    states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
+    bias = None if bias is None else bias.data_ptr()
+    kernel(states.data_ptr(), rows, width, packed.qdata.data_ptr(), num_outputs, packed.scale.data_ptr(), bias,
+           outputs.data_ptr(), get_num_threads())  # fmt: skip
     return outputs
 
 
@@ -161,4 +209,4 @@ def few_queries_attention(
     return outputs
 
 
-__all__ = ["few_queries_attention", "few_rows_linear", "gated", "rescaled", "rms_normed", "rotated"]
+__all__ = ["few_queries_attention", "few_rows_linear", "gated", "packed_linear", "rescaled", "rms_normed", "rotated"]

@@ -485,6 +485,8 @@ FOR_STORAGE(float32, float, float)
 FOR_STORAGE(bfloat16, bfloat16, float)
 FOR_STORAGE(float64, double, double)
 
+extern "C" int rows_of_block(void) { return ROWS_OF_BLOCK; }
+
 #define FOR_PACKED(name, T, scale_name, S)                                                                            \
     extern "C" void linear_int4_##name##_##scale_name(const T *x, Long rows, Long K, const uint8_t *packed, Long N,   \
                                                       Long group, const S *scales, const T *bias, T *y, int n) {      \

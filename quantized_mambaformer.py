@@ -189,6 +189,12 @@ class PackedWeight:
     block_n: int = 0
     has_halves: bool = False
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, width = self.qdata.shape
+        return rows, 2 * width if self.kind == "int4" else width
+
 
 class _PackedWeights:
     """`PackedWeight` by weight, for as long as that lives and is made of the same tensors."""

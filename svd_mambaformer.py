@@ -24,7 +24,7 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .cpu_decode_mambaformer import few_rows_linear, rescaled
+from .cpu_decode_mambaformer import few_rows_linear, packed_linear, rescaled
 from .files_mambaformer import cache_folder, digest_of, is_sealed, read_tensors, sealed, write_tensors
 from .placement_mambaformer import (
     base_linear,
@@ -34,7 +34,7 @@ from .placement_mambaformer import (
     sum_over_shards,
     used_by_shards,
 )
-from .quantized_mambaformer import dequantized, portable
+from .quantized_mambaformer import dequantized, packed_weight, portable
 
 logger = logging.getLogger(__name__)
 
@@ -330,14 +330,24 @@ def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None
 
 
 def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """`module(hidden_states)`; for few tokens by a faster product, where a product is all that would happen."""
-    if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
-        weights = module._parameters
-        is_plain = "weight" in weights and "forward" not in module.__dict__ and not _global_forward_hooks
-        outputs = few_rows_linear(hidden_states, weights["weight"], weights["bias"]) if is_plain else None
+    """`module(hidden_states)`; by a faster product, where a product is all that would happen."""
+    if _is_only_a_product(module):
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        packed = packed_weight(weight)
+        if packed is None:
+            outputs = few_rows_linear(hidden_states, weight, bias)
+        else:
+            outputs = packed_linear(hidden_states, packed, bias)
         if outputs is not None:
             return outputs
     return module(hidden_states)
+
+
+def _is_only_a_product(module: nn.Module) -> bool:
+    """Whether no hook and no wrapper would do anything when `module` is called."""
+    if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
 
 
 def _changed(states: Tensor, scaled: ScaledBasis) -> Tensor:
