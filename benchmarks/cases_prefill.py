@@ -1,12 +1,11 @@
 """A prompt at once: Mamba and Jamba against Transformers', and against the matrix products that nobody gets around."""
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import linear
 
-from models import Size, check_same, feed, is_installed, pair, random_ids
+from models import Size, check_same, feed, pair, random_ids
 from report import Case, Row, at_least, milliseconds
 from timing import in_rounds
 
@@ -35,31 +34,16 @@ def products(model, num_tokens: int) -> Callable[[], object]:
     return run
 
 
-def with_mambapy(peer):
-    """Transformers' Mamba with the parallel scan of the package mambapy, which it can use."""
-    peer = copy.deepcopy(peer)
-    for layer in peer.backbone.layers:
-        layer.mixer.use_mambapy = True
-    return peer
-
-
 @torch.inference_mode()
 def prefill_mamba(size: Size) -> Iterator[Row]:
     models = pair("Mamba", size)
     ids = random_ids(models["ours"], 1, size(1024, 16))
-    if is_installed("mambapy"):
-        models["mambapy"] = with_mambapy(models["transformers"])
     contenders = {**prefills(models, ids), "products": products(models["ours"], ids.shape[1])}
     found = in_rounds(contenders, size(9, 1))
     ours, what = milliseconds(found.median("ours")), f"prefill {ids.shape[1]:,} tokens, Mamba-130M, float32"
-    bars = {"transformers": at_least(3.0), "mambapy": None}
-    names = {"transformers": "Transformers", "mambapy": "Transformers with mambapy"}
-    for name, title in names.items():
-        text = f"{what}: x as fast as {title}"
-        if name in models:
-            yield Row(text, ours, milliseconds(found.median(name)), found.ratios(name, "ours"), bars[name])
-        else:
-            yield Row(text, ours, problem="missing: mambapy")
+    peer = milliseconds(found.median("transformers"))
+    ratios = found.ratios("transformers", "ours")
+    yield Row(f"{what}: x as fast as Transformers", ours, peer, ratios, at_least(3.0))
     text = f"{what}: share of the speed of the matrix products alone"
     yield Row(text, ours, milliseconds(found.median("products")), found.ratios("products", "ours"), at_least(0.70))
 

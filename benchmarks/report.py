@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python", "mambapy")
+PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python")
 HOLDS, MISSED = "holds", "**MISSED**"
 SIGNS = {">=": operator.ge, "<=": operator.le}
 PLOTS = {"prefill": "seconds of a prefill", "decode": "seconds a token", "cache": "bytes of the cache"}
