@@ -10,10 +10,10 @@ from transformers import CompileConfig, StaticCache
 from mambaformer import convert
 from models import (
     Size,
-    cache_bytes,
     check_same,
     feed,
     feed_in_pieces,
+    key_value_bytes,
     load_int4,
     load_llama_cpp,
     pair,
@@ -84,22 +84,22 @@ def decode_bound(size: Size) -> Iterator[Row]:
     readers = memory_readers(num_bytes)
     found = in_rounds({"ours": step(model, cache), **readers}, size(11, 1), size(CALLS, 1))
     fastest = [min(times) for times in zip(*(found.seconds[name] for name in readers), strict=True)]
-    read = weight_bytes(model) + cache_bytes(cache)
-    bounds = [read / num_bytes * seconds for seconds in fastest]
+    weights, keys = weight_bytes(model), key_value_bytes(model, ids.shape[1])
+    bounds = [(weights + keys) / num_bytes * seconds for seconds in fastest]
     yield Row(
         f"decode behind {ids.shape[1]} tokens, SmolLM2-135M, float32: share of the speed that memory allows",
         milliseconds(found.median("ours")),
-        f"{megabytes(read)} at {num_bytes / min(fastest) / 1e9:.1f} GB/s",
+        f"{megabytes(weights + keys)} at {num_bytes / min(fastest) / 1e9:.1f} GB/s",
         [bound / ours for bound, ours in zip(bounds, found.seconds["ours"], strict=True)],
         at_least(0.60),
-        f"a token reads {megabytes(weight_bytes(model))} of weights and {megabytes(cache_bytes(cache))} of cache; the "
+        f"a token reads {megabytes(weights)} of weights and {megabytes(keys)} of keys and values; the "
         f"bandwidth is the best of {', '.join(readers)} over {num_bytes >> 20} MiB in each round.",
     )
 
 
 @torch.inference_mode()
 def decode_int4(size: Size) -> Iterator[Row]:
-    model, num_tokens, rounds, calls = load_int4(size), size(512, 8), size(9, 1), size(64, 2)
+    model, num_tokens, rounds, calls = load_int4(size), size(512, 8), size(9, 1), size(32, 2)
     peer = load_llama_cpp(num_tokens + (rounds + 1) * calls)
     ids = random_ids(model, 1, num_tokens)
     tokens = ids[0].tolist()

@@ -42,7 +42,8 @@ class Budget:
         if self.stopped:
             return self.stopped
         seconds, free = self.predicted(context), free_memory()
-        memory = max((grown * context / at for at, grown in self.grown.items()), default=0)
+        last = max(self.grown, default=0)  # short contexts take mostly what does not grow
+        memory = self.grown[last] * context / last if last else 0
         if seconds > self.seconds:
             self.stopped = f"it would take {seconds:.0f} s, the limit is {self.seconds:.0f} s"
         elif free is not None and memory > SHARE_OF_MEMORY * free:

@@ -16,7 +16,7 @@ def window(size: Size) -> Iterator[Row]:
     caches = {"short": cache.fork(), "long": feed_in_pieces(model, random_ids(model, 1, long - short), cache)}
     used = {name: cache.nbytes for name, cache in caches.items()}
     logs = {name: sum(cache.report()["tokens"].values()) for name, cache in caches.items()}
-    found = in_rounds({name: step(model, cache) for name, cache in caches.items()}, size(15, 1), size(5, 1))
+    found = in_rounds({name: step(model, cache) for name, cache in caches.items()}, size(31, 1), size(5, 1))
     shape = f"windows of {model.config.sliding_window} + {model.config.num_sink_tokens} and Mamba"
     what = f"{shape}, {long:,} tokens seen against {short:,}"
     times = milliseconds(found.median("long")), milliseconds(found.median("short"))

@@ -178,7 +178,8 @@ def feed_in_pieces(model, ids: torch.Tensor, cache=None, piece: int = 512):
 def fill(model, ids: torch.Tensor, cache=None, piece: int = 512):
     """`feed_in_pieces` without attention's products: a cache of the right size, with keys that mean nothing.
 
-    What decoding costs does not depend on what the keys are, and long texts are filled in a time that is linear.
+    What decoding costs does not depend on what the keys are, and long texts are filled in a time that is linear. Nor
+    does it matter that Transformers' Mamba and Jamba start each piece from an empty state.
     """
     if "full_attention" not in (getattr(model.config, "layer_types", None) or ["full_attention"]):
         return feed_in_pieces(model, ids, cache, piece)
@@ -229,6 +230,13 @@ def _held_bytes(weight: torch.Tensor) -> int:
         return weight.nbytes
     names, _ = weight.__tensor_flatten__()
     return sum(getattr(weight, name).nbytes for name in names)
+
+
+def key_value_bytes(model, num_tokens: int) -> int:
+    """Bytes of keys and values that one more token reads, in a model of attention layers; no spare room counts."""
+    config = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * num_tokens * model.dtype.itemsize
 
 
 def cache_bytes(cache) -> int:

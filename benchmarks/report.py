@@ -194,7 +194,7 @@ class Results:
         if points and not plots:
             parts.append("No plots: matplotlib is missing.")
         parts += ["\n".join(_curves(points, kind)) for kind in PLOTS if any(point.kind == kind for point in points)]
-        return "\n\n".join(parts) + "\n"
+        return "\n\n".join(filter(None, parts)) + "\n"
 
     def _table(self) -> list[str]:
         lines = ["| case | what | ours | against | median (least to most) | bar | |", "|---|---|---|---|---|---|---|"]

@@ -32,12 +32,20 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_rounds(contenders: dict[str, Callable[[], object]], rounds: int, calls: int = 1, warm_up: int = 1) -> Rounds:
+def in_rounds(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    calls: int = 1,
+    warm_up: int = 1,
+    before: Callable[[str], object] = lambda name: None,
+) -> Rounds:
     """Times all contenders `rounds` times, in turns; a round counts the median of a contender's `calls`.
 
-    Whoever comes first changes from round to round, so that nobody always follows the same neighbour.
+    Whoever comes first changes from round to round, so that nobody always follows the same neighbour. `before` makes
+    things ready for a contender, by its name, when its turn comes; that is not timed.
     """
-    for run in contenders.values():
+    for name, run in contenders.items():
+        before(name)
         for _ in range(warm_up):
             run()
     names = list(contenders)
@@ -46,6 +54,7 @@ def in_rounds(contenders: dict[str, Callable[[], object]], rounds: int, calls: i
     for turn in tqdm(range(rounds), " | ".join(names), unit="round", delay=5, leave=False):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            before(name)
             seconds[name].append(statistics.median(seconds_of(contenders[name]) for _ in range(calls)))
     return Rounds(seconds)
 

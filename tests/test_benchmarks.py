@@ -139,8 +139,8 @@ def test_a_curve_ends_before_memory_does(suite):
 def test_rounds_compare_what_ran_side_by_side(suite):
     timing, calls = importlib.import_module("timing"), []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
-    found = timing.in_rounds(contenders, rounds=3, calls=2)
-    assert "".join(calls) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
+    found = timing.in_rounds(contenders, rounds=3, calls=2, before=lambda name: calls.append(name.upper()))
+    assert "".join(calls) == "AaBbCc" + "AaaBbbCcc" + "BbbCccAaa" + "CccAaaBbb"
     assert len(found.ratios("a", "b")) == 3
 
 
