@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from models import Size, cache_bytes, feed, fill, pair, random_ids, step
+from models import Size, cache_bytes, feed, feed_in_pieces, fill, pair, random_ids, step
 from report import Case, Point
 from timing import PeakMemory, free_memory, in_rounds, seconds_of
 
@@ -62,6 +62,14 @@ def _power(growth: float, of: float) -> float:
     return torch.log(torch.tensor(growth)).item() / torch.log(torch.tensor(of)).item()
 
 
+def warm(family: str, size: Size) -> dict:
+    """The models, past what their first forward alone has to do; a budget would take it for slowness."""
+    models = pair(family, size)
+    for model in models.values():
+        feed_in_pieces(model, random_ids(model, 1, 17), piece=16)
+    return models
+
+
 def contexts(size: Size) -> tuple[int, ...]:
     return size((128, 512, 2048, 8192, 32768), (8, 16))
 
@@ -71,7 +79,7 @@ def sweep_prefill(family: str) -> Callable[[Size], Iterator[Point]]:
 
     @torch.inference_mode()
     def run(size: Size) -> Iterator[Point]:
-        models = pair(family, size)
+        models = warm(family, size)
         for rows in (1, 8):
             budgets = {name: Budget(PREFILL_SECONDS) for name in models}
             for context in contexts(size):
@@ -104,7 +112,7 @@ def sweep_decode(family: str) -> Callable[[Size], Iterator[Point]]:
 
     @torch.inference_mode()
     def run(size: Size) -> Iterator[Point]:
-        models = pair(family, size)
+        models = warm(family, size)
         for rows in (1, 8):
             budgets, caches = {name: Budget(FILL_SECONDS) for name in models}, dict.fromkeys(models)
             for context in contexts(size):
