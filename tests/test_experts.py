@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mambaformer.experts_mambaformer as experts
+import mambaformer.files_mambaformer as files
 import mambaformer.svd_mambaformer as svd
 from mambaformer.experts_mambaformer import (
     BASE_FINGERPRINT,
@@ -398,10 +399,10 @@ def test_a_folder_that_cannot_be_written_costs_time_only_and_warns_once(tmp_path
 
 def test_the_folder_is_the_variables_else_under_the_hub_home(tmp_path, monkeypatch):
     monkeypatch.setenv("MAMBAFORMER_CACHE", str(tmp_path / "mine"))
-    assert SingularBases().cache_dir == tmp_path / "mine"
+    assert SingularBases().cache_dir == tmp_path / "mine" / "singular_bases"
     assert SingularBases(tmp_path).cache_dir == tmp_path
     monkeypatch.delenv("MAMBAFORMER_CACHE")
-    monkeypatch.setattr(svd.hub_constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(files.hub_constants, "HF_HOME", str(tmp_path / "home"))
     assert SingularBases().cache_dir == tmp_path / "home" / "mambaformer" / "singular_bases"
 
 
