@@ -24,6 +24,8 @@ from mambaformer import MambaFormerConfig, MambaFormerForCausalLM, convert
 from mambaformer.convert_mambaformer import find_smollm2
 
 GROUP_SIZE = 32  # weights that share a scale; llama.cpp's Q4_1 has as many
+# Of the logits' scale. Random weights make 4e-4 of float32's rounding within 1,024 tokens of Mamba; errors make more.
+TOLERANCE = 5e-3
 
 
 class Size:
@@ -200,11 +202,11 @@ def step(model, cache, rows: int = 1):
     return lambda: feed(model, ids, cache)
 
 
-def check_same(names: Iterable[str], logits: dict[str, torch.Tensor], tolerance: float = 1e-3) -> None:
+def check_same(names: Iterable[str], logits: dict[str, torch.Tensor], tolerance: float = TOLERANCE) -> None:
     """Refuses to compare the speed of models that compute different things.
 
     Raises:
-        ValueError: their logits differ by more than `tolerance` of their scale, which is float32's noise.
+        ValueError: their logits differ by more than `tolerance` of their scale.
     """
     first, *others = (logits[name].float() for name in names)
     for other in others:

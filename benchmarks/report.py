@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from mambaformer.compiler_mambaformer import cpu_library
+
 PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python")
 HOLDS, MISSED = "holds", "**MISSED**"
 SIGNS = {">=": operator.ge, "<=": operator.le}
@@ -110,6 +112,7 @@ def machine() -> dict[str, object]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": "compiled" if cpu_library("") else "none, all is computed by PyTorch",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -242,10 +245,11 @@ def _about(found: dict[str, dict]) -> list[str]:
         packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
         speeds = [entry["bandwidth"] / 1e9 for _, entry in entries]
         which = "All cases" if len(seen) == 1 else ", ".join(name for name, _ in entries)
+        minutes = sum(entry["seconds"] for _, entry in entries) / 60
         lines.append(
             f"- {which}: {about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['system']}, "
-            f"Python {about['python']}, {packages}; memory reads {min(speeds):.1f} to {max(speeds):.1f} GB/s; "
-            f"commit {about['commit']}; {sum(entry['seconds'] for _, entry in entries) / 60:.0f} minutes."
+            f"Python {about['python']}, {packages}; CPU kernels: {about['kernels']}; memory reads {min(speeds):.1f} to "
+            f"{max(speeds):.1f} GB/s; commit {about['commit']}; {minutes:.0f} minutes."
         )
     return lines
 

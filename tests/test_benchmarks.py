@@ -78,7 +78,7 @@ def case_of(suite, name, run, needs=()):
 
 
 def add(results, case, found):
-    about = {"commit": "", "cpu": "", "cores": 1, "threads": 1, "system": "", "python": "", "packages": {}}
+    about = {**dict.fromkeys(("commit", "cpu", "cores", "threads", "system", "python", "kernels"), ""), "packages": {}}
     results.add(case, found, machine=about, bandwidth=1e9, quick=False, seconds=1.0)
 
 
