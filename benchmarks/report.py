@@ -248,8 +248,8 @@ def _about(found: dict[str, dict]) -> list[str]:
         minutes = sum(entry["seconds"] for _, entry in entries) / 60
         lines.append(
             f"- {which}: {about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['system']}, "
-            f"Python {about['python']}, {packages}; CPU kernels: {about['kernels']}; memory reads {min(speeds):.1f} to "
-            f"{max(speeds):.1f} GB/s; commit {about['commit']}; {minutes:.0f} minutes."
+            f"Python {about['python']}, {packages}; CPU kernels: {about['kernels']}; memory reads {min(speeds):.1f} "
+            f"to {max(speeds):.1f} GB/s; commit {about['commit']}; {minutes:.0f} minutes."
         )
     return lines
 
