@@ -511,7 +511,7 @@ def convolve_on_cpu(
     initial_state, lengths = _exactly(initial_state, inputs.dtype), _exactly(lengths, torch.int64)
     run = CausalConvolution.apply if _is_differentiated(inputs, weight, bias, initial_state) else _convolve
     y, final_state = run(inputs, weight, bias, initial_state, lengths)
-    return y.to(x.dtype), final_state.to(x.dtype)
+    return _exactly(y, x.dtype), _exactly(final_state, x.dtype)
 
 
 def scan_on_cpu(
@@ -533,7 +533,7 @@ def scan_on_cpu(
     lengths = _exactly(lengths, torch.int64)
     run = SelectiveScan.apply if _is_differentiated(u, dt, A, B, C, D, gate, initial_state) else _scan
     y, final_state = run(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus)
-    return y.to(output_dtype), final_state
+    return _exactly(y, output_dtype), final_state
 
 
 def _arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -548,13 +548,16 @@ def _is_differentiated(*tensors: Tensor | None) -> bool:
 def _stored(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     """Activations as the library reads them: as they are if all are bfloat16, else in `dtype`."""
     found = {tensor.dtype for tensor in tensors if tensor is not None}
-    if found != {torch.bfloat16} or dtype != torch.float32:
-        tensors = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    if found != {dtype} and (found != {torch.bfloat16} or dtype == torch.float64):
+        tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
     return [tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def _exactly(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    # Asked first: a method that does nothing is slower than both questions, and a token takes a dozen of them.
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 class CausalConvolution(torch.autograd.Function):
