@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import _C, nn
+from torch.autograd import forward_ad
 
 from .cpu_source_mambaformer import COMMON_SOURCE
 from .files_mambaformer import cache_folder, temporary_beside
@@ -35,6 +37,8 @@ CAPABILITIES = {
 THREADING = (("-fopenmp",), ())
 SECONDS_TO_COMPILE = 300
 
+PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+
 _lock = threading.Lock()
 _libraries: dict[str, ctypes.CDLL | None] = {}
 
@@ -49,6 +53,21 @@ def cpu_library(source: str) -> ctypes.CDLL | None:
             if source not in _libraries:
                 _libraries[source] = _load_or_compile(source)
     return _libraries[source]
+
+
+def are_readable(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel may read these: plain tensors on the CPU, and nobody who has to see every operation."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (type(tensor) in PLAIN_TENSORS and tensor.is_cpu):
+            return False
+    return not (
+        _C._len_torch_dispatch_stack()  # fake tensors, tracers, counters
+        or _C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or _C._is_tracing()
+    )
 
 
 def _load_or_compile(source: str) -> ctypes.CDLL | None:
@@ -119,4 +138,4 @@ def _run(command: list[str], text: str | None = None) -> str:
     return done.stdout
 
 
-__all__ = ["cpu_library"]
+__all__ = ["are_readable", "cpu_library"]

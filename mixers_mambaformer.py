@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
+from .cpu_decode_mambaformer import few_queries_attention, gated, rms_normed, rotated
 from .feed_mambaformer import Packing
 from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
 from .placement_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
@@ -38,6 +39,9 @@ class MambaFormerRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = rms_normed(hidden_states, self.weight, self.variance_epsilon)
+        if normed is not None:
+            return normed
         wide = hidden_states.to(at_least_float32(hidden_states.dtype))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * wide.to(hidden_states.dtype)
@@ -74,6 +78,9 @@ class MambaFormerRotaryEmbedding(nn.Module):
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
+    turned = rotated(states, cos, sin)
+    if turned is not None:
+        return turned
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
@@ -125,7 +132,7 @@ class MambaFormerAttention(CountsReplacements):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        self.is_causal = True
+        self.is_causal, self.attention_dropout = True, config.attention_dropout
         query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
@@ -151,14 +158,20 @@ class MambaFormerAttention(CountsReplacements):
         if past_key_values is not None:
             is_recorded = any(states.requires_grad for states in (query, key, value))
             key, value = past_key_values.update(key, value, self.layer_idx, is_recorded=is_recorded)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed, weights = self.attend(query, key, value, attention, **kwargs)
+        return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
+
+    def attend(self, query, key, value, attention: AttentionPlan, **kwargs):
+        """Attention of (rows, heads, tokens, head_dim): (rows, tokens, heads, head_dim), and its weights."""
+        dropout = self.attention_dropout if self.training else 0.0
+        if attention.implementation == "sdpa" and dropout == 0.0:
+            mixed = few_queries_attention(query, key, value, attention.mask, self.scaling)
+            if mixed is not None:
+                return mixed, None
         if attention.packing is not None:
             kwargs["packing"] = attention.packing
-        mixed, weights = attend(
-            self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
+        forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
+        return forward(self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
 class MambaFormerConv1d(nn.Conv1d):
@@ -284,15 +297,14 @@ class MambaFormerMLP(CountsReplacements):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act == "silu"
 
     def forward(self, hidden_states: torch.Tensor, experts: dict[str, ScaledBasis]) -> torch.Tensor:
-        gate = self.act_fn(project(self.gate_proj, hidden_states, experts.get("gate_proj")))
-        return project(
-            self.down_proj,
-            gate * project(self.up_proj, hidden_states, experts.get("up_proj")),
-            experts.get("down_proj"),
-        )
+        gates = project(self.gate_proj, hidden_states, experts.get("gate_proj"))
+        states = project(self.up_proj, hidden_states, experts.get("up_proj"))
+        inner = gated(gates, states) if self.is_silu else None
+        inner = self.act_fn(gates) * states if inner is None else inner
+        return project(self.down_proj, inner, experts.get("down_proj"))
 
 
 def plan_attention(

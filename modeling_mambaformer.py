@@ -70,12 +70,20 @@ from .placement_mambaformer import (
     weights_stamp,
     writes_stamp,
 )
+from .quantized_mambaformer import (
+    is_quantized,
+    pack_for_this_processor,
+    portable,
+    quantized_activations,
+    saved_as_quantized,
+)
 from .storage_mambaformer import Span
 from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project, scale_basis
 
 logger = logging.get_logger(__name__)
 
 EXPERTS_FOLDER = "experts"
+NO_EXPERTS: dict[str, ScaledBasis] = {}
 # Arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Which class of the saved folder each Auto class finds there.
@@ -93,6 +101,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.expert_names = {name: f"layers.{layer_idx}.{name}" for name in ("self_attn", "mamba", "mlp")}
         mixers = config.mixers(layer_idx)
         self.has_attention, self.has_mamba = "attention" in mixers, "mamba" in mixers
         self.has_mlp = config.intermediate_size is not None
@@ -116,12 +125,12 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attentions, prefix = None, f"layers.{self.layer_idx}"
+        attentions, names = None, self.expert_names
         if self.has_attention:
             mixed, attentions = self.self_attn(
                 self.self_attn_layernorm(hidden_states),
                 attention,
-                experts.get(f"{prefix}.self_attn", {}),
+                experts.get(names["self_attn"], NO_EXPERTS),
                 position_embeddings,
                 past_key_values,
                 **kwargs,
@@ -129,11 +138,11 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
             hidden_states = hidden_states + mixed
         if self.has_mamba:
             normed = self.mamba_layernorm(hidden_states)
-            mamba_experts = experts.get(f"{prefix}.mamba", {})
+            mamba_experts = experts.get(names["mamba"], NO_EXPERTS)
             hidden_states = hidden_states + self.mamba(normed, mamba_experts, past_key_values, lengths)
         if self.has_mlp:
             normed = self.mlp_layernorm(hidden_states)
-            hidden_states = hidden_states + self.mlp(normed, experts.get(f"{prefix}.mlp", {}))
+            hidden_states = hidden_states + self.mlp(normed, experts.get(names["mlp"], NO_EXPERTS))
         return hidden_states, attentions
 
 
@@ -246,6 +255,7 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         """Loads a model with the experts that were saved beside it, from a folder or the Hub."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        pack_for_this_processor(model)
         model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
         where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         for name in model.config.experts or []:
@@ -281,11 +291,12 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         base, stamp = self.base_model, weights_stamp(self.base_model)
         known = base._fingerprint
         if known is None or known[0] != stamp:
-            weights = {name: weight for name, weight in base.state_dict().items() if torch.is_tensor(weight)}
+            weights = {name: portable(weight) for name, weight in base.state_dict().items() if torch.is_tensor(weight)}
             offloaded = [name for name, weight in weights.items() if weight.is_meta]
             if offloaded:
                 raise ValueError(f"A session is tied to the weights, and these are offloaded: {offloaded[:3]}.")
-            known = base._fingerprint = (stamp, digest_of(weights, {"adapters": adapters_of(base)}))
+            beside = {"adapters": adapters_of(base), **quantized_activations(base)}
+            known = base._fingerprint = (stamp, digest_of(weights, beside))
         return known
 
     def weights_changed(self) -> None:
@@ -426,6 +437,11 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
                 if "weight" not in modules[name]._parameters:
                     raise ValueError(f"`{name}` is parametrized: remove the parametrization before merging.")
                 old = weight_of(modules[name])
+                if is_quantized(old):
+                    raise ValueError(
+                        f"`{name}` is quantized, and rounding it again would be another expert: pass it as "
+                        "`expert_vector`, or merge it before the model is quantized."
+                    )
                 basis = bases.get(name, old)
                 check_spectrum(expert, name, basis.values)
                 new = merged_weight(old, basis, z.detach())
@@ -472,6 +488,12 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         if any(isinstance(weight, nn.Parameter) for _, weight, _ in self._merged_modules()):
             raise ValueError(f"An expert is merged into the tied `lm_head`: call `unmerge_expert()` before {action}.")
 
+    def _note_whether_tied(self) -> None:
+        """Quantizing only the head unties it, and Transformers may say so where it has not: a file needs the truth."""
+        head = self.get_output_embeddings()
+        if head is not None and (self._is_tied(head) or is_quantized(base_linear(head).weight)):
+            self.config.tie_word_embeddings = self._is_tied(head)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""
         self._check_tied_head("saving")
@@ -479,7 +501,9 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         self.config.experts = list(self._expert_library) or None
         if self.config.experts:
             self._expert_library.save(f"{save_directory}/{EXPERTS_FOLDER}")
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        self._note_whether_tied()
+        with saved_as_quantized(self):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
 
+from .quantized_mambaformer import inner_tensors, is_quantized
+
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -110,7 +112,7 @@ def _offloaded_stamp(module: nn.Module, name: str) -> tuple:
     key, loader = getattr(source, "prefix", "") + name, getattr(source, "dataset", source)
     in_memory = getattr(loader, "state_dict", loader)
     if key in in_memory:
-        return _stamp_of(in_memory[key])
+        return stamp_of(in_memory[key])
     file = loader.index[key].get("safetensors_file") or os.path.join(loader.save_folder, f"{key}.dat")
     status = os.stat(file)
     return file, status.st_mtime_ns, status.st_size, status.st_ino
@@ -167,6 +169,11 @@ def weights_stamp(model: nn.Module) -> Any:
     """
     if torch.compiler.is_compiling():
         return None
+    with torch._C.DisableTorchFunctionSubclass():  # a quantized weight would take its time for every attribute
+        return _stamp_of_all(model)
+
+
+def _stamp_of_all(model: nn.Module) -> int:
     found, modules, num_modules = [getattr(model, "num_merges", 0)], [model], 0
     while modules:  # `model.parameters()` builds every name, which takes several times as long
         module = modules.pop()
@@ -180,19 +187,30 @@ def weights_stamp(model: nn.Module) -> Any:
         elif _is_adapter(module):
             found.append(_adapter_stamp(module))
         for name, weight in attributes["_parameters"].items():
-            if weight is not None:
-                is_here = type(weight) is nn.Parameter and not weight.is_meta
-                found.append(_stamp_of(weight) if is_here else _placed_stamp(module, name, weight))
+            if weight is None:
+                continue
+            if type(weight) is nn.Parameter and not weight.is_meta:
+                found += _stamp_of(weight)
+            else:
+                found.append(_placed_stamp(module, name, weight))
     return hash((num_modules, *found))
 
 
 def _placed_stamp(module: nn.Module, name: str, weight: Tensor) -> tuple:
-    """Of a weight that is not simply here: offloaded, or a part of one."""
+    """Of a weight that is not simply here: offloaded, a part of one, or quantized."""
     if weight.is_meta:
         return _offloaded_stamp(module, name)
     if is_shard(weight):  # a write counts for the whole or for the part, as it was written to
         return *_stamp_of(weight._local_tensor), version_of(weight)
-    return _stamp_of(weight)
+    return stamp_of(weight)
+
+
+def stamp_of(weight: Tensor) -> tuple:
+    """Of the memory that a weight is in and the writes to it, whether it is quantized or not."""
+    if not is_quantized(weight):
+        return _stamp_of(weight)
+    # A write to the whole counts there only, and one to a tensor that it is made of only there.
+    return version_of(weight), *map(_stamp_of, inner_tensors(weight))
 
 
 def _stamp_of(tensor: Tensor) -> tuple[int, int, int]:

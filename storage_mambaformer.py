@@ -142,9 +142,13 @@ class Layout:
 
     def to(self, device: torch.device) -> "Layout":
         """The same layout on another device, for layers that are on several."""
+        for tensor in (self.key_positions, self.slots, self.sources):
+            if isinstance(tensor, torch.Tensor) and tensor.device != device:
+                return self._moved(device)
+        return self
+
+    def _moved(self, device: torch.device) -> "Layout":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        if all(tensor.device == device for tensor in tensors.values()):
-            return self
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 

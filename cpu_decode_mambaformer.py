@@ -1,0 +1,212 @@
+"""CPU kernels for a few tokens at a time, where reading weights and keys is all the work.
+
+PyTorch's products of a few rows read weights at a third of the speed of memory, and each of its small operations
+costs more than its arithmetic. Here a product reads each weight once, attention reads each key once for all heads that
+share it, and norm, rotation, gate and the scaling of an expert are one call each. Weights may be stored in float32,
+bfloat16, float64, or as torchao packs them (int8 by row, int4 by group).
+
+Each function says by `None` that it does not take what it is given; the caller then does it with PyTorch.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, get_num_threads
+
+from .compiler_mambaformer import are_readable, cpu_library
+from .cpu_decode_source_mambaformer import DECODE_SOURCE
+from .quantized_mambaformer import PackedWeight
+
+# Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
+MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float64: 16}
+STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+# Bytes of a vector, in numbers: heads whose width is no multiple of it are left to PyTorch.
+LANES = {torch.float32: 16, torch.bfloat16: 16, torch.float64: 8}
+
+_POINTER, _INTEGER, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "linear": "pnnpnpp",
+    "linear_int8": "pnnpnppp",
+    "linear_int4": "pnnpnnppp",
+    "unpack_int4": "pnnnpp",
+    "rescale": "pnnpnnpnp",
+    "rms_norm": "pnnpdp",
+    "rotate": "pnnnnnnnppnp",
+    "gate": "ppnp",
+    "attend": "ppppdpp",
+}
+_KINDS = {"p": _POINTER, "n": _INTEGER, "d": ctypes.c_double}
+
+
+# The C structure `Shape`: sizes, the strides of query, key and value, and those of the mask.
+_Shape = _INTEGER * 17
+
+
+@lru_cache
+def _kernel(name: str, *stored: torch.dtype) -> Any:
+    """The C function for activations (and scales) stored so; `None` where there is none."""
+    library = cpu_library(DECODE_SOURCE) if all(dtype in STORED for dtype in stored) else None
+    function = getattr(library, "_".join((name, *(STORED.get(dtype, "") for dtype in stored))), None)
+    if function is not None:
+        function.argtypes = [*(_KINDS[kind] for kind in _ARGUMENTS[name]), _THREADS]
+        function.restype = None
+    return function
+
+
+def _takes(*tensors: Tensor | None) -> bool:
+    """Whether kernels without a backward may have these: all of one dtype."""
+    if torch.compiler.is_compiling():
+        return False
+    dtype, is_recording = tensors[0].dtype, torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype is not dtype or (is_recording and tensor.requires_grad)):
+            return False
+    return are_readable(*tensors)
+
+
+def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """(..., in) -> (..., out) with a plain weight (out, in), for few rows."""
+    width, dtype = states.shape[-1], states.dtype
+    rows = states.numel() // width
+    if rows > MOST_ROWS.get(dtype, 0) or not _takes(states, weight, bias):
+        return None
+    kernel = _kernel("linear", dtype)
+    if kernel is None or not weight.is_contiguous():
+        return None
+    num_outputs = weight.shape[0]
+    states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
+    bias = None if bias is None else bias.data_ptr()
+    kernel(states.data_ptr(), rows, width, weight.data_ptr(), num_outputs, bias, outputs.data_ptr(), get_num_threads())
+    return outputs
+
+
+def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
+    """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
+    rows = states.numel() // states.shape[-1]
+    is_few = rows <= MOST_ROWS.get(states.dtype, 0)
+    if not _takes(states, bias) or not are_readable(packed.qdata) or not (is_few or packed.kind == "int4"):
+        return None
+    if packed.kind == "int8":
+        return _few_rows_int8(states, rows, packed, bias)
+    name, scales = "linear_int4" if is_few else "unpack_int4", packed.scale_and_zero
+    kernel = _kernel(name, states.dtype, scales.dtype) if _has_our_blocks(packed) else None
+    if kernel is None:
+        return None
+    (num_outputs, width), group = packed.shape, packed.group_size
+    if not is_few:
+        weight = states.new_empty((width, num_outputs))
+        kernel(packed.qdata.data_ptr(), num_outputs, width, group, scales.data_ptr(), weight.data_ptr(),
+               get_num_threads())  # fmt: skip
+        return states @ weight if bias is None else states @ weight + bias
+    states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
+    bias = None if bias is None else bias.data_ptr()
+    kernel(states.data_ptr(), rows, width, packed.qdata.data_ptr(), num_outputs, group, scales.data_ptr(), bias,
+           outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def _has_our_blocks(packed: PackedWeight) -> bool:
+    """Whether a block is four vectors of rows, as the kernels read it."""
+    return packed.has_halves and packed.block_n == _rows_of_block() and packed.shape[0] % packed.block_n == 0
+
+
+@lru_cache
+def _rows_of_block() -> int:
+    return getattr(cpu_library(DECODE_SOURCE), "rows_of_block", lambda: 0)()
+
+
+def _few_rows_int8(states: Tensor, rows: int, packed: PackedWeight, bias: Tensor | None) -> Tensor | None:
+    kernel = _kernel("linear_int8", states.dtype) if packed.scale.dtype == torch.float32 else None
+    if kernel is None:
+        return None
+    num_outputs, width = packed.shape
+    states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
+    bias = None if bias is None else bias.data_ptr()
+    kernel(states.data_ptr(), rows, width, packed.qdata.data_ptr(), num_outputs, packed.scale.data_ptr(), bias,
+           outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
+    """states (rows, tokens, n) + Q (delta * Q^T states) for few rows; `delta` (r,) or (rows, 1, r)."""
+    if states.ndim != 3 or states.shape[0] * states.shape[1] > MOST_ROWS.get(states.dtype, 0):
+        return None
+    is_shared = delta.ndim == 1
+    if not (is_shared or states.shape[1] == 1) or not _takes(states, basis) or not _takes(delta):
+        return None
+    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+    kernel = _kernel("rescale", states.dtype)
+    if kernel is None or delta.dtype != wide or basis.stride(1) != 1:
+        return None
+    states, delta, outputs = states.contiguous(), delta.contiguous(), torch.empty_like(states.contiguous())
+    rank = basis.shape[1]
+    kernel(states.data_ptr(), states.shape[0] * states.shape[1], states.shape[2], basis.data_ptr(), basis.stride(0),
+           rank, delta.data_ptr(), 0 if is_shared else rank, outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """weight * states / sqrt(mean(states^2) + eps) over the last dimension."""
+    kernel = _kernel("rms_norm", states.dtype) if _takes(states, weight) else None
+    if kernel is None:
+        return None
+    states, width = states.contiguous(), states.shape[-1]
+    outputs = torch.empty_like(states)
+    kernel(states.data_ptr(), states.numel() // width, width, weight.data_ptr(), eps, outputs.data_ptr(),
+           get_num_threads())  # fmt: skip
+    return outputs
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
+    kernel = _kernel("rotate", states.dtype) if _takes(states, cos, sin) else None
+    if kernel is None or states.stride(3) != 1:
+        return None
+    rows, heads, tokens, width = states.shape
+    cos, sin, outputs = cos.contiguous(), sin.contiguous(), states.new_empty(states.shape)
+    kernel(states.data_ptr(), rows, heads, tokens, width // 2, *states.stride()[:3], cos.data_ptr(), sin.data_ptr(),
+           tokens * width if cos.shape[0] > 1 else 0, outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def gated(gates: Tensor, states: Tensor) -> Tensor | None:
+    """silu(gates) * states, of the same shape."""
+    kernel = _kernel("gate", states.dtype) if _takes(states, gates) else None
+    if kernel is None:
+        return None
+    gates, states, outputs = gates.contiguous(), states.contiguous(), states.new_empty(states.shape)
+    kernel(gates.data_ptr(), states.data_ptr(), states.numel(), outputs.data_ptr(), get_num_threads())
+    return outputs
+
+
+def few_queries_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attention of few queries (rows, heads, queries, width) on keys and values (rows, key heads, keys, width).
+
+    `mask` is boolean (rows or 1, 1, queries, keys), true where a query sees a key; `None` where a single query sees
+    all. Returns (rows, queries, heads, width); a query that sees nothing gets zeros.
+    """
+    rows, heads, queries, width = query.shape
+    if mask is None and queries > 1:
+        return None  # which of them see which keys is left to who is asked
+    if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not _takes(query, key, value):
+        return None
+    kernel = _kernel("attend", query.dtype)
+    if kernel is None or any(tensor.stride(3) != 1 for tensor in (query, key, value)):
+        return None
+    if mask is not None and (mask.dtype != torch.bool or not are_readable(mask) or mask.stride(3) != 1):
+        return None
+    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+    shape = _Shape(rows, key.shape[1], heads // key.shape[1], queries, key.shape[2], width, *query.stride()[:3],
+                   *key.stride()[:3], *value.stride()[:3], *mask_strides)  # fmt: skip
+    outputs = query.new_empty((rows, queries, heads, width))
+    mask = None if mask is None else mask.data_ptr()
+    kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, scaling, outputs.data_ptr(),
+           ctypes.addressof(shape), get_num_threads())  # fmt: skip
+    return outputs
+
+
+__all__ = ["few_queries_attention", "few_rows_linear", "gated", "packed_linear", "rescaled", "rms_normed", "rotated"]
