@@ -127,9 +127,11 @@ template <typename A, typename T> static ALWAYS_INLINE void store_some(Vec<A> va
 }
 
 template <typename A> static ALWAYS_INLINE A sum(Vec<A> values) {
-    A total = 0;
-    for (int lane = 0; lane < Lanes<A>::count; lane++) total += values[lane];
-    return total;
+    A totals[Lanes<A>::count];
+    memcpy(totals, &values, sizeof values);
+    for (int half = Lanes<A>::count / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) totals[lane] += totals[lane + half];
+    return totals[0];
 }
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
 template <> ALWAYS_INLINE float sum<float>(Vec<float> values) { return _mm512_reduce_add_ps((__m512)values); }

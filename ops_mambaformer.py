@@ -30,11 +30,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_scan_mambaformer import MOST_TAPS, can_run_on_cpu, convolve_on_cpu, scan_on_cpu
+from .cpu_scan_mambaformer import MOST_TAPS, convolve_on_cpu, scan_on_cpu, takes_on_cpu
 
 # Up to so many tokens one level of the scan is faster than two.
 LONGEST_SINGLE_CHUNK = 8
@@ -184,21 +183,6 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False)
 
 
-def _use_cpu_kernels(*tensors: Tensor | None) -> bool:
-    """Whether all are plain tensors on the CPU and nobody watches what happens to them, but autograd."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        all(tensor is None or (type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu) for tensor in tensors)
-        and tensors[0].numel() > 0
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and can_run_on_cpu()
-    )
-
-
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -339,6 +323,10 @@ def _load_kernels() -> Kernels:
     except ImportError:
         selective_scan_fn = selective_state_update = None
     return Kernels(causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update)
+
+
+def _use_cpu_kernels(*tensors: Tensor | None) -> bool:
+    return takes_on_cpu(*tensors)
 
 
 def _use_kernels(tensor: Tensor) -> bool:
