@@ -126,10 +126,7 @@ class MambaFormerCache(Cache):
             self.encoded_under, self.clock.overshoot = None, 0
             self._each_layer("drop")
         if self.max_columns is not None:
-            # On the device, so that a compiled step never depends on its value.
-            columns = self.clock.columns
-            columns = torch.tensor(columns, device=device) if isinstance(columns, int) else usable(columns)
-            self.clock.columns = columns
+            self.clock.move_to(device)
         clock = Clock(columns=self.clock.columns * 0) if transition.anew else self.clock
         columns = clock.columns if isinstance(clock.columns, int) else None
         span = Span(num_tokens, start=clock.start, lengths=lengths, columns=columns)
@@ -167,7 +164,7 @@ class MambaFormerCache(Cache):
         # The counts first: under static storage the span's start is a view of the columns.
         if span.lengths is not None or self.clock.counts is not None:
             self.clock.counts = span.ends(token_ids.device)
-        self.clock.columns += token_ids.shape[1]  # in place where it is a tensor
+        self.clock.advance(token_ids.shape[1])
         if self.clock.overshoot:
             fed = span.num_tokens if span.lengths is None else int(span.lengths.min())
             self.clock.overshoot = max(self.clock.overshoot - fed, 0)
@@ -319,7 +316,7 @@ class MambaFormerCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, pads included."""
-        return int(self.clock.columns)
+        return self.clock.num_columns()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.layers[layer_idx].get_mask_sizes(query_length)

@@ -105,6 +105,8 @@ class MambaFormerGenerationMixin(GenerationMixin):
         if was_dropped and (num_cached or not is_first_iteration):
             next_sequence_length = None
             self._check_whole_text(input_ids, inputs_embeds, num_cached)
+        elif not is_first_iteration and next_sequence_length == 1:
+            attention_mask = None  # pads are in the prompt; to look for one in each new token would stop a GPU
         elif is_speculative and is_first_iteration and num_cached:
             # The library's speculative loop would feed the cached text a second time.
             next_sequence_length = input_ids.shape[1] - num_cached

@@ -1,14 +1,14 @@
 """What a cache is made of: one layer for each of the model, the clock that they share, the log of the tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .recurrent_mambaformer import RecurrentStore
-from .storage_mambaformer import Buffer, KeyValueStore, Retention, counted_positions
+from .storage_mambaformer import Buffer, KeyValueStore, Retention, counted_positions, usable
 
 
 @dataclass
@@ -23,6 +23,38 @@ class Clock:
     counts: torch.Tensor | None = None
     is_empty: bool = True
     overshoot: int = 0
+    # What `columns` was when the host last knew it: the tensor, its version, its value.
+    known: tuple[torch.Tensor, int, int] | None = field(default=None, repr=False, compare=False)
+
+    def num_columns(self) -> int:
+        """`columns` as an integer; one on a device is read only if others have written it, as compiled steps do."""
+        if isinstance(self.columns, int):
+            return self.columns
+        if not self._is_known():
+            value = int(self.columns)
+            if self.columns.is_inference():  # it does not count what is written
+                return value
+            self.known = self.columns, self.columns._version, value
+        return self.known[2]
+
+    def advance(self, num_tokens: int) -> None:
+        """Adds to `columns`, in place where it is a tensor, without a look at its value."""
+        is_known = not torch.compiler.is_compiling() and not isinstance(self.columns, int) and self._is_known()
+        self.columns += num_tokens
+        if is_known:
+            self.known = self.columns, self.columns._version, self.known[2] + num_tokens
+
+    def move_to(self, device) -> None:
+        """Makes `columns` a tensor, so that a compiled step never depends on its value."""
+        if isinstance(self.columns, int):
+            value, self.columns = self.columns, torch.full((), self.columns, device=device)
+            if not self.columns.is_inference():
+                self.known = self.columns, self.columns._version, value
+        self.columns = usable(self.columns)
+
+    def _is_known(self) -> bool:
+        known, columns = self.known, self.columns
+        return known is not None and known[0] is columns and known[1] == columns._version
 
     @property
     def start(self) -> Any:
@@ -66,7 +98,7 @@ class CacheLayer:
         self.each_store("select_rows", beam_idx)
 
     def get_seq_length(self) -> int:
-        return int(self.clock.columns)
+        return self.clock.num_columns()
 
     def get_max_length(self) -> int:
         return -1 if self.max_columns is None else self.max_columns

@@ -345,7 +345,9 @@ def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
 
 def _is_only_a_product(module: nn.Module) -> bool:
     """Whether no hook and no wrapper would do anything when `module` is called."""
-    if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
+    if torch.compiler.is_compiling() or type(module) is not nn.Linear:
+        return False
+    if "weight" not in module._parameters or "forward" in module.__dict__:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
 

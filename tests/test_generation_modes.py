@@ -167,10 +167,10 @@ def test_a_cache_that_there_is_not_is_refused(implementation):
 @over_patterns
 def test_samples_follow_the_seed_whatever_the_cache(pattern):
     ids, mask = left_padded(random_rows(4, (8, 5)))
-    found = []
+    model, found = shared_model(pattern), []  # built here: its weights are random numbers, too
     for options in STORAGES.values():
         torch.manual_seed(5)
-        sampled = shared_model(pattern).generate(
+        sampled = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=NUM_NEW,

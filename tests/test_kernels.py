@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 from transformers.dynamic_module_utils import get_imports
 
+from cases import CACHE_VARIANTS, PATTERNS, random_model, tiny_config
+from mambaformer import MambaFormerForCausalLM
 from mambaformer import ops_mambaformer as ops
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 
@@ -309,3 +311,40 @@ def test_decoding_runs_the_real_triton_kernel_of_mamba_ssm():
     )
     assert done.returncode == 0, done.stderr
     assert "agrees after 16 calls" in done.stdout
+
+
+@pytest.mark.parametrize("variant", CACHE_VARIANTS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_decoding_never_makes_the_host_wait_for_a_device(pattern, variant):
+    """The meta device takes all paths that other devices than the CPU take, and whoever asks it for a value fails."""
+    with torch.device("meta"):
+        model = MambaFormerForCausalLM(tiny_config(pattern)).eval()
+        ids = torch.ones(2, 6, dtype=torch.long)
+    cache = model.make_cache(**CACHE_VARIANTS[variant])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for steps in range(3):
+            logits = model(ids[:, :1], past_key_values=cache).logits
+            assert cache.get_seq_length() == 7 + steps
+    assert logits.device.type == "meta" and logits.shape == (2, 1, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("variant", CACHE_VARIANTS)
+def test_generate_never_looks_for_pads_in_what_it_has_generated(variant, monkeypatch):
+    model, masks = random_model(tiny_config("everything")), []
+    stack_forward = model.model.forward
+    monkeypatch.setattr(
+        model.model,
+        "forward",
+        lambda *args, attention_mask=None, **kwargs: (
+            masks.append(attention_mask), stack_forward(*args, attention_mask=attention_mask, **kwargs))[1],
+    )  # fmt: skip
+    ids, mask = torch.randint(0, 61, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        past_key_values=model.make_cache(**CACHE_VARIANTS[variant]),
+    )
+    assert masks[0].tolist() == mask.tolist() and masks[1:] == [None] * 5

@@ -1,0 +1,70 @@
+"""A training step of Mamba-130M against Transformers': time, and peak memory, each model alone in a fresh process."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers.utils import logging
+
+from models import Size, check_same, feed, pair, random_ids
+from report import Case, Row, at_least, at_most, megabytes, milliseconds
+from timing import PeakMemory, in_rounds
+
+SIDES = ("ours", "transformers")
+
+
+def training_step(model, ids: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward; gradients are given back, as `optimizer.zero_grad()` does."""
+
+    def run() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def training(size: Size) -> Iterator[Row]:
+    models = pair("Mamba", size)
+    ids = random_ids(models["ours"], 1, size(512, 16))
+    with torch.inference_mode():
+        check_same(models, {name: feed(model, ids)[0] for name, model in models.items()})
+    for model in models.values():
+        model.train()
+    found = in_rounds({name: training_step(model, ids) for name, model in models.items()}, size(3, 1))
+    what = f"training step, {ids.shape[1]} tokens, Mamba-130M, float32"
+    times = milliseconds(found.median("ours")), milliseconds(found.median("transformers"))
+    yield Row(f"{what}: x as fast as Transformers", *times, found.ratios("transformers", "ours"), at_least(2.5))
+    del models, model
+    peaks = {side: [peak_in_fresh_process(side, size) for _ in range(size(3, 1))] for side in SIDES}
+    if None in peaks["ours"] + peaks["transformers"]:
+        yield Row(f"{what}: peak memory", problem="missing: this system does not tell a process's peak")
+        return
+    memory = [megabytes(statistics.median(peaks[side])) for side in SIDES]
+    ratios = [ours / theirs for ours, theirs in zip(peaks["ours"], peaks["transformers"], strict=True)]
+    note = "the peak is the growth of the process in its first step, gradients included, after the weights were there."
+    yield Row(f"{what}: peak memory against Transformers", *memory, ratios, at_most(0.70), note)
+
+
+def peak_in_fresh_process(side: str, size: Size) -> int | None:
+    """Bytes by which a process grows in its first training step; only `side`'s model is in it."""
+    command = [sys.executable, __file__, side, "quick" if size.is_quick else "full"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def _tell_peak(side: str, size: Size) -> None:
+    logging.set_verbosity_error()
+    model = pair("Mamba", size)[side].train()
+    step = training_step(model, random_ids(model, 1, size(512, 16)))
+    training_step(model, random_ids(model, 1, 2))()  # what is loaded at first use is no part of a step
+    with PeakMemory() as peak:
+        step()
+    print(json.dumps(peak.nbytes))
+
+
+CASES = [Case("training", "training step, Mamba-130M, 512 tokens", training, ">= 2.50; <= 0.70 of the memory")]
+
+if __name__ == "__main__":
+    _tell_peak(sys.argv[1], Size(is_quick=sys.argv[2] == "quick"))

@@ -1,0 +1,239 @@
+"""The CPU kernels for few tokens: each against its formula, written out in float64, and what they leave to PyTorch."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
+from mambaformer import cpu_decode_mambaformer as kernels
+from mambaformer import svd_mambaformer as svd
+from mambaformer.cpu_decode_mambaformer import (
+    few_queries_attention,
+    few_rows_linear,
+    gated,
+    packed_linear,
+    rescaled,
+    rms_normed,
+    rotated,
+)
+from mambaformer.quantized_mambaformer import PackedWeight, packed_rows
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+every_thread_count = pytest.mark.parametrize("threads", [1, 2, 3])
+# Widths below, at and between the widths of vectors, so that every kernel has remainders.
+WIDTHS = (1, 5, 16, 33, 64, 576)
+
+
+@pytest.fixture
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def normal(*shape, dtype=torch.float64):
+    source = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype)
+
+
+def assert_near(got, wanted):
+    assert got is not None, "left to PyTorch"
+    assert got.shape == wanted.shape
+    assert torch.isfinite(got).all()
+    tolerance = TOLERANCE[got.dtype] * max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=tolerance)
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize(("width", "outputs"), [(1, 1), (5, 3), (16, 64), (33, 65), (576, 130), (130, 576)])
+def test_a_product_of_few_rows(dtype, threads, rows, width, outputs):
+    states, weight, bias = normal(rows, 1, width, dtype=dtype), normal(outputs, width, dtype=dtype), normal(outputs)
+    wanted = F.linear(states.double(), weight.double())
+    assert_near(few_rows_linear(states, weight), wanted)
+    bias = bias.to(dtype)
+    assert_near(few_rows_linear(states, weight, bias), wanted + bias.double())
+
+
+@every_dtype
+def test_a_row_gets_the_same_bits_in_any_batch(dtype):
+    states, weight = normal(8, 1, 70, dtype=dtype), normal(33, 70, dtype=dtype)
+    for rows in range(1, 9):
+        assert torch.equal(few_rows_linear(states[:rows], weight), few_rows_linear(states, weight)[:rows])
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("rank", [1, 5, 64, 200])
+@pytest.mark.parametrize("width", [200, 576])
+def test_an_expert_on_few_rows(dtype, threads, rank, width):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    basis = (normal(width, rank + 7, dtype=dtype) / width**0.5)[:, :rank]  # a cut of a larger basis
+    for shape, delta in (((3, 2, width), normal(rank, dtype=wide)), ((3, 1, width), normal(3, 1, rank, dtype=wide))):
+        states = normal(*shape, dtype=dtype)
+        change = ((states.double() @ basis.double()) * delta.double()) @ basis.double().mT
+        assert_near(rescaled(states, basis, delta), states.double() + change)
+    still = torch.zeros(rank, dtype=wide)
+    assert torch.equal(rescaled(states, basis, still), states), "an expert of ones gives the base's own bits"
+
+
+@every_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_and_gate(dtype, width):
+    states, gates = normal(3, 2, width, dtype=dtype), 5 * normal(3, 2, width, dtype=dtype)
+    weight, wide = normal(width, dtype=dtype), states.double()
+    wanted = weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
+    assert_near(rms_normed(states, weight, 1e-3), wanted)
+    assert_near(gated(gates, states), F.silu(gates.double()) * wide)
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_long_norms_and_gates_are_shared_by_threads(dtype, threads):
+    states, weight = normal(700, 2, 100, dtype=dtype), normal(100, dtype=dtype)
+    wide = states.double()
+    wanted = weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
+    assert_near(rms_normed(states, weight, 1e-3), wanted)
+    assert_near(gated(states, states), F.silu(wide) * wide)
+
+
+def test_what_is_not_a_number_stays_so():
+    states, weight = normal(1, 1, 33, dtype=torch.float32), normal(33, 33, dtype=torch.float32)
+    for poison in (float("nan"), float("inf")):
+        bad = states.clone()
+        bad[0, 0, 32] = poison
+        assert not torch.isfinite(few_rows_linear(bad, weight)).any()
+        assert rms_normed(bad, weight[0], 1e-3).isnan().any()
+        assert not torch.isfinite(gated(bad, bad)[0, 0, 32])
+    assert gated(-states.new_full((1, 40), 200.0), states.new_ones(1, 40)).abs().max() < 1e-30
+    bad = torch.full((40,), float("nan"), dtype=torch.bfloat16)
+    assert gated(bad, bad).isnan().all()
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotation(dtype, rows):
+    for states in (normal(2, 5, 3, 12, dtype=dtype), normal(2, 3, 5, 12, dtype=dtype).transpose(1, 2)):
+        cos, sin = normal(rows, 3, 12, dtype=dtype), normal(rows, 3, 12, dtype=dtype).flip(0)
+        first, second = states.double().chunk(2, dim=-1)
+        wanted = states.double() * cos.double()[:, None] + torch.cat([-second, first], -1) * sin.double()[:, None]
+        assert_near(rotated(states, cos, sin), wanted)
+
+
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("num_keys", [1, 7, 64, 65, 700])
+@pytest.mark.parametrize(("heads", "key_heads"), [(9, 3), (4, 4), (5, 1), (8, 1)])
+def test_attention_of_few_queries(dtype, threads, num_keys, heads, key_heads):
+    for rows, queries, width in ((1, 1, 64), (2, 1, 16), (2, 3, 48)):
+        query = normal(rows, queries, heads, width, dtype=dtype).transpose(1, 2)
+        # Keys are the first slots of a buffer, whose other slots hold what must not be read.
+        keys, values = (normal(rows, key_heads, num_keys + 9, width, dtype=dtype) for _ in range(2))
+        keys[:, :, num_keys:] = values[:, :, num_keys:] = float("nan")
+        keys, values = 2 * keys[:, :, :num_keys], values[:, :, :num_keys].flip(3)
+        values = values.flip(3).contiguous()
+        seen = torch.rand(rows, 1, queries, num_keys, generator=torch.Generator().manual_seed(num_keys)) > 0.5
+        seen[..., num_keys // 2] = True
+        for mask in (None, seen, seen[:1]):
+            if mask is None and queries > 1:
+                assert few_queries_attention(query, keys, values, None, 0.3) is None, "no mask may mean a causal one"
+                continue
+            wanted = F.scaled_dot_product_attention(
+                query.double(), keys.double(), values.double(), attn_mask=mask, scale=0.3, enable_gqa=True
+            )
+            assert_near(few_queries_attention(query, keys, values, mask, 0.3), wanted.transpose(1, 2))
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    query, keys = normal(1, 2, 2, 16, dtype=torch.float32), normal(1, 2, 70, 16, dtype=torch.float32)
+    mask = torch.zeros(1, 1, 2, 70, dtype=torch.bool)
+    mask[:, :, 1] = True
+    found = few_queries_attention(query, keys, keys, mask, 0.3)
+    assert found[:, 0].eq(0).all() and found[:, 1].ne(0).any()
+
+
+def packed_int4(outputs, width, group, dtype):
+    codes = torch.randint(0, 16, (outputs, width), generator=torch.Generator().manual_seed(width), dtype=torch.int32)
+    pairs = torch.rand(width // group, outputs, 2, generator=torch.Generator().manual_seed(outputs)).to(dtype)
+    qdata = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed = PackedWeight("int4", qdata, None, pairs, group, packed_rows(), has_halves=True)
+    scale, zero = (part.double().t().repeat_interleave(group, dim=1) for part in pairs.unbind(-1))
+    return packed, (codes.double() - 8) * scale + zero
+
+
+@pytest.mark.skipif("torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512')")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_products_with_int4_weights(dtype, scale_dtype, threads, rows):
+    for outputs, width, group in ((64, 32, 32), (192, 128, 64), (576, 576, 32)):
+        packed, weight = packed_int4(outputs, width, group, scale_dtype)
+        states, bias = normal(rows, 1, width, dtype=dtype), normal(outputs, dtype=dtype)
+        wanted = F.linear(states.double(), weight)
+        assert_near(packed_linear(states, packed), wanted)
+        assert_near(packed_linear(states, packed, bias), wanted + bias.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_products_with_int8_weights(dtype, rows):
+    for outputs, width in ((3, 5), (70, 33), (64, 576)):
+        codes = torch.randint(-128, 128, (outputs, width), generator=torch.Generator().manual_seed(3)).to(torch.int8)
+        packed = PackedWeight("int8", codes, scale=normal(outputs, dtype=torch.float32))
+        states, bias = normal(rows, 1, width, dtype=dtype), normal(outputs, dtype=dtype)
+        wanted = F.linear(states.double(), codes.double() * packed.scale.double()[:, None])
+        assert_near(packed_linear(states, packed, bias), wanted + bias.double())
+
+
+def test_what_kernels_cannot_do_is_left_to_pytorch():
+    states, weight = normal(1, 1, 16, dtype=torch.float32), normal(16, 16, dtype=torch.float32)
+    trained = weight.clone().requires_grad_()
+    assert few_rows_linear(states, weight) is not None
+    assert few_rows_linear(states, weight.double()) is None
+    assert few_rows_linear(states.half(), weight.half()) is None
+    assert few_rows_linear(states, weight.t()) is None
+    assert few_rows_linear(states.expand(17, 1, 16), weight) is None
+    assert few_rows_linear(states, trained) is None
+    with torch.no_grad():
+        assert few_rows_linear(states, trained) is not None
+    assert torch.func.vmap(lambda row: torch.tensor(few_rows_linear(row, weight) is None))(states).all()
+    assert few_rows_linear(states.to("meta"), weight.to("meta")) is None
+    assert few_queries_attention(*[normal(1, 1, 1, 12)] * 3, None, 1.0) is None
+
+
+def test_hooks_and_wrappers_of_linear_modules_are_not_passed_by():
+    module, states, calls = nn.Linear(16, 8).requires_grad_(False), torch.randn(1, 1, 16), []
+    wanted = module(states)
+    hook = module.register_forward_hook(lambda *_: calls.append("hook"))
+    torch.testing.assert_close(svd.apply_linear(module, states), wanted)
+    hook.remove()
+    hook = module.register_forward_pre_hook(lambda *_: calls.append("pre-hook"))
+    svd.apply_linear(module, states)
+    hook.remove()
+    forward = module.forward
+    module.forward = lambda *args: (calls.append("forward"), forward(*args))[1]
+    svd.apply_linear(module, states)
+    del module.forward
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(16, 8).requires_grad_(False))
+    torch.testing.assert_close(svd.apply_linear(parametrized, states), parametrized(states))
+    torch.testing.assert_close(svd.apply_linear(module, states), wanted)
+    assert calls == ["hook", "pre-hook", "forward"]
+
+
+@pytest.mark.parametrize("pattern", ["everything", "llama", "paper"])
+def test_a_decoding_step_is_made_of_kernels(pattern, monkeypatch):
+    """The laws would hold without them; so it is asked here that they run."""
+    model, row, used = random_model(tiny_config(pattern)), random_rows(1)[0], set()
+    kernel = kernels._kernel
+    monkeypatch.setattr(kernels, "_kernel", lambda name, *stored: (used.add(name), kernel(name, *stored))[1])
+    found = feed_row(model, model.make_cache(), row, [4] + [1] * (len(row) - 4), expert_vector=None)
+    assert_same_logits(found, expected(model, [row])[0])
+    feed_row(model, model.make_cache(), row, expert_vector=random_expert(model, 1, rank=3))
+    has_mlp, has_rope = model.config.intermediate_size is not None, model.config.rope_parameters is not None
+    is_whole = model.config.head_dim % kernels.LANES[torch.float64] == 0  # heads of 12 are left to PyTorch
+    may_run = {"gate": has_mlp, "rotate": has_rope, "attend": is_whole}
+    assert used == {"linear", "rescale", "rms_norm", *(name for name, runs in may_run.items() if runs)}
