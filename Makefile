@@ -13,8 +13,9 @@ export HF_HUB_OFFLINE ?= 1
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
-test: $(VENV)/.dev  ## all tests, on both cores
+test: $(VENV)/.dev  ## all tests, on both cores; and some laws without CPU kernels
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	MAMBAFORMER_CPU_KERNELS=0 $(BIN)/python -m pytest -n 2 -m without_kernels_too
 
 test-oldest:  ## all tests on the oldest supported transformers, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=$(OLDEST)

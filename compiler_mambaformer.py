@@ -96,14 +96,26 @@ def _compiled(source: str) -> Path:
     width, flags = CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), (16, ()))
     source = f"#define VECTOR_BYTES {width}\n{COMMON_SOURCE}{source}"
     identity = "\n".join((source, _version_of(compiler), platform.machine(), *FLAGS, *flags))
-    path = cache_folder("kernels") / f"{hashlib.sha256(identity.encode()).hexdigest()}.so"
-    if not path.is_file():
-        logger.info("Compiling CPU kernels, once for this machine.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_beside(path) as temporary:
-            _compile(compiler, source, flags, temporary)
-            os.replace(temporary, path)
+    name, folder = _digest(identity.encode()), cache_folder("kernels")
+    for path in folder.glob(f"{name}-*.so"):
+        if path == _path_of(folder, name, path):
+            return path
+    logger.info("Compiling CPU kernels, once for this machine.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_beside(folder / name) as temporary:
+        _compile(compiler, source, flags, temporary)
+        path = _path_of(folder, name, temporary)
+        os.replace(temporary, path)
     return path
+
+
+def _path_of(folder: Path, name: str, library: Path) -> Path:
+    """Where a library is kept: its name ends in its content, for a process dies of one that was cut short."""
+    return folder / f"{name}-{_digest(library.read_bytes())}.so"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _compiler() -> str:
@@ -138,4 +150,4 @@ def _run(command: list[str], text: str | None = None) -> str:
     return done.stdout
 
 
-__all__ = ["are_readable", "cpu_library"]
+__all__ = ["SWITCH", "are_readable", "cpu_library"]

@@ -23,6 +23,10 @@ typedef int64_t Long;
 
 struct bfloat16 { uint16_t bits; };
 
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 // A vector of A, the integers of the same width, and how many fit.
 template <typename A> struct Lanes;
 template <> struct Lanes<float> {
@@ -123,9 +127,11 @@ template <typename A, typename T> static ALWAYS_INLINE void store_some(Vec<A> va
 }
 
 template <typename A> static ALWAYS_INLINE A sum(Vec<A> values) {
-    A total = 0;
-    for (int lane = 0; lane < Lanes<A>::count; lane++) total += values[lane];
-    return total;
+    A totals[Lanes<A>::count];
+    memcpy(totals, &values, sizeof values);
+    for (int half = Lanes<A>::count / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) totals[lane] += totals[lane + half];
+    return totals[0];
 }
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
 template <> ALWAYS_INLINE float sum<float>(Vec<float> values) { return _mm512_reduce_add_ps((__m512)values); }
@@ -133,28 +139,48 @@ template <> ALWAYS_INLINE double sum<double>(Vec<double> values) { return _mm512
 #endif
 
 // 2^x to a rounding of float for any x up to 127; below -126 it is about zero. NaN stays NaN.
-static ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
-    const Vec<float> low = broadcast<float>(-126.0f), high = broadcast<float>(127.0f);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    const Vec<float> shift = broadcast<float>(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
-    Vec<float> shifted = x + shift, whole = shifted - shift, part = x - whole;
+static ALWAYS_INLINE Vec<float> power_series(Vec<float> part) {
     Vec<float> y = broadcast<float>(1.535336188319500e-4f);
     y = y * part + 1.339887440266574e-3f;
     y = y * part + 9.618437357674640e-3f;
     y = y * part + 5.550332471162809e-2f;
     y = y * part + 2.402264791363012e-1f;
     y = y * part + 6.931472028550421e-1f;
-    y = y * part + 1.0f;
+    return y * part + 1.0f;
+}
+static ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
+    const Vec<float> low = broadcast<float>(-126.0f);
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    x = (Vec<float>)_mm512_max_ps((__m512)low, (__m512)x);  // of NaN and a number it is the second
+    Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, 8);  // 8: to nearest, without exceptions
+    return (Vec<float>)_mm512_scalef_ps((__m512)power_series(x - whole), (__m512)whole);
+#else
+    const Vec<float> high = broadcast<float>(127.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vec<float> shift = broadcast<float>(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
+    Vec<float> shifted = x + shift, whole = shifted - shift;
     Lanes<float>::Int power;
     memcpy(&power, &shifted, sizeof power);
     power = (power - 0x4b400000 + 127) << 23;
     Vec<float> scale;
     memcpy(&scale, &power, sizeof scale);
-    return y * scale;
+    return power_series(x - whole) * scale;
+#endif
 }
 static ALWAYS_INLINE Vec<double> exp2_of(Vec<double> x) {
     for (int lane = 0; lane < Lanes<double>::count; lane++) x[lane] = exp2(x[lane]);
+    return x;
+}
+
+// log(1 + x) for x from 0 to 1, to a rounding of x itself however small: 2 atanh(x / (2 + x)) as a series.
+static ALWAYS_INLINE Vec<float> log1p_of(Vec<float> x) {
+    Vec<float> ratio = x / (x + 2.0f), square = ratio * ratio, total = broadcast<float>(1.0f / 15);
+    for (int odd = 13; odd > 0; odd -= 2) total = total * square + 1.0f / odd;
+    return 2.0f * ratio * total;
+}
+static ALWAYS_INLINE Vec<double> log1p_of(Vec<double> x) {
+    for (int lane = 0; lane < Lanes<double>::count; lane++) x[lane] = log1p(x[lane]);
     return x;
 }
 

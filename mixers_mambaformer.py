@@ -248,7 +248,7 @@ class MambaFormerMambaMixer(CountsReplacements):
         mixed, window = self.conv1d(inputs, states.get("conv"), lengths)
         dt, B, C = self.selection(mixed, experts)
         A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
-        y, state = selective_scan(mixed, dt, A, B, C, self.D, gate, states.get("ssm"), lengths)
+        y, state = selective_scan(mixed, dt, A, B, C, self.D, gate, states.get("ssm"), lengths, dt_softplus=True)
         passage = None
         if is_recorded:
             # A view would keep the inputs of a whole prompt in memory.
@@ -264,7 +264,7 @@ class MambaFormerMambaMixer(CountsReplacements):
         return {"conv": (kernel - 1, channels), "ssm": (channels, self.state_size)}
 
     def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
-        """The step sizes (rows, tokens, channels), positive, and B and C (rows, tokens, state)."""
+        """The step sizes before softplus (rows, tokens, channels), and B and C (rows, tokens, state)."""
         sizes = [self.rank, self.state_size, self.state_size]
         dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
         if self.has_inner_norms:
@@ -272,8 +272,7 @@ class MambaFormerMambaMixer(CountsReplacements):
         mesh = mesh_of_inputs(self.x_proj)
         if mesh is not None:
             B, C = used_by_shards(B, mesh), used_by_shards(C, mesh)
-        dt = project(self.dt_proj, dt, experts.get("dt_proj"))
-        return F.softplus(dt.to(at_least_float32(dt.dtype))), B, C
+        return project(self.dt_proj, dt, experts.get("dt_proj")), B, C
 
 
 def _advance_states(
@@ -285,9 +284,8 @@ def _advance_states(
 ) -> dict[str, torch.Tensor]:
     """The states after tokens that `MambaFormerMambaMixer.advance` recorded, without their outputs."""
     window = conv_window(inputs["x"], num_taps, states.get("conv"), lengths)
-    _, state = selective_scan(
-        inputs["u"], inputs["dt"], A, inputs["B"], inputs["B"], initial_state=states.get("ssm"), lengths=lengths
-    )
+    u, dt, B, state = inputs["u"], inputs["dt"], inputs["B"], states.get("ssm")
+    _, state = selective_scan(u, dt, A, B, B, initial_state=state, lengths=lengths, dt_softplus=True)
     return {"conv": window, "ssm": state}
 
 

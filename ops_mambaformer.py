@@ -17,7 +17,8 @@ Letters, after Mamba (arXiv 2312.00752). Activations are channels-last and packe
 | h      | state, h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t                | (B, D, N) | equations 2a, 4 |
 | y      | output, y_t = C_t . h_t + D u_t                                | (B, L, D) | equation 2b     |
 
-Fused CUDA kernels (packages causal-conv1d and mamba-ssm) are used where they can be: `_load_kernels` finds them and
+On the CPU, `cpu_scan_mambaformer` computes both functions wherever `_use_cpu_kernels` finds nothing against it. On
+GPUs, fused kernels (packages causal-conv1d and mamba-ssm) are used where they can be: `_load_kernels` finds them and
 `_use_kernels` is the switch. Each has a function here that gives it the signature of the PyTorch path beside it.
 """
 
@@ -31,6 +32,8 @@ from functools import lru_cache, partial, reduce
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .cpu_scan_mambaformer import MOST_TAPS, convolve_on_cpu, scan_on_cpu, takes_on_cpu
 
 # Up to so many tokens one level of the scan is faster than two.
 LONGEST_SINGLE_CHUNK = 8
@@ -66,6 +69,8 @@ def causal_conv1d(
         initial_state=(initial_state, (rows, taps - 1, channels)),
         lengths=(lengths, (rows,)),
     )
+    if taps <= MOST_TAPS and _use_cpu_kernels(x, weight, bias, initial_state, lengths):
+        return convolve_on_cpu(x, weight, bias, initial_state, lengths)
     x = _zero_pads(x, _real_tokens(lengths, length))
     initial_state = x.new_zeros(rows, taps - 1, channels) if initial_state is None else initial_state.to(x.dtype)
     convolve = _choose_convolution(x, weight, bias, initial_state, lengths)
@@ -92,6 +97,7 @@ def selective_scan(
     gate: Tensor | None = None,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
+    dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Selective state space recurrence over any number of tokens from any state (arXiv 2312.00752, section 3.2).
 
@@ -99,13 +105,15 @@ def selective_scan(
     length nor strength of decay makes it overflow or cancel.
 
     Args:
-        u, dt: (B, L, D); dt >= 0. Row b holds `lengths[b]` real tokens and then pads, whose values are never used.
+        u, dt: (B, L, D); dt >= 0 unless `dt_softplus`. Row b holds `lengths[b]` real tokens and then pads, whose
+            values are never used.
         A: (D, N), negative.
         B, C: (B, L, N).
         D: (D,), or `None` for no skip.
         gate: (B, L, D), or `None` for no gate.
         initial_state: (B, D, N); `None` means zeros.
         lengths: (B,) integers from 0 to L; `None` means that every token is real.
+        dt_softplus: dt is given as it was before softplus, which is then part of the arithmetic.
 
     Returns:
         y: (B, L, D) in the dtype of u; zero at pads.
@@ -125,9 +133,13 @@ def selective_scan(
         initial_state=(initial_state, (rows, channels, numbers)),
         lengths=(lengths, (rows,)),
     )
+    if _use_cpu_kernels(u, dt, A, B, C, D, gate, initial_state, lengths):
+        return scan_on_cpu(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus)
     real = _real_tokens(lengths, length)
     u, dt, B, C, gate = (_zero_pads(tensor, real) for tensor in (u, dt, B, C, gate))
     dtype = _arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
+    if dt_softplus:
+        dt = _zero_pads(F.softplus(dt.to(dtype)), real)  # a pad takes no step, and softplus(0) is one
     initial_state = None if initial_state is None else initial_state.to(dtype)
     scan = _choose_scan(u, dt, A, B, C, D, gate, initial_state)
     # Autocast would run the products of the scan in half precision.
@@ -311,6 +323,10 @@ def _load_kernels() -> Kernels:
     except ImportError:
         selective_scan_fn = selective_state_update = None
     return Kernels(causal_conv1d_fn, causal_conv1d_update, selective_scan_fn, selective_state_update)
+
+
+def _use_cpu_kernels(*tensors: Tensor | None) -> bool:
+    return takes_on_cpu(*tensors)
 
 
 def _use_kernels(tensor: Tensor) -> bool:

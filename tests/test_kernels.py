@@ -1,4 +1,4 @@
-"""The switch to fused kernels: what is passed to them, and that their results are those of the PyTorch path.
+"""The switch to fused kernels for GPUs: what is passed to them, and that their results are those of the PyTorch path.
 
 The Triton kernel of mamba-ssm runs here as it is, in Triton's interpreter. The functions that exist in CUDA only are
 replaced by stand-ins with the semantics and the demands of causal-conv1d 1.6 and mamba-ssm 2.3.
@@ -85,6 +85,11 @@ STAND_INS = {
     "scan": selective_scan_fn,
     "scan_token": selective_state_update,
 }
+
+
+@pytest.fixture(autouse=True)
+def without_cpu_kernels(monkeypatch):
+    monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *tensors: False)
 
 
 @pytest.fixture
@@ -253,6 +258,7 @@ def counted(*arguments, **named):
     calls += 1
     return kernels.scan_token(*arguments, **named)
 
+ops._use_cpu_kernels = lambda *tensors: False
 ops._load_kernels = lambda: ops.Kernels(scan_token=counted)
 torch.manual_seed(0)
 

@@ -33,6 +33,7 @@ from cases import (
 from mambaformer import ExpertVector
 from reference import ReferenceRow, reference_logits, tuned_weights
 
+without_kernels_too = pytest.mark.without_kernels_too
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
 main_patterns = pytest.mark.parametrize("pattern", ["mamba", "paper", "llama", "everything"])
@@ -58,6 +59,7 @@ def test_a_forward_without_cache_equals_the_oracle(pattern):
         assert_same_logits(feed_row(model, None, row, use_cache=False), wanted)
 
 
+@without_kernels_too
 @every_pattern
 @every_cache
 def test_a_forward_that_fills_a_cache_equals_the_oracle(pattern, variant):
@@ -66,6 +68,7 @@ def test_a_forward_that_fills_a_cache_equals_the_oracle(pattern, variant):
         assert_same_logits(feed_row(model, new_cache(model, variant), row), wanted)
 
 
+@without_kernels_too
 @every_pattern
 def test_a_batch_of_ragged_rows_without_cache_equals_the_oracle(pattern):
     model, rows = shared_model(pattern), random_rows(1)
@@ -74,6 +77,7 @@ def test_a_batch_of_ragged_rows_without_cache_equals_the_oracle(pattern):
         assert_same_logits(feed(model, None, [turn], use_cache=False), expected(model, rows))
 
 
+@without_kernels_too
 @every_pattern
 @pytest.mark.parametrize("rank", [None, 3])
 def test_an_expert_on_the_fly_equals_the_oracle(pattern, rank):
@@ -95,6 +99,7 @@ def test_every_linear_module_obeys_its_own_expert(pattern):
         assert_same_logits(feed_row(model, None, row, use_cache=False, expert_vector=expert), wanted)
 
 
+@without_kernels_too
 @every_pattern
 def test_gradients_equal_those_of_the_oracle(pattern):
     model, (row, *_) = random_model(tiny_config(pattern)), random_rows(1)
@@ -191,6 +196,7 @@ def test_a_wrong_state_or_key_moves_the_logits(pattern):
 # Law 1: any cutting of a sequence into forwards gives the logits of the single forward.
 
 
+@without_kernels_too
 @every_pattern
 @every_cache
 def test_any_cutting_equals_the_single_forward(pattern, variant):
@@ -251,6 +257,7 @@ def test_a_reset_cache_reads_a_new_text_as_a_new_cache_does(pattern, variant):
 # Law 2: real tokens get the logits they have alone, for any pad pattern in any turn.
 
 
+@without_kernels_too
 @every_pattern
 @every_cache
 @every_mask_form
@@ -469,6 +476,7 @@ def test_a_switch_equals_a_fresh_forward_under_the_new_expert(pattern, variant, 
         start += len(piece)
 
 
+@without_kernels_too
 @every_pattern
 @every_cache
 def test_each_row_of_a_ragged_batch_switches_by_itself(pattern, variant):
@@ -698,6 +706,7 @@ def test_two_threads_with_two_experts_give_what_each_gives_alone(pattern, varian
 # Law 9: forms. Static = dense and one row = that row in a batch also follow from the laws above.
 
 
+@without_kernels_too
 @every_pattern
 def test_static_equals_dense(pattern):
     model, rows = shared_model(pattern), random_rows(1)
@@ -805,6 +814,7 @@ def tensors_in(nested):
     return [tensor for child in children for tensor in tensors_in(child)]
 
 
+@without_kernels_too
 @every_pattern
 @every_cache
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -835,6 +845,7 @@ def test_float16_does_not_overflow_on_wide_activations(pattern):
     assert_same_logits([logits.double() for logits in found], wanted, 0.02)
 
 
+@without_kernels_too
 @main_patterns
 @every_cache
 def test_float32_keeps_five_digits(pattern, variant):

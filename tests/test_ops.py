@@ -1,4 +1,4 @@
-"""The laws of the two functions in ops_mambaformer.py, judged by loops over tokens that are written out here."""
+"""The laws of the two functions in ops_mambaformer.py, by CPU kernels and by PyTorch, judged by loops over tokens."""
 
 import math
 
@@ -7,10 +7,30 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loops import (
+    LENGTHS,
+    PER_TOKEN,
+    assert_same,
+    conv_arguments,
+    naive_conv,
+    naive_scan,
+    normal,
+    row_of,
+    scan_arguments,
+    tokens_of,
+    with_pads,
+)
+from mambaformer import ops_mambaformer as ops
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 
-# 1 takes the single step, up to 8 one level of the scan, the others two levels with and without a full last chunk.
-LENGTHS = (1, 2, 7, 8, 9, 23, 64, 101)
+
+@pytest.fixture(autouse=True, params=["kernels", "pytorch"])
+def path(request, monkeypatch):
+    if request.param == "pytorch":
+        monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *tensors: False)
+    elif not ops._use_cpu_kernels(torch.zeros(1)):
+        pytest.fail("The CPU kernels were not tested: there is no C++ compiler, or they are switched off.")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -19,77 +39,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def naive_conv(x, weight, bias, state):
-    """One token after another: (y, last inputs) of packed rows without pads."""
-    taps, outputs = weight.shape[1], []
-    for t in range(x.shape[1]):
-        window = torch.cat([state, x[:, t : t + 1]], dim=1)
-        outputs.append(F.silu((window * weight.t()).sum(1) + bias))
-        state = window[:, window.shape[1] - (taps - 1) :]
-    return torch.stack(outputs, 1) if outputs else x, state
-
-
-def naive_scan(u, dt, A, B, C, D, gate, h):
-    """One token after another: (y, final state) of packed rows without pads."""
-    outputs = []
-    for t in range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
-        outputs.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
-    return (torch.stack(outputs, 1) if outputs else u) * F.silu(gate), h
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def conv_arguments(rows=2, length=7, channels=3, taps=4):
-    return {
-        "x": normal(rows, length, channels, seed=1),
-        "weight": normal(channels, taps, seed=2),
-        "bias": normal(channels, seed=3),
-        "initial_state": normal(rows, taps - 1, channels, seed=4),
-    }
-
-
-def scan_arguments(rows=2, length=7, channels=3, numbers=5):
-    return {
-        "u": normal(rows, length, channels, seed=1),
-        "dt": F.softplus(normal(rows, length, channels, seed=2)),
-        "A": -torch.exp(normal(channels, numbers, seed=3)),
-        "B": normal(rows, length, numbers, seed=4),
-        "C": normal(rows, length, numbers, seed=5),
-        "D": normal(channels, seed=6),
-        "gate": normal(rows, length, channels, seed=7),
-        "initial_state": normal(rows, channels, numbers, seed=8),
-    }
-
-
-PER_TOKEN = ("x", "u", "dt", "B", "C", "gate")
-PER_ROW = (*PER_TOKEN, "initial_state")
-
-
-def tokens_of(arguments, start, stop, **changes):
-    return {k: v[:, start:stop] if k in PER_TOKEN else v for k, v in arguments.items()} | changes
-
-
-def row_of(arguments, row, length):
-    rows = {k: v[row : row + 1] if k in PER_ROW else v for k, v in arguments.items()}
-    return tokens_of(rows, 0, length)
-
-
-def with_pads(arguments, lengths, value):
-    """The same arguments with `value` in place of everything behind each row's end."""
-    pads = torch.arange(10**4) >= lengths[:, None]
-    fill = {k: v.masked_fill(pads[:, : v.shape[1], None], value) for k, v in arguments.items() if k in PER_TOKEN}
-    return arguments | fill
-
-
-def assert_same(got, expected, tolerance=1e-10):
-    for one, other in zip(got, expected, strict=True):
-        assert one.shape == other.shape
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 FUNCTIONS = pytest.mark.parametrize(
@@ -196,16 +145,40 @@ def test_scan_output_is_zero_at_pads():
     assert not y[torch.arange(12) >= lengths[:, None]].any()
 
 
+STEPS = torch.tensor([-1e4, -90.0, -20.0, -1.0, 0.0, 1.0, 19.9, 20.1, 1e3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("length", [1, 5, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_steps_before_softplus_are_those_after_it_and_pads_take_none(length, dtype, tolerance):
+    arguments = scan_arguments(rows=3, length=length, channels=9)
+    arguments |= {"dt": STEPS + arguments["dt"] * 1e-3, "A": arguments["A"] / 30}
+    lengths, found = torch.tensor([0, length // 2, length]), []
+    for dt_softplus in (False, True):
+        leaves = {k: v.to(dtype).requires_grad_() for k, v in with_pads(arguments, lengths, math.nan).items()}
+        given = leaves if dt_softplus else leaves | {"dt": F.softplus(leaves["dt"])}
+        y, state = selective_scan(**given, lengths=lengths, dt_softplus=dt_softplus)
+        names = [name for name in leaves if dt_softplus or name != "dt"]  # NaN would come back from softplus itself
+        gradients = torch.autograd.grad(y.sum() + state.sum(), [leaves[name] for name in names])
+        found.append({"y": y, "state": state} | dict(zip(names, gradients, strict=True)))
+    assert torch.isfinite(found[1]["dt"]).all()
+    for name, expected in found[0].items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found[1][name], expected, rtol=tolerance, atol=tolerance * scale)
+
+
 @FUNCTIONS
 @pytest.mark.parametrize("length", [1, 4, 11])
 def test_gradients_of_all_arguments_equal_finite_differences(function, make_arguments, length):
     arguments = make_arguments(rows=2, length=length, channels=2)
     names, leaves = list(arguments), [tensor.requires_grad_() for tensor in arguments.values()]
     for lengths in (None, torch.tensor([length, length // 2])):
-        assert torch.autograd.gradcheck(
-            lambda *tensors, lengths=lengths: function(**dict(zip(names, tensors, strict=True)), lengths=lengths),
-            leaves,
-        )
+        for options in ({}, {"dt_softplus": True})[: 1 + (function is selective_scan)]:
+            options = options | {"lengths": lengths}
+            assert torch.autograd.gradcheck(
+                lambda *tensors, options=options: function(**dict(zip(names, tensors, strict=True)), **options),
+                leaves,
+            )
 
 
 @FUNCTIONS
@@ -343,7 +316,9 @@ def test_compiled_equals_eager(function, make_arguments):
         arguments = make_arguments(length=length)
         assert_same(compiled(**arguments), function(**arguments))
         lengths = torch.tensor([length, length // 2])
-        assert_same(compiled(**arguments, lengths=lengths), function(**arguments, lengths=lengths))
+        (got, *got_state), (y, *state) = (each(**arguments, lengths=lengths) for each in (compiled, function))
+        real = torch.arange(length) < lengths[:, None]
+        assert_same((got[real], *got_state), (y[real], *state))
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def make_text(pattern, reach, num_rows, seed):
     return text
 
 
+@pytest.mark.without_kernels_too
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_rolled_back_text_goes_on_as_if_never_fed(pattern, reach):
