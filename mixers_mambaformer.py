@@ -308,20 +308,20 @@ class MambaFormerMLP(CountsReplacements):
 
 
 def plan_attention(
-    config, span: Span, cache, hidden_states: torch.Tensor, packing: Packing | None
+    layers, config, span: Span, cache, hidden_states: torch.Tensor, packing: Packing | None
 ) -> dict[int | None, AttentionPlan]:
-    """One plan for each retention, by its window; a layer that does not attend never asks.
+    """One plan for each retention of these layers, by its window.
 
     `packing` is given when the attention weights are to be returned, which only written-out attention can.
     """
     found = {}
     packing = packing if config._attn_implementation == "eager" else None
-    for layer_idx in range(config.num_hidden_layers):
-        window = config.window(layer_idx)
-        if window not in found and "attention" in config.mixers(layer_idx):
-            retention = Retention.of(config, layer_idx)
-            layout = plan_layout(retention, span, hidden_states.device) if cache is None else cache.layout(layer_idx)
-            found[window] = replace(_attention_plan(config, retention, layout, span, hidden_states), packing=packing)
+    for layer in layers:
+        if layer.has_attention and layer.window not in found:
+            retention, device = Retention.of(config, layer.layer_idx), hidden_states.device
+            layout = plan_layout(retention, span, device) if cache is None else cache.layout(layer.layer_idx)
+            plan = _attention_plan(config, retention, layout, span, hidden_states)
+            found[layer.window] = replace(plan, packing=packing)
     return found
 
 

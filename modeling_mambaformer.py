@@ -104,6 +104,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         self.expert_names = {name: f"layers.{layer_idx}.{name}" for name in ("self_attn", "mamba", "mlp")}
         mixers = config.mixers(layer_idx)
         self.has_attention, self.has_mamba = "attention" in mixers, "mamba" in mixers
+        self.window = config.window(layer_idx)
         self.has_mlp = config.intermediate_size is not None
         if self.has_attention:
             self.self_attn_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -602,11 +603,12 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             positions = span.positions(device) if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
         shown = packing if recorded.wants_attention else None
-        attention = plan_attention(self.config, span, cache, hidden_states, shown)
-        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        layers = list(self.layers)[: self.config.num_hidden_layers]
+        attention = plan_attention(layers, self.config, span, cache, hidden_states, shown)
+        for layer in layers:
             hidden_states, weights = layer(
                 recorded.hidden(hidden_states),
-                attention=attention.get(self.config.window(layer_idx)),
+                attention=attention.get(layer.window),
                 experts=plan.experts(),
                 position_embeddings=position_embeddings,
                 past_key_values=cache,

@@ -190,7 +190,7 @@ def _stamp_of_all(model: nn.Module) -> int:
             if weight is None:
                 continue
             if type(weight) is nn.Parameter and not weight.is_meta:
-                found += _stamp_of(weight)
+                found += storage_number(weight), weight.storage_offset(), version_of(weight)
             else:
                 found.append(_placed_stamp(module, name, weight))
     return hash((num_modules, *found))

@@ -331,23 +331,20 @@ def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None
 
 def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """`module(hidden_states)`; by a faster product, where a product is all that would happen."""
-    if _is_only_a_product(module):
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if torch.compiler.is_compiling() or not _is_only_a_product(module):
+        return module(hidden_states)
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if type(weight) is nn.Parameter:
+        outputs = few_rows_linear(hidden_states, weight, bias)
+    else:
         packed = packed_weight(weight)
-        if packed is None:
-            outputs = few_rows_linear(hidden_states, weight, bias)
-        else:
-            outputs = packed_linear(hidden_states, packed, bias)
-        if outputs is not None:
-            return outputs
-    return module(hidden_states)
+        outputs = None if packed is None else packed_linear(hidden_states, packed, bias)
+    return module(hidden_states) if outputs is None else outputs
 
 
 def _is_only_a_product(module: nn.Module) -> bool:
     """Whether no hook and no wrapper would do anything when `module` is called."""
-    if torch.compiler.is_compiling() or type(module) is not nn.Linear:
-        return False
-    if "weight" not in module._parameters or "forward" in module.__dict__:
+    if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
         return False
     return not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
 
