@@ -96,7 +96,7 @@ class MambaFormerCache(Cache):
         self.on_expert_change, self.resolve = on_expert_change, resolve
         self._model = None if model is None else weakref.ref(model)
         self.clock = Clock()
-        self.log = TokenLog(max_cache_len)
+        self.log = TokenLog(config, max_cache_len)
         # What is in force, and what the states were encoded under (`None`: they have to be computed again).
         self.expert_vector, self.in_force = None, InForce()
         self.encoded_under: InForce | None = self.in_force
@@ -311,7 +311,7 @@ class MambaFormerCache(Cache):
 
     @property
     def token_ids(self) -> torch.Tensor | None:
-        """Ids of all columns fed, (rows, columns), pads included; -1 where embeddings were fed. A view, not a copy."""
+        """Ids of all columns fed, (rows, columns), pads included; -1 where embeddings were fed. A copy."""
         return None if self.log.token_ids.tensor is None else self.log.token_ids.view(self.get_seq_length())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -471,7 +471,7 @@ class MambaFormerCache(Cache):
         self._forget_text()
 
     def _forget_text(self) -> None:
-        self.log = TokenLog(self.max_columns)
+        self.log = TokenLog(self.config, self.max_columns)
         self.clock.columns, self.clock.counts, self.clock.is_empty = self.clock.columns * 0, None, True
         self.clock.overshoot = 0
         self._rows, self.is_mixed = None, False

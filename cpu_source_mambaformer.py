@@ -23,10 +23,6 @@ typedef int64_t Long;
 
 struct bfloat16 { uint16_t bits; };
 
-#if VECTOR_BYTES == 64 && defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 // A vector of A, the integers of the same width, and how many fit.
 template <typename A> struct Lanes;
 template <> struct Lanes<float> {

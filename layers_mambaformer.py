@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .recurrent_mambaformer import RecurrentStore
-from .storage_mambaformer import Buffer, KeyValueStore, Retention, counted_positions, usable
+from .storage_mambaformer import Buffer, IdBuffer, KeyValueStore, Retention, counted_positions, usable
 
 
 @dataclass
@@ -199,8 +199,12 @@ def make_layer(config, layer_idx: int, clock: Clock, max_columns: int | None = N
 class TokenLog:
     """What was fed, column by column with its pads: enough to feed it again."""
 
-    def __init__(self, fixed_size: int | None = None):
-        self.token_ids, self.mask, self.position_ids = (Buffer(1, fixed_size) for _ in range(3))
+    def __init__(self, config, fixed_size: int | None = None):
+        self.token_ids, self.mask, self.position_ids = (
+            IdBuffer(config, fixed_size),
+            Buffer(1, fixed_size),
+            Buffer(1, fixed_size),
+        )
         self.has_embeddings = False
 
     def append(self, columns, token_ids, mask=None, position_ids=None) -> None:
@@ -240,7 +244,7 @@ class TokenLog:
         return {"token_ids": self.token_ids, "mask": self.mask, "position_ids": self.position_ids}
 
     def fork(self) -> "TokenLog":
-        other = TokenLog()
+        other = TokenLog(self.token_ids.config)
         for name, buffer in self.buffers().items():
             setattr(other, name, buffer.fork())
         other.has_embeddings = self.has_embeddings

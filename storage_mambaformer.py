@@ -12,6 +12,7 @@ Every store implements the whole protocol: `update`, `commit`, `discard`, `drop`
 `record_past`, `rewound`, `rewind`, `tensors`, `nbytes`.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -206,6 +207,8 @@ class Buffer:
     being recorded: what a graph may have saved for its backward pass is never overwritten.
     """
 
+    spare_fraction = SPARE_FRACTION
+
     def __init__(self, dim: int, fixed_size: int | None = None):
         self.dim, self.fixed_size = dim, fixed_size
         self.tensor: torch.Tensor | None = None
@@ -219,7 +222,7 @@ class Buffer:
             self.tensor, self.is_shared = self.tensor.to(like.device, like.dtype), False
         if self.tensor is not None and self.tensor.shape[self.dim] >= size:
             return
-        capacity = self.fixed_size or size + max(MIN_SPARE_SLOTS, size // SPARE_FRACTION)
+        capacity = self.fixed_size or size + max(MIN_SPARE_SLOTS, size // self.spare_fraction)
         shape = list(like.shape)
         shape[self.dim] = capacity
         old, self.tensor, self.is_shared = self.tensor, like.new_zeros(shape), False
@@ -264,11 +267,38 @@ class Buffer:
         self.is_shared = False
 
     def fork(self) -> "Buffer":
-        other = Buffer(self.dim, self.fixed_size)
+        other = copy.copy(self)
         if self.tensor is not None:
             other.tensor = self.tensor if self.fixed_size is None else self.tensor.clone()
             self.is_shared = other.is_shared = self.fixed_size is None or self.is_shared
         return other
+
+
+class IdBuffer(Buffer):
+    """Token ids of a model of `config`, (rows, columns): two bytes each if the vocabulary allows it, else four.
+
+    A text may be long where all other states are of constant size. -1 stands for what was fed as embeddings.
+    """
+
+    spare_fraction = 16
+
+    def __init__(self, config, fixed_size: int | None = None):
+        super().__init__(1, fixed_size)
+        self.config = config
+
+    def reserve(self, like: torch.Tensor, size: int) -> None:
+        dtype = torch.int16 if self.config.vocab_size < 0xFFFF else torch.int32
+        if self.tensor is not None and self.tensor.dtype != dtype:  # the vocabulary was resized
+            self.tensor, self.is_shared = self.view(self.tensor.shape[1]).to(dtype), False
+        super().reserve(torch.empty_like(like, dtype=dtype), size)
+
+    def view(self, size: int) -> torch.Tensor:
+        """The ids in the first `size` columns, as a copy of integers of 64 bits."""
+        ids = super().view(size).long()
+        if self.tensor.dtype == torch.int32:
+            return ids
+        ids = ids & 0xFFFF  # two bytes without a sign
+        return torch.where(ids == 0xFFFF, -1, ids)
 
 
 def is_writable(tensor: torch.Tensor) -> bool:

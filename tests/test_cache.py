@@ -16,6 +16,7 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertVector, MambaFormerCache
+from mambaformer.layers_mambaformer import TokenLog
 from mambaformer.storage_mambaformer import Buffer, Retention, Span, plan_layout
 
 
@@ -344,3 +345,26 @@ def test_forks_that_went_apart_are_each_encoded_again_from_their_own_text(varian
             found = model(text[:, 9:], past_key_values=cache, expert_vector=expert).logits
             same(found, model(text, expert_vector=expert, use_cache=False).logits[:, 9:])
             assert torch.equal(cache.token_ids, text)
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(61, 2), (65534, 2), (65535, 4), (200_000, 4)])
+@pytest.mark.parametrize("fixed_size", [None, 40])
+def test_tokens_are_remembered_in_few_bytes_and_given_back_as_they_were(vocab_size, width, fixed_size):
+    config = tiny_config("mamba", vocab_size=vocab_size)
+    log, ids = TokenLog(config, fixed_size), torch.randint(0, vocab_size, (2, 30))
+    ids[0, :4] = torch.tensor([-1, 0, vocab_size - 1, vocab_size // 2])
+    for start in range(0, 30, 10):
+        log.append(start, ids[:, start : start + 10])
+    fork = log.fork()
+    fork.append(30, ids[:, :1])
+    assert torch.equal(log.token_ids.view(30), ids) and torch.equal(fork.token_ids.view(31)[:, 30], ids[:, 0])
+    assert log.token_ids.tensor.element_size() == width
+
+
+def test_tokens_survive_a_vocabulary_that_grows():
+    config = tiny_config("mamba")
+    log, ids = TokenLog(config), torch.tensor([[-1, 60, 0]])
+    log.append(0, ids)
+    config.vocab_size = 100_000
+    log.append(3, ids + 90_000)
+    assert log.token_ids.view(6).tolist() == [[-1, 60, 0, 89_999, 90_060, 90_000]]
