@@ -10,7 +10,7 @@ Letters, after Mamba (arXiv 2312.00752). Activations are channels-last and packe
 | K      | taps of the convolution                                        |           | section 3.4     |
 | x      | input of the convolution                                       | (B, L, D) | figure 3        |
 | u      | input of the scan; the paper calls it x                        | (B, L, D) | equation 2      |
-| dt     | step size Delta, after softplus                                | (B, L, D) | section 3.2     |
+| dt     | step size Delta, after softplus unless said otherwise          | (B, L, D) | section 3.2     |
 | A      | decay rates, negative                                          | (D, N)    | section 3.6     |
 | B, C   | as tensors: what a token writes to the state, what it reads    | (B, L, N) | section 3.2     |
 | gate   | multiplies the output through SiLU                             | (B, L, D) | figure 3        |
