@@ -53,14 +53,18 @@ def scan_on_cpu(
     initial_state: Tensor | None,
     lengths: Tensor | None,
     dt_softplus: bool,
+    A_is_log: bool,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` of plain CPU tensors."""
     dtype, output_dtype = _arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state), u.dtype
     u, dt, B, C, gate = _stored(dtype, u, dt, B, C, gate)
     A, D, initial_state = (_exactly(tensor, dtype) for tensor in (A, D, initial_state))
     lengths = _exactly(lengths, torch.int64)
-    run = SelectiveScan.apply if _is_differentiated(u, dt, A, B, C, D, gate, initial_state) else _scan
-    y, final_state = run(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus)
+    is_differentiated = _is_differentiated(u, dt, A, B, C, D, gate, initial_state)
+    if A_is_log and (is_differentiated or u.shape[1] > 1):  # a single token leaves it to the kernel, which is faster
+        A, A_is_log = -torch.exp(A), False
+    run = SelectiveScan.apply if is_differentiated else _scan
+    y, final_state = run(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log)
     return _exactly(y, output_dtype), final_state
 
 
@@ -127,12 +131,12 @@ class SelectiveScan(torch.autograd.Function):
     """`_scan` with its gradients; keeps its arguments, and the states at every `CHUNK`-th token."""
 
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus):
+    def forward(ctx, u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log):
         checkpoints = A.new_empty(len(u), math.ceil(u.shape[1] / CHUNK), *A.shape)
         ctx.save_for_backward(u, dt, A, B, C, D, gate, initial_state, lengths, checkpoints)
         ctx.set_materialize_grads(False)
         ctx.dt_softplus = dt_softplus
-        return _scan(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, checkpoints)
+        return _scan(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log, checkpoints)
 
     @staticmethod
     def backward(ctx, dy, dfinal_state):
@@ -147,13 +151,13 @@ class SelectiveScan(torch.autograd.Function):
         _run(
             "scan_back",
             u.dtype,
-            *_scan_fields(u, dt, A, B, C, D, gate, initial_state, lengths, ctx.dt_softplus, checkpoints),
+            *_scan_fields(u, dt, A, B, C, D, gate, initial_state, lengths, ctx.dt_softplus, False, checkpoints),
             *_views(dy, du, ddt, dgate),
             *_addresses(dfinal_state, dA, dB, dC, dD, dinitial_state),
         )
         dB, dC = dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype)
         dD, dinitial_state = _where_given(D, dD.sum(0)), _where_given(initial_state, dinitial_state)
-        return du, ddt, dA.sum(0), dB, dC, dD, dgate, dinitial_state, None, None
+        return du, ddt, dA.sum(0), dB, dC, dD, dgate, dinitial_state, None, None, None
 
 
 def _convolve(x, weight, bias, initial_state, lengths) -> tuple[Tensor, Tensor]:
@@ -163,11 +167,11 @@ def _convolve(x, weight, bias, initial_state, lengths) -> tuple[Tensor, Tensor]:
 
 
 def _scan(
-    u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, checkpoints: Tensor | None = None
+    u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log, checkpoints: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     y, final_state = _new_like(u), A.new_empty(len(u), *A.shape)
-    outputs = (checkpoints, y, final_state)
-    _run("scan", u.dtype, *_scan_fields(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, *outputs))
+    options, outputs = (dt_softplus, A_is_log), (checkpoints, y, final_state)
+    _run("scan", u.dtype, *_scan_fields(u, dt, A, B, C, D, gate, initial_state, lengths, *options, *outputs))
     return y, final_state
 
 
@@ -178,11 +182,12 @@ def _convolution_fields(x, weight, bias, initial_state, lengths, y=None, final_s
 
 
 def _scan_fields(
-    u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, checkpoints, y=None, final_state=None
+    u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log, checkpoints, y=None, final_state=None
 ) -> tuple[int, ...]:
     """The struct `Scan` of the source."""
     states = _addresses(A, D, initial_state, final_state, checkpoints)
-    return *_views(B, C, u, dt, gate, y), *states, A.shape[1], dt_softplus, *_shares(u, A.shape[1], lengths)
+    views, sizes = _views(B, C, u, dt, gate, y), _shares(u, A.shape[1], lengths)
+    return *views, *states, A.shape[1], dt_softplus, A_is_log, *sizes
 
 
 def _shares(tensor: Tensor, numbers: int, lengths: Tensor | None) -> tuple[int, ...]:

@@ -203,7 +203,7 @@ struct Scan {
     View B, C, u, dt, gate, y;
     const void *A, *D, *initial_state;  // all of R
     void *final_state, *checkpoints;    // (B, D, N), and in training (B, chunks, D, N): the states before each chunk
-    Long numbers, dt_softplus;
+    Long numbers, dt_softplus, A_is_log;
     Shares shares;
 };
 
@@ -264,6 +264,11 @@ static ALWAYS_INLINE void load_numbers(const Scan &scan, Long first, int count, 
     }
 }
 
+template <typename R> static ALWAYS_INLINE Vec<R> load_A(const Scan &scan, Long first, int count) {
+    Vec<R> A = load_some<R>((const R *)scan.A + first, count);
+    return scan.A_is_log ? -exp_of<R>(A) : A;
+}
+
 // Exponentials take long but can overlap, so many are computed before the first is used. The last is that of the
 // whole chunk: a decay near 1 is rounded, and a state that lives for thousands of tokens must not be so each time.
 template <typename R>
@@ -306,7 +311,7 @@ static ALWAYS_INLINE void scan_chunk(const Scan &scan, Chunk<R> &chunk, const R 
             int stop = least(lane + together, chunk.lanes);
             Long own = (chunk.channel + lane) * scan.numbers + first;
             for (int each = lane; each < stop; each++, own += scan.numbers)
-                decay<R>(load_some<R>((const R *)scan.A + own, count), each, chunk, decays + (each - lane) * size);
+                decay<R>(load_A<R>(scan, own, count), each, chunk, decays + (each - lane) * size);
             own = (chunk.channel + lane) * scan.numbers + first;
             for (int each = lane; each < stop; each++, own += scan.numbers) {
                 Vec<R> h = before ? load_some<R>(before + own, count) : Vec<R>{};
@@ -425,7 +430,7 @@ static ALWAYS_INLINE void scan_chunk_back(const ScanGradient &gradient, Long spl
         }
         for (int lane = 0; lane < chunk.lanes; lane++) {
             Long own = (chunk.channel + lane) * scan.numbers + first;
-            Vec<R> A = load_some<R>((const R *)scan.A + own, count), h = load_some<R>(before + own, count);
+            Vec<R> A = load_A<R>(scan, own, count), h = load_some<R>(before + own, count);
             Vec<R> own_dA = load_some<R>(dA + own, count), own_dh = load_some<R>(dh + own, count);
             advance_back<R>(h, A, lane, chunk, back, own_dh, own_dA);
             store_some<R>(own_dA, dA + own, count), store_some<R>(own_dh, dh + own, count);

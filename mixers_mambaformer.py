@@ -247,12 +247,13 @@ class MambaFormerMambaMixer(CountsReplacements):
         """Convolution and scan from `states` ({} at first): output, states, and what they took if recorded."""
         mixed, window = self.conv1d(inputs, states.get("conv"), lengths)
         dt, B, C = self.selection(mixed, experts)
-        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
-        y, state = selective_scan(mixed, dt, A, B, C, self.D, gate, states.get("ssm"), lengths, dt_softplus=True)
+        options = {"lengths": lengths, "dt_softplus": True, "A_is_log": True}
+        y, state = selective_scan(mixed, dt, self.A_log, B, C, self.D, gate, states.get("ssm"), **options)
         passage = None
         if is_recorded:
             # A view would keep the inputs of a whole prompt in memory.
             recorded = {"x": inputs.clone(), "u": mixed, "dt": dt, "B": B}
+            A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))  # as it is now, should it be trained
             passage = Passage(
                 recorded, functools.partial(_advance_states, A, self.conv1d.kernel_size[0]), states, lengths
             )

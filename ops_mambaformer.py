@@ -10,7 +10,7 @@ Letters, after Mamba (arXiv 2312.00752). Activations are channels-last and packe
 | K      | taps of the convolution                                        |           | section 3.4     |
 | x      | input of the convolution                                       | (B, L, D) | figure 3        |
 | u      | input of the scan; the paper calls it x                        | (B, L, D) | equation 2      |
-| dt     | step size Delta, after softplus                                | (B, L, D) | section 3.2     |
+| dt     | step size Delta, after softplus unless said otherwise          | (B, L, D) | section 3.2     |
 | A      | decay rates, negative                                          | (D, N)    | section 3.6     |
 | B, C   | as tensors: what a token writes to the state, what it reads    | (B, L, N) | section 3.2     |
 | gate   | multiplies the output through SiLU                             | (B, L, D) | figure 3        |
@@ -98,6 +98,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     dt_softplus: bool = False,
+    A_is_log: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Selective state space recurrence over any number of tokens from any state (arXiv 2312.00752, section 3.2).
 
@@ -114,6 +115,7 @@ def selective_scan(
         initial_state: (B, D, N); `None` means zeros.
         lengths: (B,) integers from 0 to L; `None` means that every token is real.
         dt_softplus: dt is given as it was before softplus, which is then part of the arithmetic.
+        A_is_log: A is given as log(-A), the way it is trained.
 
     Returns:
         y: (B, L, D) in the dtype of u; zero at pads.
@@ -134,17 +136,18 @@ def selective_scan(
         lengths=(lengths, (rows,)),
     )
     if _use_cpu_kernels(u, dt, A, B, C, D, gate, initial_state, lengths):
-        return scan_on_cpu(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus)
+        return scan_on_cpu(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log)
     real = _real_tokens(lengths, length)
     u, dt, B, C, gate = (_zero_pads(tensor, real) for tensor in (u, dt, B, C, gate))
     dtype = _arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
     if dt_softplus:
         dt = _zero_pads(F.softplus(dt.to(dtype)), real)  # a pad takes no step, and softplus(0) is one
+    A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
     initial_state = None if initial_state is None else initial_state.to(dtype)
     scan = _choose_scan(u, dt, A, B, C, D, gate, initial_state)
     # Autocast would run the products of the scan in half precision.
     with _without_autocast(u.device.type):
-        return scan(u, dt, A.to(dtype), B, C, D, gate, initial_state)
+        return scan(u, dt, A, B, C, D, gate, initial_state)
 
 
 def _check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:

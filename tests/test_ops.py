@@ -145,6 +145,19 @@ def test_scan_output_is_zero_at_pads():
     assert not y[torch.arange(12) >= lengths[:, None]].any()
 
 
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_rate_given_as_its_logarithm_is_the_rate(length):
+    arguments = {k: v.requires_grad_() for k, v in scan_arguments(length=length).items()}
+    arguments["A"] = normal(3, 5).requires_grad_()
+    found = selective_scan(**arguments, A_is_log=True)
+    expected = selective_scan(**arguments | {"A": -torch.exp(arguments["A"])})
+    assert_same(found, expected)
+    seeds = [torch.ones_like(output) for output in found]
+    assert_same(*(torch.autograd.grad(each, list(arguments.values()), seeds) for each in (found, expected)))
+    with torch.no_grad():
+        assert_same(selective_scan(**arguments, A_is_log=True), expected)
+
+
 STEPS = torch.tensor([-1e4, -90.0, -20.0, -1.0, 0.0, 1.0, 19.9, 20.1, 1e3], dtype=torch.float64)
 
 
