@@ -70,6 +70,11 @@ def are_readable(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def is_differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether a graph is recorded through any of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _load_or_compile(source: str) -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
@@ -150,4 +155,4 @@ def _run(command: list[str], text: str | None = None) -> str:
     return done.stdout
 
 
-__all__ = ["SWITCH", "are_readable", "cpu_library"]
+__all__ = ["SWITCH", "are_readable", "cpu_library", "is_differentiated"]

@@ -57,7 +57,7 @@ def _kernel(name: str, *stored: torch.dtype) -> Any:
 
 def _takes(*tensors: Tensor | None) -> bool:
     """Whether kernels without a backward may have these: all of one dtype."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     dtype, is_recording = tensors[0].dtype, torch.is_grad_enabled()
     for tensor in tensors:
@@ -73,9 +73,9 @@ def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if rows > MOST_ROWS.get(dtype, 0) or not _takes(states, weight, bias):
         return None
     kernel = _kernel("linear", dtype)
-    if kernel is None or not weight.is_contiguous():
+    num_outputs, num_inputs = weight.shape
+    if kernel is None or num_inputs != width or not weight.is_contiguous():
         return None
-    num_outputs = weight.shape[0]
     states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], num_outputs))
     bias = None if bias is None else bias.data_ptr()
     kernel(states.data_ptr(), rows, width, weight.data_ptr(), num_outputs, bias, outputs.data_ptr(), get_num_threads())
@@ -86,7 +86,8 @@ def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = No
     """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
     rows = states.numel() // states.shape[-1]
     is_few = rows <= MOST_ROWS.get(states.dtype, 0)
-    if not _takes(states, bias) or not are_readable(packed.qdata) or not (is_few or packed.kind == "int4"):
+    fits = states.shape[-1] == packed.shape[1] and (is_few or packed.kind == "int4")
+    if not fits or not _takes(states, bias) or not are_readable(packed.qdata):
         return None
     if packed.kind == "int8":
         return _few_rows_int8(states, rows, packed, bias)
@@ -136,12 +137,13 @@ def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
     is_shared = delta.ndim == 1
     if not (is_shared or states.shape[1] == 1) or not _takes(states, basis) or not _takes(delta):
         return None
-    wide = torch.float64 if states.dtype == torch.float64 else torch.float32
-    kernel = _kernel("rescale", states.dtype)
+    wide, (width, rank) = torch.float64 if states.dtype == torch.float64 else torch.float32, basis.shape
+    fits = width == states.shape[2] and delta.shape in ((rank,), (states.shape[0], 1, rank))
+    kernel = _kernel("rescale", states.dtype) if fits else None
     if kernel is None or delta.dtype != wide or basis.stride(1) != 1:
         return None
-    states, delta, outputs = states.contiguous(), delta.contiguous(), torch.empty_like(states.contiguous())
-    rank = basis.shape[1]
+    states, delta = states.contiguous(), delta.contiguous()
+    outputs = torch.empty_like(states)
     kernel(states.data_ptr(), states.shape[0] * states.shape[1], states.shape[2], basis.data_ptr(), basis.stride(0),
            rank, delta.data_ptr(), 0 if is_shared else rank, outputs.data_ptr(), get_num_threads())  # fmt: skip
     return outputs
@@ -150,7 +152,7 @@ def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
 def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """weight * states / sqrt(mean(states^2) + eps) over the last dimension."""
     kernel = _kernel("rms_norm", states.dtype) if _takes(states, weight) else None
-    if kernel is None:
+    if kernel is None or weight.shape != states.shape[-1:]:
         return None
     states, width = states.contiguous(), states.shape[-1]
     outputs = torch.empty_like(states)
@@ -162,9 +164,10 @@ def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
 def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
     kernel = _kernel("rotate", states.dtype) if _takes(states, cos, sin) else None
-    if kernel is None or states.stride(3) != 1:
-        return None
     rows, heads, tokens, width = states.shape
+    fits = cos.shape == sin.shape and cos.shape in ((rows, tokens, width), (1, tokens, width)) and width % 2 == 0
+    if kernel is None or not fits or states.stride(3) != 1:
+        return None
     cos, sin, outputs = cos.contiguous(), sin.contiguous(), states.new_empty(states.shape)
     kernel(states.data_ptr(), rows, heads, tokens, width // 2, *states.stride()[:3], cos.data_ptr(), sin.data_ptr(),
            tokens * width if cos.shape[0] > 1 else 0, outputs.data_ptr(), get_num_threads())  # fmt: skip
@@ -174,7 +177,7 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
 def gated(gates: Tensor, states: Tensor) -> Tensor | None:
     """silu(gates) * states, of the same shape."""
     kernel = _kernel("gate", states.dtype) if _takes(states, gates) else None
-    if kernel is None:
+    if kernel is None or gates.shape != states.shape:
         return None
     gates, states, outputs = gates.contiguous(), states.contiguous(), states.new_empty(states.shape)
     kernel(gates.data_ptr(), states.data_ptr(), states.numel(), outputs.data_ptr(), get_num_threads())
@@ -194,19 +197,25 @@ def few_queries_attention(
         return None  # which of them see which keys is left to who is asked
     if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not _takes(query, key, value):
         return None
-    kernel = _kernel("attend", query.dtype)
-    if kernel is None or any(tensor.stride(3) != 1 for tensor in (query, key, value)):
+    kernel, (key_rows, key_heads, num_keys, key_width) = _kernel("attend", query.dtype), key.shape
+    fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape and heads % key_heads == 0
+    if kernel is None or not fits or query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         return None
-    if mask is not None and (mask.dtype != torch.bool or not are_readable(mask) or mask.stride(3) != 1):
+    if mask is not None and not _takes_mask(mask, rows, queries, num_keys):
         return None
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
-    shape = _Shape(rows, key.shape[1], heads // key.shape[1], queries, key.shape[2], width, *query.stride()[:3],
+    shape = _Shape(rows, key_heads, heads // key_heads, queries, num_keys, width, *query.stride()[:3],
                    *key.stride()[:3], *value.stride()[:3], *mask_strides)  # fmt: skip
     outputs = query.new_empty((rows, queries, heads, width))
     mask = None if mask is None else mask.data_ptr()
     kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, scaling, outputs.data_ptr(),
            ctypes.addressof(shape), get_num_threads())  # fmt: skip
     return outputs
+
+
+def _takes_mask(mask: Tensor, rows: int, queries: int, keys: int) -> bool:
+    fits = mask.shape in ((rows, 1, queries, keys), (1, 1, queries, keys)) and mask.dtype is torch.bool
+    return fits and are_readable(mask) and mask.stride(3) == 1
 
 
 __all__ = ["few_queries_attention", "few_rows_linear", "gated", "packed_linear", "rescaled", "rms_normed", "rotated"]

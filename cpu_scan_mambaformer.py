@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .compiler_mambaformer import SWITCH, are_readable, cpu_library
+from .compiler_mambaformer import SWITCH, are_readable, cpu_library, is_differentiated
 from .cpu_scan_source_mambaformer import CHUNK, MOST_TAPS, SCAN_SOURCE
 
 # What activations may be stored in, by the ending of the functions below; the arithmetic is in float or double.
@@ -33,11 +33,11 @@ def convolve_on_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv1d` of plain CPU tensors."""
-    dtype = _arithmetic_dtype(x, weight, bias)
+    dtype = arithmetic_dtype(x, weight, bias)
     (inputs,) = _stored(dtype, x)
     weight, bias = _exactly(weight, dtype), _exactly(bias, dtype)
     initial_state, lengths = _exactly(initial_state, inputs.dtype), _exactly(lengths, torch.int64)
-    run = CausalConvolution.apply if _is_differentiated(inputs, weight, bias, initial_state) else _convolve
+    run = CausalConvolution.apply if is_differentiated(inputs, weight, bias, initial_state) else _convolve
     y, final_state = run(inputs, weight, bias, initial_state, lengths)
     return _exactly(y, x.dtype), _exactly(final_state, x.dtype)
 
@@ -56,25 +56,22 @@ def scan_on_cpu(
     A_is_log: bool,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` of plain CPU tensors."""
-    dtype, output_dtype = _arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state), u.dtype
+    dtype, output_dtype = arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state), u.dtype
     u, dt, B, C, gate = _stored(dtype, u, dt, B, C, gate)
     A, D, initial_state = (_exactly(tensor, dtype) for tensor in (A, D, initial_state))
     lengths = _exactly(lengths, torch.int64)
-    is_differentiated = _is_differentiated(u, dt, A, B, C, D, gate, initial_state)
-    if A_is_log and (is_differentiated or u.shape[1] > 1):  # a single token leaves it to the kernel, which is faster
+    is_trained = is_differentiated(u, dt, A, B, C, D, gate, initial_state)
+    if A_is_log and (is_trained or u.shape[1] > 1):  # a single token leaves it to the kernel, which is faster
         A, A_is_log = -torch.exp(A), False
-    run = SelectiveScan.apply if is_differentiated else _scan
+    run = SelectiveScan.apply if is_trained else _scan
     y, final_state = run(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log)
     return _exactly(y, output_dtype), final_state
 
 
-def _arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Float64 if any of them is, else float32."""
     doubled = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if doubled else torch.float32
-
-
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _stored(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -241,4 +238,4 @@ def _where_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
     return None if argument is None else gradient
 
 
-__all__ = ["MOST_TAPS", "convolve_on_cpu", "scan_on_cpu", "takes_on_cpu"]
+__all__ = ["MOST_TAPS", "arithmetic_dtype", "convolve_on_cpu", "scan_on_cpu", "takes_on_cpu"]

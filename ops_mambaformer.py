@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpu_scan_mambaformer import MOST_TAPS, convolve_on_cpu, scan_on_cpu, takes_on_cpu
+from .compiler_mambaformer import is_differentiated
+from .cpu_scan_mambaformer import MOST_TAPS, arithmetic_dtype, convolve_on_cpu, scan_on_cpu, takes_on_cpu
 
 # Up to so many tokens one level of the scan is faster than two.
 LONGEST_SINGLE_CHUNK = 8
@@ -139,7 +140,7 @@ def selective_scan(
         return scan_on_cpu(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log)
     real = _real_tokens(lengths, length)
     u, dt, B, C, gate = (_zero_pads(tensor, real) for tensor in (u, dt, B, C, gate))
-    dtype = _arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
+    dtype = arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
     if dt_softplus:
         dt = _zero_pads(F.softplus(dt.to(dtype)), real)  # a pad takes no step, and softplus(0) is one
     A = -torch.exp(A.to(dtype)) if A_is_log else A.to(dtype)
@@ -171,15 +172,6 @@ def _zero_pads(tensor: Tensor | None, real: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or real is None else torch.where(real, tensor, 0)
 
 
-def _arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
-    doubled = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if doubled else torch.float32
-
-
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _without_autocast(device_type: str) -> AbstractContextManager:
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
@@ -189,7 +181,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    length, dtype = x.shape[1], _arithmetic_dtype(x, weight, bias)
+    length, dtype = x.shape[1], arithmetic_dtype(x, weight, bias)
     inputs = torch.cat([initial_state, x], dim=1)  # (B, K - 1 + L, D)
     taps = weight.to(dtype).unbind(1)
     windows = inputs.to(dtype)
@@ -257,7 +249,7 @@ def _scan_chunks(
     # The loops below are unrolled by torch.compile, which must not try that with a symbol for the length.
     length = operator.index(dt.shape[1])
     chunk, chunks = _divide(length)
-    in_place = not (torch.compiler.is_compiling() or _is_differentiated(dt_u, dt, A, B, C, initial_state))
+    in_place = not (torch.compiler.is_compiling() or is_differentiated(dt_u, dt, A, B, C, initial_state))
     dt_u, dt, B, C = (_split(tensor, chunk, chunks) for tensor in (dt_u, dt, B, C))  # (B, chunks, chunk, D or N)
     A, initial_state = A.t().contiguous(), initial_state.transpose(1, 2)
     # Fresh memory for every token costs more than the arithmetic on it.
@@ -345,11 +337,11 @@ def _kernels_for(tensor: Tensor, dtype: torch.dtype) -> Kernels:
 def _choose_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, lengths: Tensor | None
 ) -> Callable:
-    kernels = _kernels_for(x, _arithmetic_dtype(x, weight, bias))
+    kernels = _kernels_for(x, arithmetic_dtype(x, weight, bias))
     # What causal_conv1d was compiled for: 2 to 4 taps, channels-last rows aligned to 8 numbers.
     if not 2 <= weight.shape[1] <= 4 or x.shape[2] % 8:
         return _convolve
-    single = x.shape[1] == 1 and lengths is None and not _is_differentiated(x, weight, bias, initial_state)
+    single = x.shape[1] == 1 and lengths is None and not is_differentiated(x, weight, bias, initial_state)
     if kernels.convolve_token and single:
         return partial(_convolve_token_with_kernel, kernels.convolve_token)
     return partial(_convolve_with_kernel, kernels.convolve) if kernels.convolve else _convolve
@@ -376,8 +368,8 @@ def _convolve_token_with_kernel(
 
 
 def _choose_scan(u: Tensor, dt: Tensor, A: Tensor, *others: Tensor | None) -> Callable:
-    kernels = _kernels_for(u, _arithmetic_dtype(u, dt, A, *others))
-    if kernels.scan_token and u.shape[1] == 1 and not _is_differentiated(u, dt, A, *others):
+    kernels = _kernels_for(u, arithmetic_dtype(u, dt, A, *others))
+    if kernels.scan_token and u.shape[1] == 1 and not is_differentiated(u, dt, A, *others):
         return partial(_scan_token_with_kernel, kernels.scan_token)
     # selective_scan_fn was compiled for at most 256 numbers a channel.
     if kernels.scan and u.shape[1] > 0 and A.shape[1] <= 256:
@@ -418,7 +410,7 @@ def _scan_with_kernel(
     gate: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    differentiated = _is_differentiated(u, dt, A, B, C, D, gate, initial_state)
+    differentiated = is_differentiated(u, dt, A, B, C, D, gate, initial_state)
     run = _run_kernel_with_state_gradient if differentiated else _run_kernel
     y, final_state = run(kernel, u, dt, A, B, C, None if D is None else D.to(A.dtype))
     if initial_state is not None:

@@ -205,6 +205,34 @@ def test_what_kernels_cannot_do_is_left_to_pytorch():
     assert few_queries_attention(*[normal(1, 1, 1, 12)] * 3, None, 1.0) is None
 
 
+def test_shapes_that_contradict_each_other_are_left_to_pytorch_which_says_so():
+    states, weight = normal(2, 1, 16, dtype=torch.float32), normal(16, 16, dtype=torch.float32)
+    assert few_rows_linear(states[..., :8], weight) is None
+    assert packed_linear(states[..., :8], PackedWeight("int8", weight.to(torch.int8), scale=weight[0])) is None
+    assert rescaled(states, weight[:8], weight[0]) is None and rescaled(states, weight, weight[0, :8]) is None
+    assert rescaled(states, weight, weight[:3, None]) is None
+    assert rms_normed(states, weight[0, :8], 1e-5) is None and gated(states, states[:1]) is None
+    heads, angles = normal(2, 4, 1, 16, dtype=torch.float32), normal(1, 1, 16, dtype=torch.float32)
+    assert (
+        rotated(heads, angles[..., :8], angles[..., :8]) is None
+        and rotated(heads, angles.repeat(3, 1, 1), angles) is None
+    )
+    keys, mask = normal(2, 2, 5, 16, dtype=torch.float32), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    assert few_queries_attention(heads, keys, keys, mask, 1.0) is not None
+    assert few_queries_attention(heads, keys[:1], keys[:1], mask, 1.0) is None
+    assert few_queries_attention(heads, keys, keys[:, :, :4], mask, 1.0) is None
+    assert few_queries_attention(heads, keys, keys, mask[..., :4], 1.0) is None
+    assert few_queries_attention(heads, keys, keys, mask.float(), 1.0) is None
+    with pytest.raises(RuntimeError):
+        svd.apply_linear(nn.Linear(16, 8).requires_grad_(False), states[..., :8])
+
+
+def test_autocast_decides_what_products_are_computed_in():
+    module, states = nn.Linear(16, 8).requires_grad_(False), torch.randn(1, 1, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert svd.apply_linear(module, states).dtype == torch.bfloat16
+
+
 def test_hooks_and_wrappers_of_linear_modules_are_not_passed_by():
     module, states, calls = nn.Linear(16, 8).requires_grad_(False), torch.randn(1, 1, 16), []
     wanted = module(states)
