@@ -37,8 +37,11 @@ def convolve_on_cpu(
     (inputs,) = _stored(dtype, x)
     weight, bias = _exactly(weight, dtype), _exactly(bias, dtype)
     initial_state, lengths = _exactly(initial_state, inputs.dtype), _exactly(lengths, torch.int64)
-    run = CausalConvolution.apply if is_differentiated(inputs, weight, bias, initial_state) else _convolve
-    y, final_state = run(inputs, weight, bias, initial_state, lengths)
+    arguments = (inputs, weight, bias, initial_state, lengths)
+    if is_differentiated(*arguments):
+        y, final_state = CausalConvolution.apply(*_savable(*arguments))
+    else:
+        y, final_state = _convolve(*arguments)
     return _exactly(y, x.dtype), _exactly(final_state, x.dtype)
 
 
@@ -60,11 +63,15 @@ def scan_on_cpu(
     u, dt, B, C, gate = _stored(dtype, u, dt, B, C, gate)
     A, D, initial_state = (_exactly(tensor, dtype) for tensor in (A, D, initial_state))
     lengths = _exactly(lengths, torch.int64)
-    is_trained = is_differentiated(u, dt, A, B, C, D, gate, initial_state)
+    arguments = (u, dt, A, B, C, D, gate, initial_state, lengths)
+    is_trained = is_differentiated(*arguments)
     if A_is_log and (is_trained or u.shape[1] > 1):  # a single token leaves it to the kernel, which is faster
         A, A_is_log = -torch.exp(A), False
-    run = SelectiveScan.apply if is_trained else _scan
-    y, final_state = run(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log)
+        arguments = (u, dt, A, B, C, D, gate, initial_state, lengths)
+    if is_trained:
+        y, final_state = SelectiveScan.apply(*_savable(*arguments), dt_softplus, A_is_log)
+    else:
+        y, final_state = _scan(*arguments, dt_softplus, A_is_log)
     return _exactly(y, output_dtype), final_state
 
 
@@ -95,6 +102,11 @@ def _refuse_second_derivative() -> None:
             f"The CPU kernels have no second derivative, and create_graph=True asks for one: set {SWITCH}=0 before "
             "the first forward, and PyTorch computes all of them, only slower."
         )
+
+
+def _savable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies of those that were made in inference mode, which no graph may keep."""
+    return [tensor if tensor is None or not tensor.is_inference() else tensor.clone() for tensor in tensors]
 
 
 class CausalConvolution(torch.autograd.Function):
