@@ -13,11 +13,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor, get_num_threads, nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from .compiler_mambaformer import are_readable, cpu_library
 from .cpu_decode_source_mambaformer import DECODE_SOURCE
-from .quantized_mambaformer import PackedWeight
+from .quantized_mambaformer import PackedWeight, packed_weight
 
 # Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float64: 16}
@@ -36,12 +37,18 @@ _ARGUMENTS = {
     "rotate": "pnnnnnnnppnp",
     "gate": "ppnp",
     "attend": "ppppdpp",
+    "attention_inputs": "pnnnpdpnppnppp",
+    "attention_outputs": "ppppdpppp",
+    "gated_mlp": "pnnpdpp",
 }
 _KINDS = {"p": _POINTER, "n": _INTEGER, "d": ctypes.c_double}
 
 
 # The C structure `Shape`: sizes, the strides of query, key and value, and those of the mask.
 _Shape = _INTEGER * 17
+# As many C structures `Weight`, side by side.
+_Weights = {count: _INTEGER * (8 * count) for count in (1, 3)}
+_PLAIN, _INT8, _INT4 = range(3)
 
 
 @lru_cache
@@ -192,20 +199,11 @@ def few_queries_attention(
     `mask` is boolean (rows or 1, 1, queries, keys), true where a query sees a key; `None` where a single query sees
     all. Returns (rows, queries, heads, width); a query that sees nothing gets zeros.
     """
+    shape = _attention_shape(query, key, value, mask)
+    kernel = None if shape is None else _kernel("attend", query.dtype)
+    if kernel is None:
+        return None
     rows, heads, queries, width = query.shape
-    if mask is None and queries > 1:
-        return None  # which of them see which keys is left to who is asked
-    if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not _takes(query, key, value):
-        return None
-    kernel, (key_rows, key_heads, num_keys, key_width) = _kernel("attend", query.dtype), key.shape
-    fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape and heads % key_heads == 0
-    if kernel is None or not fits or query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
-        return None
-    if mask is not None and not _takes_mask(mask, rows, queries, num_keys):
-        return None
-    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
-    shape = _Shape(rows, key_heads, heads // key_heads, queries, num_keys, width, *query.stride()[:3],
-                   *key.stride()[:3], *value.stride()[:3], *mask_strides)  # fmt: skip
     outputs = query.new_empty((rows, queries, heads, width))
     mask = None if mask is None else mask.data_ptr()
     kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, scaling, outputs.data_ptr(),
@@ -213,9 +211,179 @@ def few_queries_attention(
     return outputs
 
 
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+    """The C structure `Shape`; `None` for what attention of few queries does not take."""
+    rows, heads, queries, width = query.shape
+    if mask is None and queries > 1:
+        return None  # which of them see which keys is left to who is asked
+    if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not _takes(query, key, value):
+        return None
+    key_rows, key_heads, num_keys, key_width = key.shape
+    fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape and heads % key_heads == 0
+    if not fits or query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+        return None
+    if mask is not None and not _takes_mask(mask, rows, queries, num_keys):
+        return None
+    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+    return _Shape(rows, key_heads, heads // key_heads, queries, num_keys, width, *query.stride()[:3],
+                  *key.stride()[:3], *value.stride()[:3], *mask_strides)  # fmt: skip
+
+
 def _takes_mask(mask: Tensor, rows: int, queries: int, keys: int) -> bool:
     fits = mask.shape in ((rows, 1, queries, keys), (1, 1, queries, keys)) and mask.dtype is torch.bool
     return fits and are_readable(mask) and mask.stride(3) == 1
 
 
-__all__ = ["few_queries_attention", "few_rows_linear", "gated", "packed_linear", "rescaled", "rms_normed", "rotated"]
+# ------------------------------------------------------------------------------------------------ blocks of a layer
+
+
+def is_only_a_product(module: nn.Module) -> bool:
+    """Whether a product is all that happens when `module` is called: no hook and no wrapper does anything."""
+    if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
+
+
+def _weights(states: Tensor, *modules: nn.Module) -> Any:
+    """The C structures `Weight` of linear modules that go on from `states`; `None` if one is no plain product."""
+    fields: list[int] = []
+    for module in modules:
+        described = _described(module, states.dtype) if is_only_a_product(module) else None
+        if described is None:
+            return None
+        fields += described
+    return _Weights[len(modules)](*fields)
+
+
+def _described(module: nn.Linear, dtype: torch.dtype) -> tuple[int, ...] | None:
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if bias is not None and not _may_read(bias, dtype):
+        return None
+    bias = 0 if bias is None else bias.data_ptr()
+    if type(weight) is nn.Parameter:
+        is_readable = _may_read(weight, dtype) and weight.is_contiguous()
+        return (_PLAIN, weight.data_ptr(), 0, bias, *weight.shape, 0, 0) if is_readable else None
+    packed = packed_weight(weight)
+    if packed is None or dtype is torch.float64 or not are_readable(packed.qdata):
+        return None
+    if packed.kind == "int8":
+        is_known = packed.scale.dtype is torch.float32
+        scale = packed.scale.data_ptr()
+        return (_INT8, packed.qdata.data_ptr(), scale, bias, *packed.shape, 0, 0) if is_known else None
+    scales = packed.scale_and_zero
+    is_known = _has_our_blocks(packed) and scales.dtype in (torch.float32, torch.bfloat16)
+    is_narrow = scales.dtype is torch.bfloat16
+    fields = (_INT4, packed.qdata.data_ptr(), scales.data_ptr(), bias, *packed.shape, packed.group_size, is_narrow)
+    return fields if is_known else None
+
+
+def _may_read(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether a parameter is plain and stored as the activations are, and no graph is to lead to it."""
+    is_plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is dtype
+    return is_plain and not (parameter.requires_grad and torch.is_grad_enabled())
+
+
+def _takes_block(states: Tensor, norm_weight: Tensor) -> bool:
+    width = states.shape[-1]
+    is_few = states.ndim == 3 and states.numel() // width <= MOST_ROWS.get(states.dtype, 0)
+    return is_few and _takes(states, norm_weight) and norm_weight.shape == (width,) and states.is_contiguous()
+
+
+def attention_inputs(
+    states: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    projections: tuple[nn.Module, nn.Module, nn.Module],
+    head_dim: int,
+    angles: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Norm, the three projections and the rotation of few tokens: (rows, tokens, hidden) -> query, key and value,
+    each (rows, heads, tokens, head_dim)."""
+    if not _takes_block(states, norm_weight):
+        return None
+    weights, kernel = _weights(states, *projections), _kernel("attention_inputs", states.dtype)
+    if weights is None or kernel is None or any(weights[8 * i + 5] != states.shape[2] for i in range(3)):
+        return None
+    rows, tokens, width = states.shape
+    cos = sin = None
+    row_stride = 0
+    if angles is not None:
+        if not _takes_angles(states, angles, head_dim):
+            return None
+        cos, sin = angles[0].data_ptr(), angles[1].data_ptr()
+        row_stride = tokens * head_dim if angles[0].shape[0] > 1 else 0
+    num_heads = [weights[8 * i + 4] // head_dim for i in range(3)]
+    # Turned, heads come before tokens; otherwise all is as the products leave it.
+    shapes = [(rows, tokens, heads, head_dim) for heads in num_heads]
+    if angles is not None:
+        shapes[:2] = [(rows, heads, tokens, head_dim) for heads in num_heads[:2]]
+    found = [states.new_empty(shape) for shape in shapes]
+    kernel(states.data_ptr(), rows, tokens, width, norm_weight.data_ptr(), eps, ctypes.addressof(weights),
+           head_dim // 2, cos, sin, row_stride, *(tensor.data_ptr() for tensor in found),
+           get_num_threads())  # fmt: skip
+    unturned = range(2 if angles is not None else 0, 3)
+    for i in unturned:
+        found[i] = found[i].transpose(1, 2)
+    return found[0], found[1], found[2]
+
+
+def _takes_angles(states: Tensor, angles: tuple[Tensor, Tensor], head_dim: int) -> bool:
+    (cos, sin), (rows, tokens, _) = angles, states.shape
+    fits = cos.shape == sin.shape and cos.shape in ((rows, tokens, head_dim), (1, tokens, head_dim))
+    return fits and cos.is_contiguous() and sin.is_contiguous() and _takes(states, cos, sin)
+
+
+def attention_outputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    projection: nn.Module,
+    residual: Tensor,
+) -> Tensor | None:
+    """Attention of few queries, as `few_queries_attention` has it, its projection, and `residual` added to it."""
+    shape = _attention_shape(query, key, value, mask)
+    weights = None if shape is None else _weights(query, projection)
+    kernel = None if weights is None else _kernel("attention_outputs", query.dtype)
+    if kernel is None or (weights[4], weights[5]) != (residual.shape[2], query.shape[1] * query.shape[3]):
+        return None
+    outputs = torch.empty_like(residual)
+    mask = None if mask is None else mask.data_ptr()
+    kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, scaling, ctypes.addressof(shape),
+           ctypes.addressof(weights), residual.data_ptr(), outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def gated_mlp(
+    states: Tensor, norm_weight: Tensor, eps: float, projections: tuple[nn.Module, nn.Module, nn.Module]
+) -> Tensor | None:
+    """states + down(silu(gate(norm(states))) * up(norm(states))) of few tokens (rows, tokens, hidden)."""
+    if not _takes_block(states, norm_weight):
+        return None
+    weights, kernel = _weights(states, *projections), _kernel("gated_mlp", states.dtype)
+    if weights is None or kernel is None:
+        return None
+    rows, width, inner = states.numel() // states.shape[2], states.shape[2], weights[4]
+    sizes = tuple(weights[i] for i in (4, 5, 12, 13, 20, 21))
+    if sizes != (inner, width, inner, width, width, inner):
+        return None
+    outputs = torch.empty_like(states)
+    kernel(states.data_ptr(), rows, width, norm_weight.data_ptr(), eps, ctypes.addressof(weights), outputs.data_ptr(),
+           get_num_threads())  # fmt: skip
+    return outputs
+
+
+__all__ = [
+    "attention_inputs",
+    "attention_outputs",
+    "few_queries_attention",
+    "few_rows_linear",
+    "gated",
+    "gated_mlp",
+    "is_only_a_product",
+    "packed_linear",
+    "rescaled",
+    "rms_normed",
+    "rotated",
+]

@@ -457,6 +457,81 @@ static void attend(const T *query, const T *key, const T *value, const uint8_t *
     free(found);
 }
 
+// ---- blocks of a layer: a norm before, the residual after, and the products between
+
+struct Weight { Long kind, data, scale, bias, outputs, inputs, group, has_narrow_scales; };
+enum { PLAIN, INT8, INT4 };
+
+static void product_of_codes(const Weight *, const double *, Long, double *, int) {}
+template <typename T> static void product_of_codes(const Weight *w, const T *x, Long rows, T *y, int threads) {
+    const T *bias = (const T *)w->bias;
+    if (w->kind == INT8)
+        linear<T, int8_t>(x, rows, w->inputs, (const int8_t *)w->data, w->outputs, bias, (const float *)w->scale, y,
+                          threads);
+    else if (w->has_narrow_scales)
+        linear_int4<T, bfloat16>(x, rows, w->inputs, (const uint8_t *)w->data, w->outputs, w->group,
+                                 (const bfloat16 *)w->scale, bias, y, threads);
+    else
+        linear_int4<T, float>(x, rows, w->inputs, (const uint8_t *)w->data, w->outputs, w->group,
+                              (const float *)w->scale, bias, y, threads);
+}
+template <typename T> static void product(const Weight *w, const T *x, Long rows, T *y, int threads) {
+    if (w->kind == PLAIN)
+        linear<T, T>(x, rows, w->inputs, (const T *)w->data, w->outputs, (const T *)w->bias, 0, y, threads);
+    else
+        product_of_codes(w, x, rows, y, threads);
+}
+template <typename T> static void add(const T *residual, Long count, T *y) {
+    for (Long i = 0; i < count; i++) from_float(to_float(y[i]) + to_float(residual[i]), y + i);
+}
+
+// x (rows, tokens, width) -> queries, keys and values; turned, and then heads come before tokens, if there are angles.
+template <typename T>
+static void attention_inputs(const T *x, Long rows, Long tokens, Long width, const T *norm, double eps,
+                             const Weight *weights, Long half, const T *cosines, const T *sines, Long row_stride,
+                             T *query, T *key, T *value, int threads) {
+    const Long all = rows * tokens;
+    T *normed = (T *)malloc(all * width * sizeof(T));
+    rms_norm<T>(x, all, width, norm, eps, normed, threads);
+    T *turned[] = {query, key};
+    for (int i = 0; i < 2; i++) {
+        const Long N = weights[i].outputs, strides[] = {tokens * N, 2 * half, N};
+        T *found = cosines ? (T *)malloc(all * N * sizeof(T)) : turned[i];
+        product<T>(weights + i, normed, all, found, threads);
+        if (!cosines) continue;
+        rotate<T>(found, rows, N / (2 * half), tokens, half, strides, cosines, sines, row_stride, turned[i], threads);
+        free(found);
+    }
+    product<T>(weights + 2, normed, all, value, threads);
+    free(normed);
+}
+
+template <typename T>
+static void attention_outputs(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling,
+                              const Shape *shape, const Weight *weight, const T *residual, T *y, int threads) {
+    const Long all = shape->rows * shape->queries;
+    T *mixed = (T *)malloc(all * weight->inputs * sizeof(T));
+    attend<T>(query, key, value, mask, scaling, mixed, shape, threads);
+    product<T>(weight, mixed, all, y, threads);
+    add<T>(residual, all * weight->outputs, y);
+    free(mixed);
+}
+
+template <typename T>
+static void gated_mlp(const T *x, Long rows, Long width, const T *norm, double eps, const Weight *weights, T *y,
+                      int threads) {
+    const Long inner = weights[0].outputs;
+    T *normed = (T *)malloc(rows * width * sizeof(T)), *gates = (T *)malloc(2 * rows * inner * sizeof(T));
+    rms_norm<T>(x, rows, width, norm, eps, normed, threads);
+    product<T>(weights, normed, rows, gates, threads);
+    product<T>(weights + 1, normed, rows, gates + rows * inner, threads);
+    gate<T>(gates, gates + rows * inner, rows * inner, gates, threads);
+    product<T>(weights + 2, gates, rows, y, threads);
+    add<T>(x, rows * width, y);
+    free(gates);
+    free(normed);
+}
+
 #define FOR_STORAGE(name, T, A)                                                                                       \
     extern "C" void linear_##name(const T *x, Long rows, Long K, const T *w, Long N, const T *bias, T *y, int n) {    \
         linear<T, T>(x, rows, K, w, N, bias, 0, y, n);                                                                \
@@ -480,6 +555,21 @@ static void attend(const T *query, const T *key, const T *value, const uint8_t *
     extern "C" void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling,  \
                                   T *y, const Shape *shape, int n) {                                                  \
         attend<T>(query, key, value, mask, scaling, y, shape, n);                                                     \
+    }                                                                                                                 \
+    extern "C" void attention_inputs_##name(const T *x, Long rows, Long tokens, Long width, const T *norm,            \
+                                            double eps, const Weight *weights, Long half, const T *cosines,           \
+                                            const T *sines, Long row_stride, T *query, T *key, T *value, int n) {     \
+        attention_inputs<T>(x, rows, tokens, width, norm, eps, weights, half, cosines, sines, row_stride, query, key, \
+                            value, n);                                                                                \
+    }                                                                                                                 \
+    extern "C" void attention_outputs_##name(const T *query, const T *key, const T *value, const uint8_t *mask,       \
+                                             double scaling, const Shape *shape, const Weight *weight,                \
+                                             const T *residual, T *y, int n) {                                        \
+        attention_outputs<T>(query, key, value, mask, scaling, shape, weight, residual, y, n);                        \
+    }                                                                                                                 \
+    extern "C" void gated_mlp_##name(const T *x, Long rows, Long width, const T *norm, double eps,                    \
+                                     const Weight *weights, T *y, int n) {                                            \
+        gated_mlp<T>(x, rows, width, norm, eps, weights, y, n);                                                       \
     }
 FOR_STORAGE(float32, float, float)
 FOR_STORAGE(bfloat16, bfloat16, float)

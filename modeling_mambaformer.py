@@ -55,6 +55,8 @@ from .mixers_mambaformer import (
     MambaFormerMLP,
     MambaFormerRMSNorm,
     MambaFormerRotaryEmbedding,
+    attention_of_few_tokens,
+    mlp_of_few_tokens,
     plan_attention,
 )
 from .placement_mambaformer import (
@@ -128,22 +130,33 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attentions, names = None, self.expert_names
         if self.has_attention:
-            mixed, attentions = self.self_attn(
-                self.self_attn_layernorm(hidden_states),
-                attention,
-                experts.get(names["self_attn"], NO_EXPERTS),
-                position_embeddings,
-                past_key_values,
-                **kwargs,
-            )
-            hidden_states = hidden_states + mixed
+            scaled = experts.get(names["self_attn"], NO_EXPERTS)
+            fused = None
+            if not scaled and past_key_values is not None:
+                norm, mixer = self.self_attn_layernorm, self.self_attn
+                rotation = position_embeddings
+                fused = attention_of_few_tokens(norm, mixer, hidden_states, attention, rotation, past_key_values)
+            if fused is None:
+                mixed, attentions = self.self_attn(
+                    self.self_attn_layernorm(hidden_states),
+                    attention,
+                    scaled,
+                    position_embeddings,
+                    past_key_values,
+                    **kwargs,
+                )
+                fused = hidden_states + mixed
+            hidden_states = fused
         if self.has_mamba:
             normed = self.mamba_layernorm(hidden_states)
             mamba_experts = experts.get(names["mamba"], NO_EXPERTS)
             hidden_states = hidden_states + self.mamba(normed, mamba_experts, past_key_values, lengths)
         if self.has_mlp:
-            normed = self.mlp_layernorm(hidden_states)
-            hidden_states = hidden_states + self.mlp(normed, experts.get(names["mlp"], NO_EXPERTS))
+            scaled = experts.get(names["mlp"], NO_EXPERTS)
+            fused = None if scaled else mlp_of_few_tokens(self.mlp_layernorm, self.mlp, hidden_states)
+            if fused is None:
+                fused = hidden_states + self.mlp(self.mlp_layernorm(hidden_states), scaled)
+            hidden_states = fused
         return hidden_states, attentions
 
 

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks
 
-from .cpu_decode_mambaformer import few_rows_linear, packed_linear, rescaled
+from .cpu_decode_mambaformer import few_rows_linear, is_only_a_product, packed_linear, rescaled
 from .files_mambaformer import cache_folder, digest_of, is_sealed, read_tensors, sealed, write_tensors
 from .placement_mambaformer import (
     base_linear,
@@ -331,7 +330,7 @@ def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None
 
 def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """`module(hidden_states)`; by a faster product, where a product is all that would happen."""
-    if torch.compiler.is_compiling() or not _is_only_a_product(module):
+    if torch.compiler.is_compiling() or not is_only_a_product(module):
         return module(hidden_states)
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is nn.Parameter:
@@ -340,13 +339,6 @@ def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
         packed = packed_weight(weight)
         outputs = None if packed is None else packed_linear(hidden_states, packed, bias)
     return module(hidden_states) if outputs is None else outputs
-
-
-def _is_only_a_product(module: nn.Module) -> bool:
-    """Whether no hook and no wrapper would do anything when `module` is called."""
-    if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
 
 
 def _changed(states: Tensor, scaled: ScaledBasis) -> Tensor:

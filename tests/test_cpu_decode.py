@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
 from mambaformer import cpu_decode_mambaformer as kernels
+from mambaformer import modeling_mambaformer as modeling
 from mambaformer import svd_mambaformer as svd
 from mambaformer.cpu_decode_mambaformer import (
     few_queries_attention,
@@ -258,10 +259,34 @@ def test_a_decoding_step_is_made_of_kernels(pattern, monkeypatch):
     model, row, used = random_model(tiny_config(pattern)), random_rows(1)[0], set()
     kernel = kernels._kernel
     monkeypatch.setattr(kernels, "_kernel", lambda name, *stored: (used.add(name), kernel(name, *stored))[1])
-    found = feed_row(model, model.make_cache(), row, [4] + [1] * (len(row) - 4), expert_vector=None)
+    sizes, expert = [4] + [1] * (len(row) - 4), random_expert(model, 1, rank=3)
+    found = feed_row(model, model.make_cache(), row, sizes, expert_vector=None)
     assert_same_logits(found, expected(model, [row])[0])
-    feed_row(model, model.make_cache(), row, expert_vector=random_expert(model, 1, rank=3))
+    feed_row(model, model.make_cache(), row, sizes, expert_vector=expert)
     has_mlp, has_rope = model.config.intermediate_size is not None, model.config.rope_parameters is not None
     is_whole = model.config.head_dim % kernels.LANES[torch.float64] == 0  # heads of 12 are left to PyTorch
-    may_run = {"gate": has_mlp, "rotate": has_rope, "attend": is_whole}
+    may_run = {"gate": has_mlp, "gated_mlp": has_mlp, "rotate": has_rope, "attend": is_whole}
+    may_run |= {"attention_inputs": True, "attention_outputs": is_whole}
     assert used == {"linear", "rescale", "rms_norm", *(name for name, runs in may_run.items() if runs)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", ["everything", "llama", "paper"])
+def test_blocks_in_one_call_have_the_bits_of_their_parts(pattern, dtype, monkeypatch):
+    """An expert of ones must have the base's bits, and runs part by part."""
+    model = random_model(tiny_config(pattern, head_dim=16)).to(dtype)
+    row = torch.tensor([random_rows(1)[0], random_rows(2)[0]])
+    ragged = torch.tensor([[1, 0, 1], [1, 1, 1]])
+
+    def decode():
+        cache = model.make_cache()
+        model(row[:, :4], past_key_values=cache)
+        logits = [model(row[:, i : i + 1], past_key_values=cache).logits for i in range(4, 7)]
+        logits.append(model(row[:, 7:10], attention_mask=ragged, past_key_values=cache).logits)
+        return torch.cat([*logits, model(row[:, 10:11], past_key_values=cache).logits], dim=1)
+
+    with torch.no_grad():
+        found = decode()
+        monkeypatch.setattr(modeling, "attention_of_few_tokens", lambda *_: None)
+        monkeypatch.setattr(modeling, "mlp_of_few_tokens", lambda *_: None)
+        assert torch.equal(found, decode())
