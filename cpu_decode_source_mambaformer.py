@@ -1,9 +1,44 @@
 """The CPU kernels of `cpu_decode_mambaformer`, as C++; what they rest on is in `cpu_source_mambaformer`."""
 
 DECODE_SOURCE = r"""
+// Activations are numbers of type A that have been rounded to what they are stored in, T. Functions marked TEAM are
+// called by all threads of a team: loops marked `omp for` are shared out, and when one is done, all of it is.
+
+#define TEAM static
+
+// Numbers as they are computed with, which is where they are, or a copy that `narrowed` takes back.
+template <typename A> static A *widened(const A *stored, Long) { return (A *)stored; }
+template <typename A> static A *widened(const bfloat16 *stored, Long count) {
+    A *wide = (A *)malloc(count * sizeof(A));
+    for (Long i = 0; i < count; i++) wide[i] = to_float(stored[i]);
+    return wide;
+}
+template <typename A> static A *room_for(A *stored, Long) { return stored; }
+template <typename A> static A *room_for(bfloat16 *, Long count) { return (A *)malloc(count * sizeof(A)); }
+template <typename A> static void narrowed(A *, Long, A *) {}
+template <typename A> static void narrowed(A *wide, Long count, bfloat16 *stored) {
+    for (Long i = 0; i < count; i++) from_float(wide[i], stored + i);
+    free(wide);
+}
+template <typename A> static void dropped(const A *, const A *) {}
+template <typename A> static void dropped(const A *wide, const bfloat16 *) { free((void *)wide); }
+
+template <typename T, typename A> static ALWAYS_INLINE A as_stored(A value) {
+    T stored;
+    from_float(value, &stored);
+    return to_float(stored);
+}
+// The first `count` numbers of a vector, rounded to what is stored; they go to activations or to what is stored.
+template <typename T, typename A, typename X>
+static ALWAYS_INLINE void store_rounded(Vec<A> values, X *to, int count) {
+    T stored[Lanes<A>::count];
+    store<A>(values, stored);
+    store_some<A>(load<A>(stored), to, count);
+}
+
 // ---- products with few rows: y (rows, N) = x (rows, K) W^T + bias
 
-static const int READ_AHEAD = 1024;  // bytes
+static const int READ_AHEAD = 4096;  // bytes
 
 static ALWAYS_INLINE Vec<float> load_weights(const int8_t *from) {
     return __builtin_convertvector((Lanes<float>::Int)widen(from), Vec<float>);
@@ -48,45 +83,6 @@ static void multiply_any(const A *x, Long rows, const W *weights, Long first, Lo
     if (rows == 3) multiply_rows<A, W, 3>(x, weights, first, last, K, y, N);
     if (rows == 2) multiply_rows<A, W, 2>(x, weights, first, last, K, y, N);
     if (rows == 1) multiply_rows<A, W, 1>(x, weights, first, last, K, y, N);
-}
-
-// x as it is computed with; `own` is freed by the caller.
-template <typename A> static const A *widened(const A *x, Long, A **own) { *own = 0; return x; }
-template <typename A> static const A *widened(const bfloat16 *x, Long count, A **own) {
-    *own = (A *)malloc(count * sizeof(A));
-    for (Long i = 0; i < count; i++) (*own)[i] = to_float(x[i]);
-    return *own;
-}
-
-static const Long ROWS_AT_A_TIME = 64;  // of W: their products with all rows of x stay in the cache
-static const Long SMALL = 32768;        // numbers that one thread reads sooner than two agree to
-
-template <typename T, typename W>
-static void linear(const T *x, Long rows, Long K, const W *weights, Long N, const T *bias, const float *scale, T *y,
-                   int threads) {
-    typedef typename Arithmetic<T>::type A;
-    A *own;
-    const A *wide = widened<A>(x, rows * K, &own);
-    Long blocks = (N + ROWS_AT_A_TIME - 1) / ROWS_AT_A_TIME;
-    A *products = (A *)malloc(threads * rows * ROWS_AT_A_TIME * sizeof(A));
-#pragma omp parallel for num_threads(threads) schedule(static) if (N * K > SMALL)
-    for (Long block = 0; block < blocks; block++) {
-        Long first = block * ROWS_AT_A_TIME, count = least((int)ROWS_AT_A_TIME, N - first);
-        A *found = products;
-#ifdef _OPENMP
-        found += omp_get_thread_num() * rows * ROWS_AT_A_TIME;
-#endif
-        multiply_any<A, W>(wide, rows, weights + first * K, 0, count, K, found, ROWS_AT_A_TIME);
-        for (Long m = 0; m < rows; m++)
-            for (Long n = 0; n < count; n++) {
-                A value = found[m * ROWS_AT_A_TIME + n];
-                if (scale) value *= scale[first + n];
-                if (bias) value += to_float(bias[first + n]);
-                from_float(value, y + m * N + first + n);
-            }
-    }
-    free(products);
-    free(own);
 }
 
 // ---- weights of four bits: blocks of rows of W, K bytes-of-halves in each; w = (q - 8) * scale + zero by group
@@ -159,29 +155,13 @@ static ALWAYS_INLINE void multiply_block(const float *x, const uint8_t *block, L
         for (int v = 0; v < vectors; v++) store<float>(totals[m][v], y + m * N + v * lanes);
 }
 
-template <typename T, typename S>
-static void linear_int4(const T *x, Long rows, Long K, const uint8_t *packed, Long N, Long group, const S *scales,
-                        const T *bias, T *y, int threads) {
-    float *own;
-    const float *wide = widened<float>(x, rows * K, &own);
-#pragma omp parallel for num_threads(threads) schedule(static) if (N * K > 2 * SMALL)
-    for (Long first = 0; first < N; first += ROWS_OF_BLOCK) {
-        const uint8_t *block = packed + first * K / 2;
-        const S *pairs = scales + 2 * first;
-        float found[2 * ROWS_OF_BLOCK];
-        for (Long m = 0; m < rows; m += 2) {
-            const int count = rows - m >= 2 ? 2 : 1;
-            if (count == 2) multiply_block<S, 2>(wide + m * K, block, K, group, pairs, 2 * N, found, ROWS_OF_BLOCK);
-            else multiply_block<S, 1>(wide + m * K, block, K, group, pairs, 2 * N, found, ROWS_OF_BLOCK);
-            for (int i = 0; i < count; i++)
-                for (int n = 0; n < ROWS_OF_BLOCK; n++) {
-                    float value = found[i * ROWS_OF_BLOCK + n];
-                    if (bias) value += to_float(bias[first + n]);
-                    from_float(value, y + (m + i) * N + first + n);
-                }
-        }
-    }
-    free(own);
+// All products of some rows with the rows of one block: found (rows, ROWS_OF_BLOCK).
+template <typename S>
+static void multiply_codes(const float *x, Long rows, const uint8_t *block, Long K, Long group, const S *scales,
+                           Long stride, float *found) {
+    for (; rows >= 2; rows -= 2, x += 2 * K, found += 2 * ROWS_OF_BLOCK)
+        multiply_block<S, 2>(x, block, K, group, scales, stride, found, ROWS_OF_BLOCK);
+    if (rows) multiply_block<S, 1>(x, block, K, group, scales, stride, found, ROWS_OF_BLOCK);
 }
 
 // W^T (K, N) in full.
@@ -201,63 +181,166 @@ static void unpack_int4(const uint8_t *packed, Long N, Long K, Long group, const
         }
 }
 
+// ---- products of a layer: several weights that can be read at the same time, each with an expert or without
+
+struct Weight {
+    Long kind, data, scale, bias, outputs, inputs, group, has_narrow_scales;
+    Long basis, basis_stride, rank, delta, delta_stride, on_outputs;  // an expert's; without one the rank is 0
+};
+enum { PLAIN, INT8, INT4 };
+
+template <typename A> struct Product { const Weight *weight; const A *x; A *y; };
+
+static const int MOST_ROWS = 16, ROWS_AT_A_TIME = 32;  // of x, and of W if its rows lie one behind the other
+static const int MOST_AT_A_TIME = ROWS_OF_BLOCK > ROWS_AT_A_TIME ? ROWS_OF_BLOCK : ROWS_AT_A_TIME;
+
+static Long rows_at_a_time(const Weight *w) { return w->kind == INT4 ? ROWS_OF_BLOCK : ROWS_AT_A_TIME; }
+
+static void multiply_coded(const Weight *, const double *, Long, Long, Long, double *) {}
+static void multiply_coded(const Weight *w, const float *x, Long rows, Long first, Long count, float *found) {
+    const Long K = w->inputs, N = w->outputs;
+    if (w->kind == INT8) {
+        multiply_any<float, int8_t>(x, rows, (const int8_t *)w->data + first * K, 0, count, K, found, ROWS_AT_A_TIME);
+        const float *scale = (const float *)w->scale + first;
+        for (Long m = 0; m < rows; m++)
+            for (Long n = 0; n < count; n++) found[m * ROWS_AT_A_TIME + n] *= scale[n];
+        return;
+    }
+    const uint8_t *block = (const uint8_t *)w->data + first * K / 2;
+    if (w->has_narrow_scales)
+        multiply_codes(x, rows, block, K, w->group, (const bfloat16 *)w->scale + 2 * first, 2 * N, found);
+    else
+        multiply_codes(x, rows, block, K, w->group, (const float *)w->scale + 2 * first, 2 * N, found);
+}
+
+// y = x W^T + bias for all of these; where there is a residual, y = residual + that.
+template <typename T, typename A, int COUNT>
+TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual = 0) {
+    Long ends[COUNT], blocks = 0;
+    for (int i = 0; i < COUNT; i++) {
+        const Long size = rows_at_a_time(all[i].weight);
+        ends[i] = blocks += (all[i].weight->outputs + size - 1) / size;
+    }
+#pragma omp for schedule(static)
+    for (Long block = 0; block < blocks; block++) {
+        int i = 0;
+        while (block >= ends[i]) i++;
+        const Weight *w = all[i].weight;
+        const T *bias = (const T *)w->bias;
+        const Long N = w->outputs, K = w->inputs, size = rows_at_a_time(w);
+        const Long first = (block - (i ? ends[i - 1] : 0)) * size, count = least((int)size, N - first);
+        A found[MOST_ROWS * MOST_AT_A_TIME];
+        if (w->kind == PLAIN)
+            multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, count, K, found, size);
+        else
+            multiply_coded(w, all[i].x, rows, first, count, found);
+        for (Long m = 0; m < rows; m++) {
+            A *to = all[i].y + m * N + first;
+            for (Long n = 0; n < count; n++) {
+                A value = as_stored<T>(found[m * size + n] + (bias ? to_float(bias[first + n]) : (A)0));
+                to[n] = residual ? as_stored<T>(residual[m * N + first + n] + value) : value;
+            }
+        }
+    }
+}
+
 // ---- an expert's change of what goes into a product or comes out of it: y = x + Q ((z - 1) * Q^T x), Q (width, rank)
 
+static const int CHANNELS_AT_A_TIME = 32;
+
+static Long width_of_expert(const Weight *w) { return w->on_outputs ? w->outputs : w->inputs; }
+static Long strips_of(Long width) { return (width + CHANNELS_AT_A_TIME - 1) / CHANNELS_AT_A_TIME; }
+// Numbers that `rescale` needs room for.
+static Long room_to_rescale(const Weight *w, Long rows) {
+    return w->rank ? (strips_of(width_of_expert(w)) + 1) * rows * w->rank : 0;
+}
+
+// Q^T x of some channels, for all rows: found (rows, rank).
 template <typename A, typename T>
-static void rescale(const T *x, Long rows, Long width, const T *basis, Long basis_stride, Long rank, const A *delta,
-                    Long delta_stride, T *y, int threads) {
-    const int lanes = Lanes<A>::count;
-    A *coordinates = (A *)malloc(rows * rank * sizeof(A)), *own;
-    const A *wide = widened<A>(x, rows * width, &own);
-    const int strip = 4 * lanes;
-    Long strips = (rank + strip - 1) / strip;
-#pragma omp parallel num_threads(threads) if (rows * width * rank > 2 * SMALL)
-    {
-#pragma omp for schedule(static) collapse(2)
-        for (Long m = 0; m < rows; m++)
-            for (Long s = 0; s < strips; s++) {
-                Vec<A> totals[4] = {};
-                for (Long i = 0; i < width; i++)
-                    for (int v = 0; v < 4; v++) {
-                        Long column = s * strip + v * lanes;
-                        if (column < rank)
-                            totals[v] += wide[m * width + i] * load_some<A>(basis + i * basis_stride + column,
-                                                                            least(lanes, rank - column));
-                    }
-                for (int v = 0; v < 4; v++) {
-                    Long column = s * strip + v * lanes;
+static void coordinates_of(const A *x, Long rows, Long width, const T *basis, Long stride, Long rank, Long first,
+                           Long last, A *found) {
+    const int lanes = Lanes<A>::count, parts = 4;
+    for (Long r = 0; r < rank; r += parts * lanes)
+        for (Long m = 0; m < rows; m++) {
+            Vec<A> totals[parts] = {};
+            for (Long i = first; i < last; i++)
+                for (int v = 0; v < parts; v++) {
+                    const Long column = r + v * lanes;
                     if (column >= rank) break;
-                    int count = least(lanes, rank - column);
-                    Vec<A> scaled = totals[v] * load_some<A>(delta + m * delta_stride + column, count);
-                    store_some<A>(scaled, coordinates + m * rank + column, count);
+                    totals[v] += x[m * width + i] *
+                                 load_some<A>(basis + i * stride + column, least(lanes, rank - column));
                 }
+            for (int v = 0; v < parts; v++) {
+                const Long column = r + v * lanes;
+                if (column >= rank) break;
+                store_some<A>(totals[v], found + m * rank + column, least(lanes, rank - column));
             }
+        }
+}
+
+// The experts of all of these; y may be x. Which channels a thread reads, it changes, so Q comes from memory once.
+template <typename T, typename A, int COUNT>
+TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, const A *residual = 0) {
+    Long ends[COUNT], strips = 0;
+    A *found[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        const Weight *w = all[i].weight;
+        ends[i] = strips += w->rank ? strips_of(width_of_expert(w)) : 0;
+        found[i] = room;
+        room += room_to_rescale(w, rows);
+    }
+    if (!strips) return;
+#pragma omp for schedule(static)
+    for (Long strip = 0; strip < strips; strip++) {
+        int i = 0;
+        while (strip >= ends[i]) i++;
+        const Weight *w = all[i].weight;
+        const Long own = strip - (i ? ends[i - 1] : 0), width = width_of_expert(w), first = own * CHANNELS_AT_A_TIME;
+        coordinates_of<A, T>(all[i].x, rows, width, (const T *)w->basis, w->basis_stride, w->rank, first,
+                             first + least(CHANNELS_AT_A_TIME, width - first), found[i] + (own + 1) * rows * w->rank);
+    }
 #pragma omp for schedule(static) collapse(2)
-        for (Long m = 0; m < rows; m++)
-            for (Long i = 0; i < width; i++) {
+    for (int i = 0; i < COUNT; i++)
+        for (Long m = 0; m < rows; m++) {
+            const Weight *w = all[i].weight;
+            const Long rank = w->rank, size = rows * rank, parts = rank ? strips_of(width_of_expert(w)) : 0;
+            A *total = found[i] + m * rank;
+            for (Long r = 0; r < rank; r++) {
+                A whole = 0;
+                for (Long part = 1; part <= parts; part++) whole += total[part * size + r];
+                total[r] = whole * ((const A *)w->delta)[m * w->delta_stride + r];
+            }
+        }
+#pragma omp for schedule(static)
+    for (Long strip = 0; strip < strips; strip++) {
+        int i = 0;
+        while (strip >= ends[i]) i++;
+        const Weight *w = all[i].weight;
+        const int lanes = Lanes<A>::count;
+        const Long width = width_of_expert(w), first = (strip - (i ? ends[i - 1] : 0)) * CHANNELS_AT_A_TIME;
+        for (Long c = first; c < first + least(CHANNELS_AT_A_TIME, width - first); c++)
+            for (Long m = 0; m < rows; m++) {
+                const T *direction = (const T *)w->basis + c * w->basis_stride;
                 Vec<A> total = {};
-                for (Long r = 0; r < rank; r += lanes)
-                    total += load_some<A>(coordinates + m * rank + r, least(lanes, rank - r)) *
-                             load_some<A>(basis + i * basis_stride + r, least(lanes, rank - r));
-                from_float(wide[m * width + i] + sum<A>(total), y + m * width + i);
+                for (Long r = 0; r < w->rank; r += lanes)
+                    total += load_some<A>(found[i] + m * w->rank + r, least(lanes, w->rank - r)) *
+                             load_some<A>(direction + r, least(lanes, w->rank - r));
+                const A value = as_stored<T>(all[i].x[m * width + c] + sum<A>(total));
+                all[i].y[m * width + c] = residual ? as_stored<T>(residual[m * width + c] + value) : value;
             }
     }
-    free(coordinates);
-    free(own);
 }
 
 // ---- norm, rotation, gate
 
-static const Long FEW_NUMBERS = 65536;
-
-template <typename T>
-static void rms_norm(const T *x, Long rows, Long width, const T *weight, double eps, T *y, int threads) {
+// Norm and gate take activations or what is stored, X.
+template <typename T, typename X>
+TEAM void rms_norm(const X *x, Long rows, Long width, const T *weight, double eps, X *y) {
     typedef typename Arithmetic<T>::type A;
     const int lanes = Lanes<A>::count;
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > FEW_NUMBERS)
+#pragma omp for schedule(static)
     for (Long m = 0; m < rows; m++) {
-        const T *from = x + m * width;
-        T *to = y + m * width;
+        const X *from = x + m * width;
         Vec<A> squares = {};
         for (Long i = 0; i < width; i += lanes) {
             Vec<A> values = load_some<A>(from + i, least(lanes, width - i));
@@ -265,45 +348,35 @@ static void rms_norm(const T *x, Long rows, Long width, const T *weight, double 
         }
         A factor = (A)1 / (A)sqrt(sum<A>(squares) / (A)width + (A)eps);
         for (Long i = 0; i < width; i += lanes) {
-            int count = least(lanes, width - i);
+            const int count = least(lanes, width - i);
             T rounded[lanes];  // as the norm is defined: rounded to what is stored before the weights
             store<A>(load_some<A>(from + i, count) * factor, rounded);
-            store_some<A>(load<A>(rounded) * load_some<A>(weight + i, count), to + i, count);
+            store_rounded<T, A>(load<A>(rounded) * load_some<A>(weight + i, count), y + m * width + i, count);
         }
     }
 }
 
-// x (rows, heads, tokens, 2 half) with strides, cosines and sines (rows or 1, tokens, 2 half); y is whole.
-template <typename T>
-static void rotate(const T *x, Long rows, Long heads, Long tokens, Long half, const Long *stride, const T *cosines,
-                   const T *sines, Long row_stride, T *y, int threads) {
+// One head of one token, 2 half numbers, turned by as many cosines and sines.
+template <typename T, typename X>
+static ALWAYS_INLINE void turn(const X *from, Long half, const T *cosine, const T *sine, X *to) {
     typedef typename Arithmetic<T>::type A;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(3) \
-    if (rows * heads * tokens * half > FEW_NUMBERS)
-    for (Long row = 0; row < rows; row++)
-        for (Long head = 0; head < heads; head++)
-            for (Long token = 0; token < tokens; token++) {
-                const T *from = x + row * stride[0] + head * stride[1] + token * stride[2];
-                const T *cosine = cosines + row * row_stride + token * 2 * half;
-                const T *sine = sines + row * row_stride + token * 2 * half;
-                T *to = y + ((row * heads + head) * tokens + token) * 2 * half;
-                for (Long i = 0; i < half; i++) {
-                    A first = to_float(from[i]), second = to_float(from[half + i]);
-                    from_float(first * to_float(cosine[i]) - second * to_float(sine[i]), to + i);
-                    from_float(second * to_float(cosine[half + i]) + first * to_float(sine[half + i]), to + half + i);
-                }
-            }
+    for (Long i = 0; i < half; i++) {
+        A first = to_float(from[i]), second = to_float(from[half + i]);
+        A one = first * to_float(cosine[i]) - second * to_float(sine[i]);
+        A other = second * to_float(cosine[half + i]) + first * to_float(sine[half + i]);
+        from_float(as_stored<T>(one), to + i);
+        from_float(as_stored<T>(other), to + half + i);
+    }
 }
 
-template <typename T>
-static void gate(const T *gates, const T *x, Long count, T *y, int threads) {
+template <typename T, typename X> TEAM void gate(const X *gates, const X *x, Long count, X *y) {
     typedef typename Arithmetic<T>::type A;
     const int lanes = Lanes<A>::count;
-#pragma omp parallel for num_threads(threads) schedule(static) if (count > FEW_NUMBERS)
+#pragma omp for schedule(static)
     for (Long i = 0; i < count; i += lanes) {
-        int some = least(lanes, count - i);
+        const int some = least(lanes, count - i);
         Vec<A> opened = load_some<A>(gates + i, some);
-        store_some<A>(opened * sigmoid<A>(opened) * load_some<A>(x + i, some), y + i, some);
+        store_rounded<T, A>(opened * sigmoid<A>(opened) * load_some<A>(x + i, some), y + i, some);
     }
 }
 
@@ -383,205 +456,168 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
     }
 }
 
-template <typename T>
-static void attend(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,
-                   const Shape *shape, int threads) {
-    typedef typename Arithmetic<T>::type A;
-    const Shape s = *shape;
-    const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width;
-    const Long parts = s.keys < 2 * KEYS_AT_A_TIME ? 1 : least(MOST_PARTS, threads), size = 2 + width;
-    const Long step = (s.keys + parts - 1) / parts;
-    A *scaled = (A *)malloc(heads * lines * width * sizeof(A));
-    A *found = (A *)malloc(heads * parts * lines * size * sizeof(A));
-#pragma omp parallel num_threads(threads) if (heads * lines * s.keys * width > SMALL)
-    {
+static Long parts_of(Long keys, int threads) {
+    return keys < 2 * KEYS_AT_A_TIME ? 1 : least(MOST_PARTS, threads);
+}
+
+// Queries as `attend` wants them: those of the heads that share keys together, scaled for powers of two.
+template <typename A> static A *place_of(A *scaled, const Shape &s, Long row, Long head, Long query) {
+    return scaled + (((row * s.key_heads + head / s.group) * s.group + head % s.group) * s.queries + query) * s.width;
+}
+
+// Attention of scaled queries: mixed (rows, queries, heads, width). `found` has room for what the threads find:
+// rows * heads * queries * parts * (2 + width) numbers.
+template <typename T, typename A>
+TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *mask, const Shape &s, int threads,
+                 A *found, A *mixed) {
+    const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width, size = 2 + width;
+    const Long parts = parts_of(s.keys, threads), step = (s.keys + parts - 1) / parts;
 #pragma omp for schedule(static) collapse(2)
-        for (Long head = 0; head < heads; head++)
-            for (Long line = 0; line < lines; line++) {
-                Long row = head / s.key_heads, own = head % s.key_heads * s.group + line / s.queries;
-                const T *from = query + row * s.query[0] + own * s.query[1] + line % s.queries * s.query[2];
-                for (Long c = 0; c < width; c++)
-                    scaled[(head * lines + line) * width + c] = to_float(from[c]) * (A)(scaling * LOG2_E);
-            }
-#pragma omp for schedule(static) collapse(2)
-        for (Long head = 0; head < heads; head++)
-            for (Long part = 0; part < parts; part++) {
-                Long row = head / s.key_heads, own = head % s.key_heads;
-                const T *keys = key + row * s.key[0] + own * s.key[1];
-                const T *values = value + row * s.value[0] + own * s.value[1];
-                Long first = part * step, last = first + step < s.keys ? first + step : s.keys;
-                A *here = found + (head * parts + part) * lines * size;
-                for (Long line = 0; line < lines; ) {
-                    const uint8_t *masks[4];
-                    for (int i = 0; i < 4; i++)
-                        masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
-                    const A *queries = scaled + (head * lines + line) * width;
-                    A *most = here + line, *weight = here + lines + line, *mixed = here + 2 * lines + line * width;
+    for (Long head = 0; head < heads; head++)
+        for (Long part = 0; part < parts; part++) {
+            Long row = head / s.key_heads, own = head % s.key_heads;
+            const T *keys = key + row * s.key[0] + own * s.key[1];
+            const T *values = value + row * s.value[0] + own * s.value[1];
+            Long first = part * step, last = first + step < s.keys ? first + step : s.keys;
+            A *here = found + (head * parts + part) * lines * size;
+            for (Long line = 0; line < lines; ) {
+                const uint8_t *masks[4];
+                for (int i = 0; i < 4; i++)
+                    masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
+                const A *queries = scaled + (head * lines + line) * width;
+                A *most = here + line, *weight = here + lines + line, *sums = here + 2 * lines + line * width;
 #define ATTEND(N) attend_part<A, T, N>(queries, keys, values, s.key[2], s.value[2], width, masks, first, last, most, \
-                                       weight, mixed)
-                    switch (lines - line) {
-                        case 1: ATTEND(1); line += 1; break;
-                        case 2: ATTEND(2); line += 2; break;
-                        case 3: ATTEND(3); line += 3; break;
-                        default: ATTEND(4); line += 4;
-                    }
+                                       weight, sums)
+                switch (lines - line) {
+                    case 1: ATTEND(1); line += 1; break;
+                    case 2: ATTEND(2); line += 2; break;
+                    case 3: ATTEND(3); line += 3; break;
+                    default: ATTEND(4); line += 4;
                 }
             }
+        }
 #pragma omp for schedule(static) collapse(2)
-        for (Long head = 0; head < heads; head++)
-            for (Long line = 0; line < lines; line++) {
-                Long row = head / s.key_heads, own = head % s.key_heads * s.group + line / s.queries;
-                T *to = y + ((row * s.queries + line % s.queries) * s.key_heads * s.group + own) * width;
-                A most = -INFINITY, weight = 0;
-                for (Long part = 0; part < parts; part++) {
-                    A other = found[(head * parts + part) * lines * size + line];
-                    most = other > most ? other : most;
-                }
-                A shares[MOST_PARTS];
+    for (Long head = 0; head < heads; head++)
+        for (Long line = 0; line < lines; line++) {
+            Long row = head / s.key_heads, own = head % s.key_heads * s.group + line / s.queries;
+            A *to = mixed + ((row * s.queries + line % s.queries) * s.key_heads * s.group + own) * width;
+            A most = -INFINITY, weight = 0;
+            for (Long part = 0; part < parts; part++) {
+                A other = found[(head * parts + part) * lines * size + line];
+                most = other > most ? other : most;
+            }
+            A shares[MOST_PARTS];
+            for (Long part = 0; part < parts; part++) {
+                const A *here = found + (head * parts + part) * lines * size;
+                shares[part] = here[line] == (A)-INFINITY ? 0 : (A)exp2(here[line] - most);
+                weight += shares[part] * here[lines + line];
+            }
+            for (Long c = 0; c < width; c++) {
+                A total = 0;
                 for (Long part = 0; part < parts; part++) {
                     const A *here = found + (head * parts + part) * lines * size;
-                    shares[part] = here[line] == (A)-INFINITY ? 0 : (A)exp2(here[line] - most);
-                    weight += shares[part] * here[lines + line];
+                    total += shares[part] * here[2 * lines + line * width + c];
                 }
-                for (Long c = 0; c < width; c++) {
-                    A total = 0;
-                    for (Long part = 0; part < parts; part++) {
-                        const A *here = found + (head * parts + part) * lines * size;
-                        total += shares[part] * here[2 * lines + line * width + c];
-                    }
-                    from_float(weight > 0 ? total / weight : (A)0, to + c);
-                }
+                to[c] = as_stored<T>(weight > 0 ? total / weight : (A)0);
             }
-    }
-    free(scaled);
+        }
+}
+
+// ---- what may be called one by one
+
+static const Long SMALL = 32768, FEW = 65536;  // numbers that one thread reads, or changes, sooner than two agree to
+
+template <typename T> static void linear(const T *x, Long rows, const Weight *weight, T *y, int threads) {
+    typedef typename Arithmetic<T>::type A;
+    A *wide = widened<A>(x, rows * weight->inputs), *found = room_for<A>(y, rows * weight->outputs);
+    const Product<A> product[] = {{weight, wide, found}};
+#pragma omp parallel num_threads(threads) if (weight->outputs * weight->inputs > SMALL)
+    products<T>(product, rows);
+    narrowed(found, rows * weight->outputs, y);
+    dropped(wide, x);
+}
+
+template <typename T> static void rescale_all(const T *x, Long rows, const Weight *weight, T *y, int threads) {
+    typedef typename Arithmetic<T>::type A;
+    const Long count = rows * weight->inputs;
+    A *wide = widened<A>(x, count), *found = room_for<A>(y, count);
+    A *room = (A *)malloc(room_to_rescale(weight, rows) * sizeof(A));
+    const Product<A> product[] = {{weight, wide, found}};
+#pragma omp parallel num_threads(threads) if (count * weight->rank > SMALL)
+    rescale<T>(product, rows, room);
+    free(room);
+    narrowed(found, count, y);
+    dropped(wide, x);
+}
+
+// x (rows, heads, tokens, 2 half) with strides, cosines and sines (rows or 1, tokens, 2 half); y is whole.
+template <typename T>
+static void rotate_all(const T *x, Long rows, Long heads, Long tokens, Long half, const Long *stride,
+                       const T *cosines, const T *sines, Long row_stride, T *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(3) if (rows * heads * tokens * half > FEW)
+    for (Long row = 0; row < rows; row++)
+        for (Long head = 0; head < heads; head++)
+            for (Long token = 0; token < tokens; token++) {
+                const Long angle = row * row_stride + token * 2 * half;
+                turn<T>(x + row * stride[0] + head * stride[1] + token * stride[2], half, cosines + angle,
+                        sines + angle, y + ((row * heads + head) * tokens + token) * 2 * half);
+            }
+}
+
+template <typename T>
+static void attend_all(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,
+                       const Shape *shape, int threads) {
+    typedef typename Arithmetic<T>::type A;
+    const Shape s = *shape;
+    const Long heads = s.key_heads * s.group, lines = s.rows * heads * s.queries, count = lines * s.width;
+    A *scaled = (A *)malloc(count * sizeof(A)), *mixed = room_for<A>(y, count);
+    A *found = (A *)malloc(lines * parts_of(s.keys, threads) * (2 + s.width) * sizeof(A));
+    for (Long row = 0; row < s.rows; row++)
+        for (Long head = 0; head < heads; head++)
+            for (Long token = 0; token < s.queries; token++) {
+                const T *from = query + row * s.query[0] + head * s.query[1] + token * s.query[2];
+                A *to = place_of(scaled, s, row, head, token);
+                for (Long c = 0; c < s.width; c++) to[c] = to_float(from[c]) * (A)(scaling * LOG2_E);
+            }
+#pragma omp parallel num_threads(threads) if (lines / s.group * s.keys * s.width > SMALL)
+    attend<T>(scaled, key, value, mask, s, threads, found, mixed);
     free(found);
+    free(scaled);
+    narrowed(mixed, count, y);
 }
 
-// ---- blocks of a layer: a norm before, the residual after, and the products between
-
-struct Weight { Long kind, data, scale, bias, outputs, inputs, group, has_narrow_scales; };
-enum { PLAIN, INT8, INT4 };
-
-static void product_of_codes(const Weight *, const double *, Long, double *, int) {}
-template <typename T> static void product_of_codes(const Weight *w, const T *x, Long rows, T *y, int threads) {
-    const T *bias = (const T *)w->bias;
-    if (w->kind == INT8)
-        linear<T, int8_t>(x, rows, w->inputs, (const int8_t *)w->data, w->outputs, bias, (const float *)w->scale, y,
-                          threads);
-    else if (w->has_narrow_scales)
-        linear_int4<T, bfloat16>(x, rows, w->inputs, (const uint8_t *)w->data, w->outputs, w->group,
-                                 (const bfloat16 *)w->scale, bias, y, threads);
-    else
-        linear_int4<T, float>(x, rows, w->inputs, (const uint8_t *)w->data, w->outputs, w->group,
-                              (const float *)w->scale, bias, y, threads);
-}
-template <typename T> static void product(const Weight *w, const T *x, Long rows, T *y, int threads) {
-    if (w->kind == PLAIN)
-        linear<T, T>(x, rows, w->inputs, (const T *)w->data, w->outputs, (const T *)w->bias, 0, y, threads);
-    else
-        product_of_codes(w, x, rows, y, threads);
-}
-template <typename T> static void add(const T *residual, Long count, T *y) {
-    for (Long i = 0; i < count; i++) from_float(to_float(y[i]) + to_float(residual[i]), y + i);
-}
-
-// x (rows, tokens, width) -> queries, keys and values; turned, and then heads come before tokens, if there are angles.
-template <typename T>
-static void attention_inputs(const T *x, Long rows, Long tokens, Long width, const T *norm, double eps,
-                             const Weight *weights, Long half, const T *cosines, const T *sines, Long row_stride,
-                             T *query, T *key, T *value, int threads) {
-    const Long all = rows * tokens;
-    T *normed = (T *)malloc(all * width * sizeof(T));
-    rms_norm<T>(x, all, width, norm, eps, normed, threads);
-    T *turned[] = {query, key};
-    for (int i = 0; i < 2; i++) {
-        const Long N = weights[i].outputs, strides[] = {tokens * N, 2 * half, N};
-        T *found = cosines ? (T *)malloc(all * N * sizeof(T)) : turned[i];
-        product<T>(weights + i, normed, all, found, threads);
-        if (!cosines) continue;
-        rotate<T>(found, rows, N / (2 * half), tokens, half, strides, cosines, sines, row_stride, turned[i], threads);
-        free(found);
-    }
-    product<T>(weights + 2, normed, all, value, threads);
-    free(normed);
-}
-
-template <typename T>
-static void attention_outputs(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling,
-                              const Shape *shape, const Weight *weight, const T *residual, T *y, int threads) {
-    const Long all = shape->rows * shape->queries;
-    T *mixed = (T *)malloc(all * weight->inputs * sizeof(T));
-    attend<T>(query, key, value, mask, scaling, mixed, shape, threads);
-    product<T>(weight, mixed, all, y, threads);
-    add<T>(residual, all * weight->outputs, y);
-    free(mixed);
-}
-
-template <typename T>
-static void gated_mlp(const T *x, Long rows, Long width, const T *norm, double eps, const Weight *weights, T *y,
-                      int threads) {
-    const Long inner = weights[0].outputs;
-    T *normed = (T *)malloc(rows * width * sizeof(T)), *gates = (T *)malloc(2 * rows * inner * sizeof(T));
-    rms_norm<T>(x, rows, width, norm, eps, normed, threads);
-    product<T>(weights, normed, rows, gates, threads);
-    product<T>(weights + 1, normed, rows, gates + rows * inner, threads);
-    gate<T>(gates, gates + rows * inner, rows * inner, gates, threads);
-    product<T>(weights + 2, gates, rows, y, threads);
-    add<T>(x, rows * width, y);
-    free(gates);
-    free(normed);
-}
-
-#define FOR_STORAGE(name, T, A)                                                                                       \
-    extern "C" void linear_##name(const T *x, Long rows, Long K, const T *w, Long N, const T *bias, T *y, int n) {    \
-        linear<T, T>(x, rows, K, w, N, bias, 0, y, n);                                                                \
+#define FOR_STORAGE(name, T)                                                                                          \
+    extern "C" void linear_##name(const T *x, Long rows, const Weight *weight, T *y, int n) {                         \
+        linear<T>(x, rows, weight, y, n);                                                                             \
     }                                                                                                                 \
-    extern "C" void rescale_##name(const T *x, Long rows, Long width, const T *basis, Long basis_stride, Long rank,   \
-                                   const A *delta, Long stride, T *y, int n) {                                        \
-        rescale<A, T>(x, rows, width, basis, basis_stride, rank, delta, stride, y, n);                                \
+    extern "C" void rescale_##name(const T *x, Long rows, const Weight *weight, T *y, int n) {                        \
+        rescale_all<T>(x, rows, weight, y, n);                                                                        \
     }                                                                                                                 \
     extern "C" void rms_norm_##name(const T *x, Long rows, Long width, const T *weight, double eps, T *y, int n) {    \
-        rms_norm<T>(x, rows, width, weight, eps, y, n);                                                               \
+        _Pragma("omp parallel num_threads(n) if (rows * width > FEW)")                                                \
+        rms_norm<T>(x, rows, width, weight, eps, y);                                                                  \
     }                                                                                                                 \
     extern "C" void rotate_##name(const T *x, Long rows, Long heads, Long tokens, Long half, Long row_stride,         \
                                   Long head_stride, Long token_stride, const T *cosines, const T *sines, Long stride, \
                                   T *y, int n) {                                                                      \
         const Long strides[] = {row_stride, head_stride, token_stride};                                               \
-        rotate<T>(x, rows, heads, tokens, half, strides, cosines, sines, stride, y, n);                               \
+        rotate_all<T>(x, rows, heads, tokens, half, strides, cosines, sines, stride, y, n);                           \
     }                                                                                                                 \
     extern "C" void gate_##name(const T *gates, const T *x, Long count, T *y, int n) {                                \
-        gate<T>(gates, x, count, y, n);                                                                               \
+        _Pragma("omp parallel num_threads(n) if (count > FEW)")                                                       \
+        gate<T>(gates, x, count, y);                                                                                  \
     }                                                                                                                 \
     extern "C" void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling,  \
                                   T *y, const Shape *shape, int n) {                                                  \
-        attend<T>(query, key, value, mask, scaling, y, shape, n);                                                     \
-    }                                                                                                                 \
-    extern "C" void attention_inputs_##name(const T *x, Long rows, Long tokens, Long width, const T *norm,            \
-                                            double eps, const Weight *weights, Long half, const T *cosines,           \
-                                            const T *sines, Long row_stride, T *query, T *key, T *value, int n) {     \
-        attention_inputs<T>(x, rows, tokens, width, norm, eps, weights, half, cosines, sines, row_stride, query, key, \
-                            value, n);                                                                                \
-    }                                                                                                                 \
-    extern "C" void attention_outputs_##name(const T *query, const T *key, const T *value, const uint8_t *mask,       \
-                                             double scaling, const Shape *shape, const Weight *weight,                \
-                                             const T *residual, T *y, int n) {                                        \
-        attention_outputs<T>(query, key, value, mask, scaling, shape, weight, residual, y, n);                        \
-    }                                                                                                                 \
-    extern "C" void gated_mlp_##name(const T *x, Long rows, Long width, const T *norm, double eps,                    \
-                                     const Weight *weights, T *y, int n) {                                            \
-        gated_mlp<T>(x, rows, width, norm, eps, weights, y, n);                                                       \
+        attend_all<T>(query, key, value, mask, scaling, y, shape, n);                                                 \
     }
-FOR_STORAGE(float32, float, float)
-FOR_STORAGE(bfloat16, bfloat16, float)
-FOR_STORAGE(float64, double, double)
+FOR_STORAGE(float32, float)
+FOR_STORAGE(bfloat16, bfloat16)
+FOR_STORAGE(float64, double)
 
 extern "C" int rows_of_block(void) { return ROWS_OF_BLOCK; }
 
 #define FOR_PACKED(name, T, scale_name, S)                                                                            \
-    extern "C" void linear_int4_##name##_##scale_name(const T *x, Long rows, Long K, const uint8_t *packed, Long N,   \
-                                                      Long group, const S *scales, const T *bias, T *y, int n) {      \
-        linear_int4<T, S>(x, rows, K, packed, N, group, scales, bias, y, n);                                          \
-    }                                                                                                                 \
     extern "C" void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group,              \
                                                       const S *scales, T *y, int n) {                                 \
         unpack_int4<T, S>(packed, N, K, group, scales, y, n);                                                         \
@@ -590,13 +626,6 @@ FOR_PACKED(float32, float, float32, float)
 FOR_PACKED(float32, float, bfloat16, bfloat16)
 FOR_PACKED(bfloat16, bfloat16, float32, float)
 FOR_PACKED(bfloat16, bfloat16, bfloat16, bfloat16)
-#define FOR_BYTES(name, T)                                                                                            \
-    extern "C" void linear_int8_##name(const T *x, Long rows, Long K, const int8_t *w, Long N, const float *scale,    \
-                                       const T *bias, T *y, int n) {                                                  \
-        linear<T, int8_t>(x, rows, K, w, N, bias, scale, y, n);                                                       \
-    }
-FOR_BYTES(float32, float)
-FOR_BYTES(bfloat16, bfloat16)
 """
 
 __all__ = ["DECODE_SOURCE"]

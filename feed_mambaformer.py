@@ -83,6 +83,10 @@ class Recorder:
         self.hidden_found: list[torch.Tensor | None] = []
         self.attention_found: list[torch.Tensor] = []
 
+    @property
+    def wants_anything(self) -> bool:
+        return self.wants_hidden or bool(self.wants_attention)
+
     def hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Packed states -> the same, now made from those that are kept: gradients reach what the caller is given."""
         if not self.wants_hidden:

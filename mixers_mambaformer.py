@@ -19,11 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .cpu_decode_mambaformer import (
-    attention_inputs,
-    attention_outputs,
     few_queries_attention,
     gated,
-    gated_mlp,
     rms_normed,
     rotated,
 )
@@ -314,52 +311,6 @@ class MambaFormerMLP(CountsReplacements):
         inner = gated(gates, states) if self.is_silu else None
         inner = self.act_fn(gates) * states if inner is None else inner
         return project(self.down_proj, inner, experts.get("down_proj"))
-
-
-def _is_plain(*modules: nn.Module) -> bool:
-    """Whether nobody has hooked into these modules, so that what they do may be done without calling them."""
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
-    )
-
-
-def attention_of_few_tokens(
-    norm: MambaFormerRMSNorm,
-    mixer: MambaFormerAttention,
-    hidden_states: torch.Tensor,
-    attention: AttentionPlan,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-    cache: MambaFormerCache,
-) -> torch.Tensor | None:
-    """`hidden_states + mixer(norm(hidden_states))` without experts, in two kernel calls; `None` if they decline."""
-    is_ours = attention.implementation == "sdpa" and not (mixer.training and mixer.attention_dropout)
-    if not is_ours or torch.compiler.is_compiling() or not _is_plain(norm, mixer):
-        return None
-    if attention.mask is None and hidden_states.shape[1] > 1:
-        return None  # a causal mask that attention makes by itself
-    projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-    found = attention_inputs(
-        hidden_states, norm.weight, norm.variance_epsilon, projections, mixer.head_dim, position_embeddings
-    )
-    if found is None:
-        return None
-    query, key, value = found
-    key, value = cache.update(key, value, mixer.layer_idx)
-    mixed = attention_outputs(query, key, value, attention.mask, mixer.scaling, mixer.o_proj, hidden_states)
-    if mixed is None:
-        mixed, _ = mixer.attend(query, key, value, attention)
-        mixed = hidden_states + project(mixer.o_proj, mixed.flatten(2))
-    return mixed
-
-
-def mlp_of_few_tokens(
-    norm: MambaFormerRMSNorm, mixer: MambaFormerMLP, hidden_states: torch.Tensor
-) -> torch.Tensor | None:
-    """`hidden_states + mixer(norm(hidden_states))` without experts, in one call of a kernel; `None` if it declines."""
-    if torch.compiler.is_compiling() or not mixer.is_silu or not _is_plain(norm, mixer):
-        return None
-    projections = (mixer.gate_proj, mixer.up_proj, mixer.down_proj)
-    return gated_mlp(hidden_states, norm.weight, norm.variance_epsilon, projections)
 
 
 def plan_attention(

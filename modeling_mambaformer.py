@@ -25,6 +25,7 @@ from transformers.utils.hub import cached_file
 
 from .cache_mambaformer import UNCHANGED, MambaFormerCache, Transition
 from .configuration_mambaformer import MambaFormerConfig
+from .cpu_stack_mambaformer import FewTokens
 from .dispatch_mambaformer import ExpertSwitchLogitsProcessor
 from .experts_mambaformer import (
     ExpertLibrary,
@@ -55,8 +56,6 @@ from .mixers_mambaformer import (
     MambaFormerMLP,
     MambaFormerRMSNorm,
     MambaFormerRotaryEmbedding,
-    attention_of_few_tokens,
-    mlp_of_few_tokens,
     plan_attention,
 )
 from .placement_mambaformer import (
@@ -85,7 +84,7 @@ from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project,
 logger = logging.get_logger(__name__)
 
 EXPERTS_FOLDER = "experts"
-NO_EXPERTS: dict[str, ScaledBasis] = {}
+NO_EXPERTS: dict[str, Any] = {}
 # Arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Which class of the saved folder each Auto class finds there.
@@ -128,36 +127,38 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         lengths: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attentions, names = None, self.expert_names
+        attentions = None
         if self.has_attention:
-            scaled = experts.get(names["self_attn"], NO_EXPERTS)
-            fused = None
-            if not scaled and past_key_values is not None:
-                norm, mixer = self.self_attn_layernorm, self.self_attn
-                rotation = position_embeddings
-                fused = attention_of_few_tokens(norm, mixer, hidden_states, attention, rotation, past_key_values)
-            if fused is None:
-                mixed, attentions = self.self_attn(
-                    self.self_attn_layernorm(hidden_states),
-                    attention,
-                    scaled,
-                    position_embeddings,
-                    past_key_values,
-                    **kwargs,
-                )
-                fused = hidden_states + mixed
-            hidden_states = fused
+            mixed, attentions = self.self_attn(
+                self.self_attn_layernorm(hidden_states),
+                attention,
+                self.experts_of("self_attn", experts),
+                position_embeddings,
+                past_key_values,
+                **kwargs,
+            )
+            hidden_states = hidden_states + mixed
         if self.has_mamba:
-            normed = self.mamba_layernorm(hidden_states)
-            mamba_experts = experts.get(names["mamba"], NO_EXPERTS)
-            hidden_states = hidden_states + self.mamba(normed, mamba_experts, past_key_values, lengths)
+            hidden_states = self.add_mamba(hidden_states, experts, past_key_values, lengths)
         if self.has_mlp:
-            scaled = experts.get(names["mlp"], NO_EXPERTS)
-            fused = None if scaled else mlp_of_few_tokens(self.mlp_layernorm, self.mlp, hidden_states)
-            if fused is None:
-                fused = hidden_states + self.mlp(self.mlp_layernorm(hidden_states), scaled)
-            hidden_states = fused
+            normed = self.mlp_layernorm(hidden_states)
+            hidden_states = hidden_states + self.mlp(normed, self.experts_of("mlp", experts))
         return hidden_states, attentions
+
+    def add_mamba(
+        self,
+        hidden_states: torch.Tensor,
+        experts: dict[str, dict[str, ScaledBasis]],
+        past_key_values: MambaFormerCache | None,
+        lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The part of the layer that is Mamba."""
+        normed = self.mamba_layernorm(hidden_states)
+        return hidden_states + self.mamba(normed, self.experts_of("mamba", experts), past_key_values, lengths)
+
+    def experts_of(self, mixer: str, experts: dict[str, dict[str, ScaledBasis]]) -> dict[str, ScaledBasis]:
+        """Those of one mixer of this layer, by the names of its linear modules."""
+        return experts.get(self.expert_names[mixer], NO_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class ExpertPlan:
     head: Any = None
 
     def experts(self) -> dict[str, dict[str, ScaledBasis]]:
-        return self.scaled or {}
+        return self.scaled or NO_EXPERTS
 
     @property
     def is_reusable(self) -> bool:
@@ -541,6 +542,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         self.norm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else MambaFormerRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._few_tokens = FewTokens()
         self.post_init()
 
     @can_return_tuple
@@ -618,6 +620,11 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         shown = packing if recorded.wants_attention else None
         layers = list(self.layers)[: self.config.num_hidden_layers]
         attention = plan_attention(layers, self.config, span, cache, hidden_states, shown)
+        if not recorded.wants_anything:
+            shared = attention, plan.experts(), position_embeddings, cache, span.lengths
+            of_kernels = self._few_tokens.run(layers, plan.weights, hidden_states, *shared)
+            if of_kernels is not None:
+                return self.norm(of_kernels)
         for layer in layers:
             hidden_states, weights = layer(
                 recorded.hidden(hidden_states),

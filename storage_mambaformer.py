@@ -235,8 +235,7 @@ class Buffer:
         `is_recorded`: a graph may save the result for its backward pass.
         """
         new = new.to(self.tensor.dtype)
-        if self.is_shared or not is_writable(self.tensor):
-            self.tensor = (self.tensor if torch.is_grad_enabled() else self.tensor.detach()).clone()
+        self.make_own()
         self.is_shared = is_recorded
         if isinstance(slots, int):
             self.tensor.narrow(self.dim, slots, new.shape[self.dim]).copy_(new)
@@ -244,6 +243,12 @@ class Buffer:
             self.tensor.index_copy_(self.dim, slots[0], new)
         else:
             self.tensor.scatter_(self.dim, _along(slots, new, self.dim), new)
+
+    def make_own(self) -> None:
+        """Makes sure that nobody else has what is written from now on."""
+        if self.is_shared or not is_writable(self.tensor):
+            self.tensor = (self.tensor if torch.is_grad_enabled() else self.tensor.detach()).clone()
+            self.is_shared = False
 
     def view(self, size: int) -> torch.Tensor:
         """The first `size` slots."""
@@ -376,6 +381,17 @@ class KeyValueStore:
                 self.staged.append(both.gather(2, _along(layout.sources, both, 2)))
                 seen.append(both)
         return seen[0], seen[1]
+
+    def place(self, like: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """All slots, for a kernel that itself puts keys and values shaped like `like` where `layout` says.
+
+        `layout` is one that writes in place.
+        """
+        self.staged, self.staged_slots = None, layout.num_slots
+        for buffer in (self.keys, self.values):
+            buffer.reserve(like, layout.num_slots)
+            buffer.make_own()
+        return self.keys.tensor, self.values.tensor
 
     def commit(self) -> None:
         if self.staged is not None:

@@ -1,5 +1,9 @@
 """The CPU kernels for few tokens: each against its formula, written out in float64, and what they leave to PyTorch."""
 
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +11,7 @@ from torch.nn import functional as F
 
 from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
 from mambaformer import cpu_decode_mambaformer as kernels
-from mambaformer import modeling_mambaformer as modeling
+from mambaformer import cpu_stack_mambaformer as stack
 from mambaformer import svd_mambaformer as svd
 from mambaformer.cpu_decode_mambaformer import (
     few_queries_attention,
@@ -253,40 +257,138 @@ def test_hooks_and_wrappers_of_linear_modules_are_not_passed_by():
     assert calls == ["hook", "pre-hook", "forward"]
 
 
+@pytest.fixture
+def called(monkeypatch):
+    """How often each kernel is called."""
+    found, kernel = Counter(), kernels.kernel_of
+
+    def counted(name, *stored):
+        function = kernel(name, *stored)
+        return function and (lambda *args: (found.update([name]), function(*args)))
+
+    for module in (kernels, stack):
+        monkeypatch.setattr(module, "kernel_of", counted)
+    return found
+
+
+def blocks_of(config):
+    """What the layers are made of, in the order in which it runs."""
+    has_mlp = config.intermediate_size is not None
+    for index in range(config.num_hidden_layers):
+        yield from config.mixers(index)
+        if has_mlp:
+            yield "mlp"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("storage", ["dense", "static"])
+@pytest.mark.parametrize(
+    ("pattern", "has_expert"),
+    [("everything", False), ("llama", False), ("llama", True), ("paper", False), ("paper", True)],
+)
+def test_a_decoding_step_is_one_call_for_all_between_mamba_mixers(pattern, storage, has_expert, called):
+    """The laws would hold without it; so it is asked here that it runs."""
+    model, row = random_model(tiny_config(pattern, head_dim=16)), random_rows(1)[0]
+    expert = random_expert(model, 1, rank=3) if has_expert else None
+    cache = model.make_cache(storage, **({"max_cache_len": 40} if storage == "static" else {}))
+    model(torch.tensor([row[:5]]), past_key_values=cache, expert_vector=expert)
+    called.clear()
+    model(torch.tensor([row[5:6]]), past_key_values=cache)
+    runs = [is_mamba for is_mamba, _ in groupby(blocks_of(model.config), lambda name: name == "mamba")]
+    assert called["run_blocks"] == runs.count(False)
+    assert called["attend"] == called["gate"] == called["rotate"] == 0
+
+
 @pytest.mark.parametrize("pattern", ["everything", "llama", "paper"])
-def test_a_decoding_step_is_made_of_kernels(pattern, monkeypatch):
-    """The laws would hold without them; so it is asked here that they run."""
-    model, row, used = random_model(tiny_config(pattern)), random_rows(1)[0], set()
-    kernel = kernels._kernel
-    monkeypatch.setattr(kernels, "_kernel", lambda name, *stored: (used.add(name), kernel(name, *stored))[1])
+def test_what_the_layers_do_one_by_one_is_made_of_kernels(pattern, called, monkeypatch):
+    monkeypatch.setattr(stack.FewTokens, "run", lambda *_: None)
+    model, row = random_model(tiny_config(pattern, head_dim=16)), random_rows(1)[0]
     sizes, expert = [4] + [1] * (len(row) - 4), random_expert(model, 1, rank=3)
     found = feed_row(model, model.make_cache(), row, sizes, expert_vector=None)
     assert_same_logits(found, expected(model, [row])[0])
     feed_row(model, model.make_cache(), row, sizes, expert_vector=expert)
     has_mlp, has_rope = model.config.intermediate_size is not None, model.config.rope_parameters is not None
-    is_whole = model.config.head_dim % kernels.LANES[torch.float64] == 0  # heads of 12 are left to PyTorch
-    may_run = {"gate": has_mlp, "gated_mlp": has_mlp, "rotate": has_rope, "attend": is_whole}
-    may_run |= {"attention_inputs": True, "attention_outputs": is_whole}
-    assert used == {"linear", "rescale", "rms_norm", *(name for name, runs in may_run.items() if runs)}
+    may_run = {"gate": has_mlp, "rotate": has_rope}
+    assert set(called) == {
+        "linear",
+        "rescale",
+        "rms_norm",
+        "attend",
+        *(name for name, runs in may_run.items() if runs),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pattern", ["everything", "llama", "paper"])
 def test_blocks_in_one_call_have_the_bits_of_their_parts(pattern, dtype, monkeypatch):
-    """An expert of ones must have the base's bits, and runs part by part."""
+    """Rows of a forward that kernels do not take whole must go on from the states of one that they did."""
     model = random_model(tiny_config(pattern, head_dim=16)).to(dtype)
+    per_row = [random_expert(model, 1, rank=3), None]
     row = torch.tensor([random_rows(1)[0], random_rows(2)[0]])
     ragged = torch.tensor([[1, 0, 1], [1, 1, 1]])
 
-    def decode():
+    def decode(expert=None):
         cache = model.make_cache()
-        model(row[:, :4], past_key_values=cache)
+        model(row[:, :4], past_key_values=cache, expert_vector=expert)
         logits = [model(row[:, i : i + 1], past_key_values=cache).logits for i in range(4, 7)]
         logits.append(model(row[:, 7:10], attention_mask=ragged, past_key_values=cache).logits)
         return torch.cat([*logits, model(row[:, 10:11], past_key_values=cache).logits], dim=1)
 
     with torch.no_grad():
-        found = decode()
-        monkeypatch.setattr(modeling, "attention_of_few_tokens", lambda *_: None)
-        monkeypatch.setattr(modeling, "mlp_of_few_tokens", lambda *_: None)
-        assert torch.equal(found, decode())
+        found = [decode(expert) for expert in (None, per_row[0], per_row)]
+        monkeypatch.setattr(stack.FewTokens, "run", lambda *_: None)
+        for expert, logits in zip((None, per_row[0], per_row), found, strict=True):
+            assert torch.equal(logits, decode(expert))
+        assert not torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
+def test_whoever_wants_to_see_a_module_run_sees_it():
+    model, ids, seen = random_model(tiny_config("llama", head_dim=16)), torch.tensor([random_rows(1)[0]]), []
+    cache, layer = model.make_cache(), model.model.layers[1]
+    model(ids[:, :4], past_key_values=cache)
+    modules = (layer, layer.self_attn, layer.self_attn_layernorm, layer.mlp, layer.mlp.down_proj)
+    for i, module in enumerate(modules):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            hook = register(lambda module, *_: seen.append(module))
+            model(ids[:, 4 + i : 5 + i], past_key_values=cache)
+            hook.remove()
+    assert seen == [module for module in modules for _ in range(2)]
+
+
+@torch.no_grad()
+def test_what_is_changed_between_two_steps_counts_at_once():
+    model, ids = random_model(tiny_config("llama", head_dim=16)), torch.tensor([random_rows(1)[0][:7]])
+    attention, norm = model.model.layers[0].self_attn, model.model.layers[1].mlp_layernorm
+    for change in (
+        lambda: setattr(attention, "scaling", 3.0),
+        lambda: setattr(norm, "variance_epsilon", 0.5),
+        lambda: attention.q_proj.weight.mul_(1.5),
+        lambda: setattr(attention, "k_proj", nn.Linear(32, 32, bias=False).double()),
+    ):
+        cache = model.make_cache(on_expert_change="continue")
+        for token in ids[:, :6].split(1, dim=1):
+            before = model(token, past_key_values=cache.fork()).logits
+            model(token, past_key_values=cache)
+        change()
+        with_kernels = model(ids[:, 6:], past_key_values=cache.fork()).logits
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stack.FewTokens, "run", lambda *_: None)
+            assert torch.equal(with_kernels, model(ids[:, 6:], past_key_values=cache).logits)
+        assert not torch.equal(with_kernels, before)
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other():
+    model = random_model(tiny_config("llama", head_dim=16))
+    rows = [torch.tensor([row]) for row in (random_rows(1)[0], random_rows(2)[0])]
+
+    def decode(row):
+        with torch.no_grad():
+            cache = model.make_cache()
+            return torch.cat([model(token, past_key_values=cache).logits for token in row.split(1, dim=1)], dim=1)
+
+    alone = [decode(row) for row in rows]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            for found, wanted in zip(pool.map(decode, rows), alone, strict=True):
+                assert torch.equal(found, wanted)

@@ -1,0 +1,156 @@
+"""The CPU kernel of `cpu_stack_mambaformer`, as C++: blocks of layers, made of what `cpu_decode_source_` has."""
+
+STACK_SOURCE = r"""
+// A block is a norm, products with something between them, and the residual: x += block(norm(x)).
+struct Block {
+    Long kind, norm;
+    double eps;
+    Weight weights[4];  // attention: of queries, keys, values and output; MLP: of gate, up and down
+    // Attention: how queries are scaled, heads, and where keys and values are, (rows, key heads, capacity, head_dim)
+    double scaling;
+    Long heads, key_heads, head_dim, plan, keys, values, capacity;
+};
+enum { ATTENTION, MLP };
+
+// What attention blocks that retain alike share: the mask, as `Shape` has it, how many keys there are with the new
+// ones, and where these go: from `first_slot` on, or to the slots (rows or 1, tokens).
+struct Plan { Long mask, mask_row, mask_query, keys, first_slot, slots, slots_row; };
+
+// The tokens, and their cosines and sines (rows or 1, tokens, head_dim), if there are any.
+struct Tokens { Long rows, count, width, cosines, sines, angle_row; };
+
+template <typename A> struct Room { A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts; };
+
+static Long most(Long one, Long other) { return one > other ? one : other; }
+
+// One piece of memory for what a block needs between its steps, and the activations; `x` is to be freed.
+template <typename A>
+static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const Plan *plans, int threads) {
+    Long wide = 0, changed = 0, heads = 0, found = 0, experts = 0;
+    const Long all = t.rows * t.count;
+    for (const Block *b = blocks; b < blocks + count; b++) {
+        const int together = b->kind == ATTENTION ? 3 : 2;  // weights that multiply the same
+        Long outputs = 0, needed = 0;
+        for (int i = 0; i < together; i++) {
+            outputs += b->weights[i].outputs;
+            needed += room_to_rescale(b->weights + i, all);
+        }
+        wide = most(wide, outputs);
+        changed = most(changed, most(together * t.width, b->weights[together].inputs));
+        experts = most(experts, most(needed, room_to_rescale(b->weights + together, all)));
+        if (b->kind != ATTENTION) continue;
+        heads = most(heads, b->heads * b->head_dim);
+        found = most(found, b->heads * parts_of(plans[b->plan].keys, threads) * (2 + b->head_dim));
+    }
+    const Long sizes[] = {all * t.width, all * t.width, all * wide, all * changed, all * heads, all * found,
+                          all * heads, experts};
+    Long sum = 0;
+    for (Long size : sizes) sum += size;
+    A *pieces[8], *next = (A *)malloc(sum * sizeof(A));
+    for (int i = 0; i < 8; i++) pieces[i] = next, next += sizes[i];
+    return {pieces[0], pieces[1], pieces[2], pieces[3], pieces[4], pieces[5], pieces[6], pieces[7]};
+}
+
+// Products of the same x with several weights, each with its expert: y[i] = W'[i] x, or residual + that.
+template <typename T, int COUNT, typename A>
+TEAM void project(const Weight *weights, const A *x, Long rows, A *const (&y)[COUNT], const Room<A> &room,
+                  const A *residual = 0) {
+    static const Weight none = {};
+    Product<A> before[COUNT], between[COUNT], after[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        const Weight *w = weights + i;
+        const bool on_inputs = w->rank && !w->on_outputs, on_outputs = w->rank && w->on_outputs;
+        before[i] = {on_inputs ? w : &none, x, room.changed + i * rows * w->inputs};
+        between[i] = {w, on_inputs ? before[i].y : x, on_outputs && residual ? room.normed : y[i]};
+        after[i] = {on_outputs ? w : &none, between[i].y, y[i]};
+    }
+    rescale<T>(before, rows, room.experts);
+    products<T>(between, rows, after[0].weight->rank ? 0 : residual);
+    rescale<T>(after, rows, room.experts, residual);
+}
+
+// Turns queries and keys, scales queries as `attend` wants them, and puts keys and values into their slots.
+template <typename T, typename A>
+TEAM void place(const Block &b, const Plan &p, const Tokens &t, const Shape &s, A *query, A *key, const A *value,
+                A *scaled) {
+    const Long width = b.head_dim;
+#pragma omp for schedule(static) collapse(3)
+    for (Long row = 0; row < t.rows; row++)
+        for (Long head = 0; head < b.heads + 2 * b.key_heads; head++)
+            for (Long token = 0; token < t.count; token++) {
+                const Long index = row * t.count + token, own = (head - b.heads) % b.key_heads;
+                const bool is_query = head < b.heads, is_value = head >= b.heads + b.key_heads;
+                A *from = is_query   ? query + (index * b.heads + head) * width
+                          : is_value ? (A *)value + (index * b.key_heads + own) * width
+                                     : key + (index * b.key_heads + own) * width;
+                if (t.cosines && !is_value) {
+                    const Long angle = row * t.angle_row + token * width;
+                    turn<T>(from, width / 2, (const T *)t.cosines + angle, (const T *)t.sines + angle, from);
+                }
+                if (is_query) {
+                    A *to = place_of(scaled, s, row, head, token);
+                    for (Long c = 0; c < width; c++) to[c] = from[c] * (A)(b.scaling * LOG2_E);
+                } else {
+                    const Long *slots = (const Long *)p.slots;
+                    const Long slot = slots ? slots[row * p.slots_row + token] : p.first_slot + token;
+                    T *to = (T *)(is_value ? b.values : b.keys);
+                    to += ((row * b.key_heads + own) * b.capacity + slot) * width;
+                    for (Long c = 0; c < width; c++) from_float(from[c], to + c);
+                }
+            }
+}
+
+template <typename T, typename A>
+TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A> &room, int threads) {
+    const Long all = t.rows * t.count, row = b.key_heads * b.capacity * b.head_dim, head = b.capacity * b.head_dim;
+    const Shape s = {t.rows, b.key_heads, b.heads / b.key_heads, t.count, p.keys, b.head_dim, {},
+                     {row, head, b.head_dim}, {row, head, b.head_dim}, p.mask_row, p.mask_query};
+    A *query = room.wide, *key = query + all * b.weights[0].outputs, *value = key + all * b.weights[1].outputs;
+    A *const inputs[] = {query, key, value}, *const outputs[] = {room.x};
+    rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
+    project<T>(b.weights, room.normed, all, inputs, room);
+    place<T>(b, p, t, s, query, key, value, room.scaled);
+    attend<T>(room.scaled, (const T *)b.keys, (const T *)b.values, (const uint8_t *)p.mask, s, threads, room.found,
+              room.mixed);
+    project<T>(b.weights + 3, room.mixed, all, outputs, room, room.x);
+}
+
+template <typename T, typename A> TEAM void gated_mlp(const Block &b, const Tokens &t, const Room<A> &room) {
+    const Long all = t.rows * t.count, inner = b.weights[0].outputs;
+    A *gates = room.wide, *up = gates + all * inner;
+    A *const inputs[] = {gates, up}, *const outputs[] = {room.x};
+    rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
+    project<T>(b.weights, room.normed, all, inputs, room);
+    gate<T>(gates, up, all * inner, gates);
+    project<T>(b.weights + 2, gates, all, outputs, room, room.x);
+}
+
+// Blocks, one after the other, for x (rows, tokens, width); y has what comes out of the last one.
+template <typename T>
+static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans, T *y,
+                       int threads) {
+    typedef typename Arithmetic<T>::type A;
+    const Tokens t = *tokens;
+    const Room<A> room = make_room<A>(t, blocks, count, plans, threads);
+    const Long numbers = t.rows * t.count * t.width;
+    for (Long i = 0; i < numbers; i++) room.x[i] = to_float(x[i]);
+#pragma omp parallel num_threads(threads) if (t.width * t.width > SMALL)
+    for (const Block *b = blocks; b < blocks + count; b++) {
+        if (b->kind == ATTENTION) attention<T>(*b, plans[b->plan], t, room, threads);
+        else gated_mlp<T>(*b, t, room);
+    }
+    for (Long i = 0; i < numbers; i++) from_float(room.x[i], y + i);
+    free(room.x);
+}
+
+#define FOR_BLOCKS(name, T)                                                                                           \
+    extern "C" void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count,              \
+                                      const Plan *plans, T *y, int n) {                                               \
+        run_blocks<T>(x, tokens, blocks, count, plans, y, n);                                                         \
+    }
+FOR_BLOCKS(float32, float)
+FOR_BLOCKS(bfloat16, bfloat16)
+FOR_BLOCKS(float64, double)
+"""
+
+__all__ = ["STACK_SOURCE"]
