@@ -250,9 +250,16 @@ static const int CHANNELS_AT_A_TIME = 32;
 
 static Long width_of_expert(const Weight *w) { return w->on_outputs ? w->outputs : w->inputs; }
 static Long strips_of(Long width) { return (width + CHANNELS_AT_A_TIME - 1) / CHANNELS_AT_A_TIME; }
-// Numbers that `rescale` needs room for.
-static Long room_to_rescale(const Weight *w, Long rows) {
-    return w->rank ? (strips_of(width_of_expert(w)) + 1) * rows * w->rank : 0;
+// Numbers that `rescale` needs room for: coordinates (rows, rank) of each strip, and each thread's sum of them.
+static Long room_to_rescale(const Weight *w, Long rows, int threads) {
+    return w->rank ? (strips_of(width_of_expert(w)) + threads) * rows * w->rank : 0;
+}
+static int own_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
 }
 
 // Q^T x of some channels, for all rows: found (rows, rank).
@@ -278,16 +285,33 @@ static void coordinates_of(const A *x, Long rows, Long width, const T *basis, Lo
         }
 }
 
+// (z - 1) * Q^T x (rows, rank), from what `coordinates_of` has found for each strip; every thread does it for itself.
+template <typename A> static void add_up(const Weight *w, Long rows, const A *found, A *to) {
+    const int lanes = Lanes<A>::count;
+    const Long rank = w->rank, size = rows * rank, strips = strips_of(width_of_expert(w));
+    for (Long m = 0; m < rows; m++)
+        for (Long r = 0; r < rank; r += lanes) {
+            const int count = least(lanes, rank - r);
+            Vec<A> total = {};
+            for (Long strip = 0; strip < strips; strip++)
+                total += load_some<A>(found + strip * size + m * rank + r, count);
+            total *= load_some<A>((const A *)w->delta + m * w->delta_stride + r, count);
+            store_some<A>(total, to + m * rank + r, count);
+        }
+}
+
 // The experts of all of these; y may be x. Which channels a thread reads, it changes, so Q comes from memory once.
 template <typename T, typename A, int COUNT>
-TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, const A *residual = 0) {
+TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int threads, const A *residual = 0) {
     Long ends[COUNT], strips = 0;
-    A *found[COUNT];
+    A *found[COUNT], *total[COUNT];
     for (int i = 0; i < COUNT; i++) {
         const Weight *w = all[i].weight;
-        ends[i] = strips += w->rank ? strips_of(width_of_expert(w)) : 0;
+        const Long own = w->rank ? strips_of(width_of_expert(w)) : 0;
+        ends[i] = strips += own;
         found[i] = room;
-        room += room_to_rescale(w, rows);
+        total[i] = room + (own + own_number()) * rows * w->rank;
+        room += room_to_rescale(w, rows, threads);
     }
     if (!strips) return;
 #pragma omp for schedule(static)
@@ -297,20 +321,10 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, const A *r
         const Weight *w = all[i].weight;
         const Long own = strip - (i ? ends[i - 1] : 0), width = width_of_expert(w), first = own * CHANNELS_AT_A_TIME;
         coordinates_of<A, T>(all[i].x, rows, width, (const T *)w->basis, w->basis_stride, w->rank, first,
-                             first + least(CHANNELS_AT_A_TIME, width - first), found[i] + (own + 1) * rows * w->rank);
+                             first + least(CHANNELS_AT_A_TIME, width - first), found[i] + own * rows * w->rank);
     }
-#pragma omp for schedule(static) collapse(2)
     for (int i = 0; i < COUNT; i++)
-        for (Long m = 0; m < rows; m++) {
-            const Weight *w = all[i].weight;
-            const Long rank = w->rank, size = rows * rank, parts = rank ? strips_of(width_of_expert(w)) : 0;
-            A *total = found[i] + m * rank;
-            for (Long r = 0; r < rank; r++) {
-                A whole = 0;
-                for (Long part = 1; part <= parts; part++) whole += total[part * size + r];
-                total[r] = whole * ((const A *)w->delta)[m * w->delta_stride + r];
-            }
-        }
+        if (all[i].weight->rank) add_up(all[i].weight, rows, found[i], total[i]);
 #pragma omp for schedule(static)
     for (Long strip = 0; strip < strips; strip++) {
         int i = 0;
@@ -321,11 +335,11 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, const A *r
         for (Long c = first; c < first + least(CHANNELS_AT_A_TIME, width - first); c++)
             for (Long m = 0; m < rows; m++) {
                 const T *direction = (const T *)w->basis + c * w->basis_stride;
-                Vec<A> total = {};
+                Vec<A> change = {};
                 for (Long r = 0; r < w->rank; r += lanes)
-                    total += load_some<A>(found[i] + m * w->rank + r, least(lanes, w->rank - r)) *
-                             load_some<A>(direction + r, least(lanes, w->rank - r));
-                const A value = as_stored<T>(all[i].x[m * width + c] + sum<A>(total));
+                    change += load_some<A>(total[i] + m * w->rank + r, least(lanes, w->rank - r)) *
+                              load_some<A>(direction + r, least(lanes, w->rank - r));
+                const A value = as_stored<T>(all[i].x[m * width + c] + sum<A>(change));
                 all[i].y[m * width + c] = residual ? as_stored<T>(residual[m * width + c] + value) : value;
             }
     }
@@ -541,10 +555,10 @@ template <typename T> static void rescale_all(const T *x, Long rows, const Weigh
     typedef typename Arithmetic<T>::type A;
     const Long count = rows * weight->inputs;
     A *wide = widened<A>(x, count), *found = room_for<A>(y, count);
-    A *room = (A *)malloc(room_to_rescale(weight, rows) * sizeof(A));
+    A *room = (A *)malloc(room_to_rescale(weight, rows, threads) * sizeof(A));
     const Product<A> product[] = {{weight, wide, found}};
 #pragma omp parallel num_threads(threads) if (count * weight->rank > SMALL)
-    rescale<T>(product, rows, room);
+    rescale<T>(product, rows, room, threads);
     free(room);
     narrowed(found, count, y);
     dropped(wide, x);

@@ -19,7 +19,7 @@ struct Plan { Long mask, mask_row, mask_query, keys, first_slot, slots, slots_ro
 // The tokens, and their cosines and sines (rows or 1, tokens, head_dim), if there are any.
 struct Tokens { Long rows, count, width, cosines, sines, angle_row; };
 
-template <typename A> struct Room { A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts; };
+template <typename A> struct Room { A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts; int threads; };
 
 static Long most(Long one, Long other) { return one > other ? one : other; }
 
@@ -33,11 +33,11 @@ static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const
         Long outputs = 0, needed = 0;
         for (int i = 0; i < together; i++) {
             outputs += b->weights[i].outputs;
-            needed += room_to_rescale(b->weights + i, all);
+            needed += room_to_rescale(b->weights + i, all, threads);
         }
         wide = most(wide, outputs);
         changed = most(changed, most(together * t.width, b->weights[together].inputs));
-        experts = most(experts, most(needed, room_to_rescale(b->weights + together, all)));
+        experts = most(experts, most(needed, room_to_rescale(b->weights + together, all, threads)));
         if (b->kind != ATTENTION) continue;
         heads = most(heads, b->heads * b->head_dim);
         found = most(found, b->heads * parts_of(plans[b->plan].keys, threads) * (2 + b->head_dim));
@@ -48,7 +48,7 @@ static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const
     for (Long size : sizes) sum += size;
     A *pieces[8], *next = (A *)malloc(sum * sizeof(A));
     for (int i = 0; i < 8; i++) pieces[i] = next, next += sizes[i];
-    return {pieces[0], pieces[1], pieces[2], pieces[3], pieces[4], pieces[5], pieces[6], pieces[7]};
+    return {pieces[0], pieces[1], pieces[2], pieces[3], pieces[4], pieces[5], pieces[6], pieces[7], threads};
 }
 
 // Products of the same x with several weights, each with its expert: y[i] = W'[i] x, or residual + that.
@@ -64,9 +64,9 @@ TEAM void project(const Weight *weights, const A *x, Long rows, A *const (&y)[CO
         between[i] = {w, on_inputs ? before[i].y : x, on_outputs && residual ? room.normed : y[i]};
         after[i] = {on_outputs ? w : &none, between[i].y, y[i]};
     }
-    rescale<T>(before, rows, room.experts);
+    rescale<T>(before, rows, room.experts, room.threads);
     products<T>(between, rows, after[0].weight->rank ? 0 : residual);
-    rescale<T>(after, rows, room.experts, residual);
+    rescale<T>(after, rows, room.experts, room.threads, residual);
 }
 
 // Turns queries and keys, scales queries as `attend` wants them, and puts keys and values into their slots.
@@ -101,7 +101,7 @@ TEAM void place(const Block &b, const Plan &p, const Tokens &t, const Shape &s, 
 }
 
 template <typename T, typename A>
-TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A> &room, int threads) {
+TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A> &room) {
     const Long all = t.rows * t.count, row = b.key_heads * b.capacity * b.head_dim, head = b.capacity * b.head_dim;
     const Shape s = {t.rows, b.key_heads, b.heads / b.key_heads, t.count, p.keys, b.head_dim, {},
                      {row, head, b.head_dim}, {row, head, b.head_dim}, p.mask_row, p.mask_query};
@@ -110,8 +110,8 @@ TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A
     rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
     project<T>(b.weights, room.normed, all, inputs, room);
     place<T>(b, p, t, s, query, key, value, room.scaled);
-    attend<T>(room.scaled, (const T *)b.keys, (const T *)b.values, (const uint8_t *)p.mask, s, threads, room.found,
-              room.mixed);
+    attend<T>(room.scaled, (const T *)b.keys, (const T *)b.values, (const uint8_t *)p.mask, s, room.threads,
+              room.found, room.mixed);
     project<T>(b.weights + 3, room.mixed, all, outputs, room, room.x);
 }
 
@@ -136,7 +136,7 @@ static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Lo
     for (Long i = 0; i < numbers; i++) room.x[i] = to_float(x[i]);
 #pragma omp parallel num_threads(threads) if (t.width * t.width > SMALL)
     for (const Block *b = blocks; b < blocks + count; b++) {
-        if (b->kind == ATTENTION) attention<T>(*b, plans[b->plan], t, room, threads);
+        if (b->kind == ATTENTION) attention<T>(*b, plans[b->plan], t, room);
         else gated_mlp<T>(*b, t, room);
     }
     for (Long i = 0; i < numbers; i++) from_float(room.x[i], y + i);

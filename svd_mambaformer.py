@@ -291,17 +291,22 @@ def scale_basis(
     `delta` is float32, or float64 if the basis is; shorter vectors are filled up with the base.
     """
     if isinstance(z, Tensor):
-        return ScaledBasis(_first(basis, z.numel()), _delta(basis, z), basis.side, mesh)
+        return ScaledBasis(_compact(basis, z.numel()), _delta(basis, z), basis.side, mesh)
     rank = max((vector.numel() for vector in z or () if vector is not None), default=0)
     if not rank:
         return None
     rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in z]
     delta = torch.stack([nn.functional.pad(row, (0, rank - row.numel())) for row in rows])
-    return ScaledBasis(_first(basis, rank), delta[:, None], basis.side, mesh)  # delta: (B, r) -> (B, 1, r)
+    return ScaledBasis(_compact(basis, rank), delta[:, None], basis.side, mesh)  # delta: (B, r) -> (B, 1, r)
 
 
 def _first(basis: SingularBasis, rank: int) -> Tensor:
     return basis.vectors[:, : _checked_rank(rank, basis.rank)]
+
+
+def _compact(basis: SingularBasis, rank: int) -> Tensor:
+    """The same in adjoining memory, which every token reads."""
+    return _first(basis, rank).contiguous()
 
 
 def _delta(basis: SingularBasis, z: Tensor) -> Tensor:
