@@ -81,7 +81,7 @@ def takes(*tensors: Tensor | None) -> bool:
 
 def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a plain weight (out, in), for few rows."""
-    if not takes(states, weight, bias) or not weight.is_contiguous():
+    if not takes(states, weight, bias) or not (weight.is_contiguous() and (bias is None or bias.is_contiguous())):
         return None
     bias = 0 if bias is None else bias.data_ptr()
     return _product(states, Weight(_PLAIN, weight.data_ptr(), 0, bias, *weight.shape))
@@ -90,7 +90,7 @@ def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) 
 def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
     described = _describe_packed(packed, states.dtype) if takes(states, bias) else None
-    if described is None or states.shape[-1] != described.inputs:
+    if described is None or states.shape[-1] != described.inputs or not (bias is None or bias.is_contiguous()):
         return None
     if described.kind == _INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
         weight, scales = states.new_empty(packed.shape[::-1]), packed.scale_and_zero
@@ -167,7 +167,7 @@ def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[i
 def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """weight * states / sqrt(mean(states^2) + eps) over the last dimension."""
     kernel = kernel_of("rms_norm", states.dtype) if takes(states, weight) else None
-    if kernel is None or weight.shape != states.shape[-1:]:
+    if kernel is None or weight.shape != states.shape[-1:] or not weight.is_contiguous():
         return None
     states, width = states.contiguous(), states.shape[-1]
     outputs = torch.empty_like(states)
@@ -253,12 +253,12 @@ def is_only_a_product(module: nn.Module) -> bool:
 
 
 def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
-    """What kernels that record no graph need to know of a linear module; `None` if it is no plain product."""
+    """What kernels that record no graph have to know of a linear module; `None` if it is no plain product."""
     if not is_only_a_product(module):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is nn.Parameter:
-        is_known = _is_stored(weight, dtype) and weight.is_contiguous()
+        is_known = is_stored(weight, dtype)
         described = Weight(_PLAIN, weight.data_ptr(), 0, 0, *weight.shape) if is_known else None
     else:
         packed = packed_weight(weight)
@@ -266,11 +266,13 @@ def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
     if described is None or bias is None:
         return described
     described.bias = bias.data_ptr()
-    return described if _is_stored(bias, dtype) else None
+    return described if is_stored(bias, dtype) else None
 
 
-def _is_stored(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
-    return type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is dtype
+def is_stored(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
+    """Whether a parameter is where and how kernels read it."""
+    is_plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is dtype
+    return is_plain and parameter.is_contiguous()
 
 
 __all__ = [

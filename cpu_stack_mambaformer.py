@@ -20,6 +20,7 @@ from .cpu_decode_mambaformer import (
     Weight,
     describe_expert,
     describe_linear,
+    is_stored,
     kernel_of,
     structure,
     takes,
@@ -76,7 +77,7 @@ class FewTokens:
         written, key = self.written, (weights, hidden_states.dtype, len(layers))
         if written is None or written.key != key or written.experts is not experts:
             written = self.written = _Layers(key, layers, experts)
-        if not written.may_run():
+        if not written.may_run() or hidden_states.shape[-1] not in written.widths:
             return None
         step = _step_of(written, hidden_states, plans, position_embeddings, cache)
         return None if step is None else written.run(hidden_states, step, cache, lengths)
@@ -104,7 +105,9 @@ class _Layers:
             if layer.has_mlp:
                 blocks.append(self._block(_MLP, layer, "mlp"))
         self._end_range(len(blocks))
-        self.is_whole = bool(blocks) and None not in blocks and kernel_of("run_blocks", dtype) is not None
+        self.widths = {norm.weight.shape[0] for norm in self.norms}
+        is_known = len(self.widths) == 1 and None not in blocks
+        self.is_whole = is_known and kernel_of("run_blocks", dtype) is not None
         self.blocks = (_Block * len(blocks))(*blocks) if self.is_whole else None
         self.windows = list(dict.fromkeys(layer.window for _, layer in self.attention))
         for index, layer in self.attention if self.is_whole else ():
@@ -127,7 +130,7 @@ class _Layers:
                 return None
             block.weights[i] = described
         width = norm.weight.shape[0]
-        if norm.weight.dtype is not self.dtype or not takes(norm.weight):
+        if not is_stored(norm.weight, self.dtype):
             return None
         block.norm = norm.weight.data_ptr()
         shapes = [(weight.outputs, weight.inputs) for weight in block.weights]
@@ -174,9 +177,8 @@ class _Layers:
         for block, norm in zip(blocks, self.norms, strict=True):
             block.eps = norm.variance_epsilon
         for index, layer in self.attention:
-            blocks[index].scaling = layer.self_attn.scaling
-        for index, layer in self.attention:
             block, layout = blocks[index], step.layouts[layer.window]
+            block.scaling = layer.self_attn.scaling
             keys, values = cache.layers[layer.layer_idx].attention.place(step.like(block), layout)
             block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
         kernel, start = kernel_of("run_blocks", self.dtype), ctypes.addressof(blocks)

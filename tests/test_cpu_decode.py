@@ -200,7 +200,8 @@ def test_what_kernels_cannot_do_is_left_to_pytorch():
     assert few_rows_linear(states, weight) is not None
     assert few_rows_linear(states, weight.double()) is None
     assert few_rows_linear(states.half(), weight.half()) is None
-    assert few_rows_linear(states, weight.t()) is None
+    assert few_rows_linear(states, weight.t()) is None and few_rows_linear(states, weight, weight[:, 0]) is None
+    assert rms_normed(states, weight[:, 0], 1e-5) is None
     assert few_rows_linear(states.expand(17, 1, 16), weight) is None
     assert few_rows_linear(states, trained) is None
     with torch.no_grad():
