@@ -10,9 +10,10 @@ from texts import DOMAINS, HELD_OUT_EVERY, SOURCES
 CARD = """
 # mambaformer-tiny
 
-A hybrid of Mamba and attention with {parameters:,} parameters, trained from scratch on {text} with
-MambaFormer for Transformers (`make pretrain`). It is meant for tests and demos that need a trained Mamba; as a
-language model it is far too small to be of use.
+A hybrid of Mamba and attention with {parameters:,} parameters, trained from scratch on the King James Bible, Python's
+standard library, and Debian's manual pages and books: `make pretrain` of MambaFormer for Transformers. It is meant for
+tests and demos that need a trained Mamba; as a language model it is far too small to be of use, and it has never seen
+more than {length} tokens at once.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,7 +91,6 @@ def write_card(folder: Path, config, results: dict[str, dict]) -> None:
     sources = [f"| {source.name} | {source.domain} | {source.licence} |" for source in SOURCES]
     text = CARD.format(
         parameters=about["parameters"],
-        text="the King James Bible, Python's standard library, and Debian's manual pages and books",
         heads=" | ".join(f"{arch} ({found['parameters']:,} parameters)" for arch, found in results.items()),
         lines="|".join("---" for _ in results),
         rows="\n".join(rows),

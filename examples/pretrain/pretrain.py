@@ -2,8 +2,9 @@
 
     python examples/pretrain/pretrain.py
 
-Text, tokenizer, checkpoints, curves and the trained models go to `runs/pretrain`. Needs the extra `train` and the Debian packages that the command names if they are missing. A run that was cut off goes on from its last
-complete checkpoint when it is started again with the same arguments.
+Text, tokenizer, checkpoints, curves and the trained models go to `runs/pretrain`. Needs the extra `train`, and the
+Debian packages that the command names if they are missing. A run that was cut off goes on from its last complete
+checkpoint when it is started again with the same arguments.
 """
 
 import argparse
@@ -40,19 +41,16 @@ def prepare(folder: Path, args: argparse.Namespace) -> tuple[PreTrainedTokenizer
     """Tokenizer, blocks to train on, and held-out windows by domain; what is there already is taken as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     _once(folder / "texts", texts.collect)
-    _once(folder / "tokenizer", lambda path: train_tokenizer(folder / "texts", args.vocab_size).save_pretrained(path))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-
-    def save_blocks(path: Path) -> None:
-        blocks_to_train_on(folder / "texts", folder / "tokenizer", args.length, args.seed).save_to_disk(path)
-
-    _once(folder / f"blocks-{args.length}-{args.seed}", save_blocks)
-    blocks = load_from_disk(folder / f"blocks-{args.length}-{args.seed}")
+    text = folder / "texts"
+    of_tokens = folder / f"tokenizer-{args.vocab_size}"
+    of_blocks = folder / f"blocks-{args.vocab_size}-{args.length}-{args.seed}"
+    _once(of_tokens, lambda path: train_tokenizer(text, args.vocab_size).save_pretrained(path))
+    _once(of_blocks, lambda path: blocks_to_train_on(text, of_tokens, args.length, args.seed).save_to_disk(path))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(of_tokens)
     held_out = {
-        domain: held_out_windows(folder / "texts", domain, tokenizer, args.length, args.held_out_bytes)
-        for domain in texts.DOMAINS
+        domain: held_out_windows(text, domain, tokenizer, args.length, args.held_out_bytes) for domain in texts.DOMAINS
     }
-    return tokenizer, blocks, held_out
+    return tokenizer, load_from_disk(of_blocks), held_out
 
 
 def _once(path: Path, make) -> None:
@@ -107,11 +105,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--length", type=int, default=512, help="tokens of a block")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-steps", type=int, default=2400)
+    parser.add_argument("--max-steps", type=int, default=2000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--held-out-bytes", type=int, default=120_000, help="of each domain")
-    parser.add_argument("--eval-every", type=int, default=300, help="steps")
-    parser.add_argument("--save-every", type=int, default=150, help="steps, a multiple of --log-every")
+    parser.add_argument("--eval-every", type=int, default=250, help="steps")
+    parser.add_argument("--save-every", type=int, default=100, help="steps, a multiple of --log-every")
     parser.add_argument("--log-every", type=int, default=10, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

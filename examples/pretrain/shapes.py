@@ -41,6 +41,7 @@ def build(arch: str, vocab_size: int, hidden_size: int, eos_token_id: int) -> Pr
 
 
 def _shared(vocab_size: int, hidden_size: int, eos_token_id: int) -> dict:
+    """What both are given. No pad token: it is the end of text, whose embedding would stay zero as a pad's does."""
     head_dim = 64 if hidden_size >= 128 else 16
     if hidden_size % head_dim:
         raise ValueError(f"the hidden size must be a multiple of {head_dim}, the size of a head, got {hidden_size}")
@@ -53,5 +54,4 @@ def _shared(vocab_size: int, hidden_size: int, eos_token_id: int) -> dict:
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
-        "pad_token_id": eos_token_id,
     }
