@@ -19,7 +19,7 @@ more than {length} tokens at once.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 ids = tokenizer("And it came to pass", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=True, temperature=0.8, top_p=0.95)[0]))
 ```
@@ -32,7 +32,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=True, te
 
 All are the saved bfloat16 weights, computed in float32. Documents that were never trained on (every {every}th chapter,
 source file or manual page), in windows of {length} tokens that overlap by half: each token is scored once, behind
-at least {half} others; ends of text are scored too, and have no bytes. {comparison}
+at least {half} others; ends of text are scored too, and have no bytes.
+
+{comparison}
 
 ## Training
 

@@ -124,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
         run(arch, args)
     found = {arch: args.run_dir / arch / "results.json" for arch in ARCHITECTURES}
     results = {arch: json.loads(file.read_text()) for arch, file in found.items() if file.exists()}
+    equal = [name for name in SETTINGS if name != "learning_rate"]
+    if len({tuple(found[name] for name in equal) for found in results.values()}) > 1:
+        raise ValueError(f"the runs in {args.run_dir} differ in more than the learning rate: train both alike")
     plot_curves(args.run_dir, results, args.run_dir / "curves.png")
     if "hybrid" in results:
         model = args.run_dir / "hybrid" / "model"
