@@ -54,8 +54,8 @@ class Task:
     vocab_size: ClassVar[int | None] = None
 
     rows: int = 32
-    steps: int = 1000
-    learning_rate: float = 2e-3
+    steps: int = 4000
+    learning_rate: float = 3e-3
 
     def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
         """New prompts; `progress` is the share of the training that is over, should they get harder meanwhile."""
@@ -116,8 +116,8 @@ def as_vectors(y: Tensor, width: int) -> Tensor:
 class SparseParity(Task):
     """y is the product of k coordinates of x in {-1, 1}^d; which ones is the prompt's secret.
 
-    Training starts with prompts where all but k coordinates are zero; their number falls evenly to none during the
-    first `curriculum` of the steps (a curriculum of dimensions, as in arXiv 2208.01066, appendix A).
+    Training starts with prompts where all but k + 1 coordinates are zero; their number falls evenly to none during
+    the first `curriculum` of the steps (a curriculum of dimensions, as in arXiv 2208.01066, appendix A).
     """
 
     name = "sparse_parity"
@@ -128,7 +128,8 @@ class SparseParity(Task):
     dimension: int = 10
     num_secret: int = 2
     examples: int = 32
-    curriculum: float = 0.6
+    curriculum: float = 0.7
+    steps: int = 6000
 
     def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
         x = torch.randint(0, 2, (rows, self.examples, self.dimension), generator=generator).float() * 2 - 1
@@ -147,7 +148,8 @@ class SparseParity(Task):
 
     def _num_active(self, progress: float) -> int:
         grown = 1.0 if progress >= self.curriculum else progress / self.curriculum
-        return self.num_secret + math.floor(grown * (self.dimension - self.num_secret))
+        start = min(self.num_secret + 1, self.dimension)
+        return start + math.floor(grown * (self.dimension - start))
 
     def baseline(self, prompts: Prompts) -> Tensor:
         return torch.full(prompts.asked.shape, 0.5)
@@ -198,6 +200,7 @@ class ManyOutlierRegression(LinearRegression):
     baseline_name = "least squares without outliers"
 
     examples: int = 64
+    steps: int = 2500
     outlier_rate: float = 0.75
 
     def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
