@@ -251,7 +251,7 @@ def test_the_table_tells_what_was_run_and_what_was_not(icl, tmp_path, few_held_o
     results = [icl.runs.complete(replace(run, seed=seed), tmp_path) for seed in (0, 1)]
     table = icl.table.write_report([run.task], tmp_path, tmp_path / "report")
     scores = [result["score"] for result in results]
-    assert f"{sum(scores) / 2:.3f} ({scores[0]:.3f}, {scores[1]:.3f})" in table.splitlines()[2]
+    assert f"{sum(scores) / 2:.4f} ({scores[0]:.4f}, {scores[1]:.4f})" in table.splitlines()[2]
     assert table.count("not run") == 2 and "least squares" in table
     assert table in (tmp_path / "report/RESULTS.md").read_text()
     assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")

@@ -18,8 +18,8 @@ are new at every step.
 
 Figures are means over {HELD_OUT_BATCHES * HELD_OUT_ROWS:,} held-out prompts, the same for all runs; where prompts are
 of examples, their last quarter counts. First the mean over the seeds, then each seed. Accuracy: higher is better.
-Squared error: lower is better, and 1 is what answering 0 would give."""
-CAPTION = "above: the metric on held-out prompts while training; below: at the end, by answers asked for before"
+Squared error: lower is better, and 1 is what answering 0 would give. Minutes are of one core."""
+CAPTION = "above: the metric on held-out prompts while training; below: at the end, by examples or questions before"
 
 
 def results_of(task: Task, architecture: str, folder: Path) -> dict[int, dict[str, Any]]:
@@ -49,14 +49,14 @@ def _table(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
     for task, of_task in found.items():
         baseline, _ = score_of(task.baseline, task)
         cells = [_figures([result["score"] for result in of_task[name].values()]) for name in ARCHITECTURES]
-        lines.append(_row([task.title, task.metric, *cells, f"{baseline:.3f} ({task.baseline_name})"]))
+        lines.append(_row([task.title, task.metric, *cells, f"{baseline:.4f} ({task.baseline_name})"]))
     return lines
 
 
 def _figures(scores: list[float]) -> str:
     if not scores:
         return "not run"
-    return f"{statistics.mean(scores):.3f} ({', '.join(f'{score:.3f}' for score in scores)})"
+    return f"{statistics.mean(scores):.4f} ({', '.join(f'{score:.4f}' for score in scores)})"
 
 
 def _settings(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
@@ -80,12 +80,13 @@ def _row(cells: list[str]) -> str:
 
 
 def plot(found: dict[Task, dict[str, dict[int, dict]]], path: Path) -> None:
-    """A column for each task: the metric while training, and at the end by place; a line for each seed."""
+    """A column for each task with runs: the metric while training, then at the end by place; a line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    found = {task: of_task for task, of_task in found.items() if any(of_task.values())}
     figure, axes = pyplot.subplots(2, len(found), figsize=(3.6 * len(found), 6), squeeze=False)
     for (task, of_task), (curve, place) in zip(found.items(), axes.T, strict=True):
         for idx, (name, results) in enumerate(of_task.items()):
@@ -96,7 +97,7 @@ def plot(found: dict[Task, dict[str, dict[int, dict]]], path: Path) -> None:
         _, baseline = score_of(task.baseline, task)
         place.plot(baseline, color="black", linestyle=":", label=task.baseline_name)
         curve.set(title=task.title, xlabel="steps", ylabel=task.metric)
-        place.set(xlabel="answers asked for before", ylabel=task.metric)
+        place.set(xlabel="examples or questions before", ylabel=task.metric)
         for axis in (curve, place):
             axis.set_ylim(*((0, 1.02) if task.metric == ACCURACY else (0, 1.3)))
         place.legend(fontsize="small")
