@@ -8,7 +8,7 @@ LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts pretrain clean
+.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts pretrain icl clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -44,6 +44,9 @@ train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
 	$(BIN)/python examples/pretrain/pretrain.py --output models/mambaformer-tiny $(ARGS)
 
+icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
+	$(BIN)/python examples/icl/run.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) .venv-oldest .library demo runs build *.egg-info
 
@@ -66,7 +69,7 @@ $(VENV)/.bench: $(VENV)/.demo
 
 # The kernels' own Triton code runs on a CPU under Triton's interpreter; mamba-ssm is built without its CUDA part.
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet --editable ".[dev,train]"
+	$(BIN)/pip install --quiet --editable ".[dev,train,icl]"
 	$(BIN)/pip install --quiet --no-deps triton==3.9.0 einops wheel ninja setuptools packaging
 	PATH="$(abspath $(BIN)):$$PATH" MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 		$(BIN)/pip install --quiet --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
