@@ -69,7 +69,7 @@ $(VENV)/.bench: $(VENV)/.demo
 
 # The kernels' own Triton code runs on a CPU under Triton's interpreter; mamba-ssm is built without its CUDA part.
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet --editable ".[dev,train,icl]"
+	$(BIN)/pip install --quiet --editable ".[dev,train]"
 	$(BIN)/pip install --quiet --no-deps triton==3.9.0 einops wheel ninja setuptools packaging
 	PATH="$(abspath $(BIN)):$$PATH" MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 		$(BIN)/pip install --quiet --no-build-isolation --no-deps mamba-ssm==2.3.2.post1

@@ -6,7 +6,7 @@
 
 Trains every architecture on every task with every seed, several runs at a time with one thread each, and writes
 RESULTS.md and curves.png out of all runs found. What was cut off goes on when it is started again: finished runs are
-kept, the others have a checkpoint every half minute. Needs the extra `icl`.
+kept, the others have a checkpoint every half minute. Needs the extra `train`.
 """
 
 import argparse
