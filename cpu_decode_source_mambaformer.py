@@ -355,27 +355,29 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int thread
 
 // ---- norm, rotation, gate
 
-// Norm and gate take activations or what is stored, X.
+// Norm and gate take activations or what is stored, X; y may be x.
 template <typename T, typename X>
-TEAM void rms_norm(const X *x, Long rows, Long width, const T *weight, double eps, X *y) {
+static void rms_norm_of_row(const X *x, Long width, const T *weight, double eps, X *y) {
     typedef typename Arithmetic<T>::type A;
     const int lanes = Lanes<A>::count;
-#pragma omp for schedule(static)
-    for (Long m = 0; m < rows; m++) {
-        const X *from = x + m * width;
-        Vec<A> squares = {};
-        for (Long i = 0; i < width; i += lanes) {
-            Vec<A> values = load_some<A>(from + i, least(lanes, width - i));
-            squares += values * values;
-        }
-        A factor = (A)1 / (A)sqrt(sum<A>(squares) / (A)width + (A)eps);
-        for (Long i = 0; i < width; i += lanes) {
-            const int count = least(lanes, width - i);
-            T rounded[lanes];  // as the norm is defined: rounded to what is stored before the weights
-            store<A>(load_some<A>(from + i, count) * factor, rounded);
-            store_rounded<T, A>(load<A>(rounded) * load_some<A>(weight + i, count), y + m * width + i, count);
-        }
+    Vec<A> squares = {};
+    for (Long i = 0; i < width; i += lanes) {
+        Vec<A> values = load_some<A>(x + i, least(lanes, width - i));
+        squares += values * values;
     }
+    A factor = (A)1 / (A)sqrt(sum<A>(squares) / (A)width + (A)eps);
+    for (Long i = 0; i < width; i += lanes) {
+        const int count = least(lanes, width - i);
+        T rounded[lanes];  // as the norm is defined: rounded to what is stored before the weights
+        store<A>(load_some<A>(x + i, count) * factor, rounded);
+        store_rounded<T, A>(load<A>(rounded) * load_some<A>(weight + i, count), y + i, count);
+    }
+}
+
+template <typename T, typename X>
+TEAM void rms_norm(const X *x, Long rows, Long width, const T *weight, double eps, X *y) {
+#pragma omp for schedule(static)
+    for (Long m = 0; m < rows; m++) rms_norm_of_row<T>(x + m * width, width, weight, eps, y + m * width);
 }
 
 // One head of one token, 2 half numbers, turned by as many cosines and sines.
