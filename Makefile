@@ -8,7 +8,7 @@ LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts clean
+.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts pretrain icl clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -40,6 +40,12 @@ bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: s
 
 train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
 	sh examples/train_experts.sh $(BIN)/python
+
+pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
+	$(BIN)/python examples/pretrain/pretrain.py --output models/mambaformer-tiny $(ARGS)
+
+icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
+	$(BIN)/python examples/icl/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest .library demo runs build *.egg-info

@@ -53,7 +53,8 @@ class MambaFormerConfig(PreTrainedConfig):
         sliding_window: tokens that a query of a sliding layer sees, itself included.
         num_sink_tokens: first tokens that a sliding layer never forgets (attention sinks, arXiv 2309.17453).
         mamba_d_state, mamba_d_conv, mamba_expand, mamba_dt_rank: N, K, E and R of Mamba (arXiv 2312.00752,
-            section 3). `mamba_dt_rank="auto"` is `ceil(hidden_size / 16)`.
+            section 3). E may be a fraction, if E * hidden_size is whole; `mamba_dt_rank="auto"` is
+            `ceil(hidden_size / 16)`.
         mamba_conv_bias, mamba_proj_bias: biases on the convolution and on the in/out projections.
         mamba_inner_norms: RMS norms on dt, B and C, as in Jamba (arXiv 2403.19887, section 6.4).
         time_step_min, time_step_max, time_step_floor: range of dt at initialization.
@@ -86,7 +87,7 @@ class MambaFormerConfig(PreTrainedConfig):
     num_sink_tokens: int = 0
     mamba_d_state: int = 16
     mamba_d_conv: int = 4
-    mamba_expand: int = 2
+    mamba_expand: int | float = 2
     mamba_dt_rank: int | str = "auto"
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
@@ -123,7 +124,7 @@ class MambaFormerConfig(PreTrainedConfig):
     @property
     def mamba_intermediate_size(self) -> int:
         """Channels of the Mamba mixer: `mamba_expand * hidden_size`."""
-        return self.mamba_expand * self.hidden_size
+        return int(self.mamba_expand * self.hidden_size)
 
     def mixers(self, layer_idx: int) -> tuple[str, ...]:
         """What layer `layer_idx` is made of: `"attention"`, `"mamba"` or both, in order."""
@@ -155,7 +156,8 @@ class MambaFormerConfig(PreTrainedConfig):
 
     def _check(self):
         self._check_positive("vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-        self._check_positive("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank")
+        self._check_positive("mamba_d_state", "mamba_d_conv", "mamba_dt_rank")
+        self._check_expand()
         optional = ("intermediate_size", "sliding_window")
         self._check_positive(*(name for name in optional if getattr(self, name) is not None))
         if len(self.layer_types) != self.num_hidden_layers:
@@ -188,6 +190,14 @@ class MambaFormerConfig(PreTrainedConfig):
             )
         if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or []):
             raise ValueError(f"`experts` must be a list of names, got {self.experts!r}.")
+
+    def _check_expand(self):
+        expand, is_number = self.mamba_expand, isinstance(self.mamba_expand, (int, float))
+        if not is_number or isinstance(expand, bool) or not expand > 0 or expand * self.hidden_size % 1:
+            raise ValueError(
+                f"`mamba_expand` must be a positive number that makes `mamba_expand * hidden_size` whole, got "
+                f"{expand!r} with a `hidden_size` of {self.hidden_size}."
+            )
 
     def _check_positive(self, *names: str):
         for name in names:

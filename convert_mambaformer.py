@@ -166,6 +166,8 @@ def convert(
     source: nn.Module | str | os.PathLike,
     *,
     upcycle: str | list[int] | None = None,
+    window: int | None = None,
+    num_sink_tokens: int = 0,
     output_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | str | None = None,
     mamba: dict[str, object] | None = None,
@@ -182,6 +184,8 @@ def convert(
             `from_pretrained` reads, or a `*.gguf` file of one of these families.
         upcycle: attention layers that get a Mamba block, `"all"` or their indices. The new block's output projection
             starts at zero, so the hybrid computes what the source computes until it is trained.
+        window: tokens that attention sees in these layers from now on, beside the first `num_sink_tokens`. The result
+            is no longer the source's; its Mamba blocks are there to be trained for what attention has lost.
         output_dir: where to save the result, with the tokenizer when `source` is a directory or a file.
         dtype: of the result, by default the source's.
         mamba: `mamba_*` and `time_step_*` fields of the configuration for the new blocks.
@@ -196,7 +200,7 @@ def convert(
     _check_output_dir(output_dir, directory if gguf_file is None else None)
     model = source if directory is None else _load(directory, gguf_file)
     family = _family(getattr(getattr(model, "config", None), "model_type", None))
-    config, new_layers = _target_config(family, model.config, upcycle, mamba)
+    config, new_layers = _target_config(family, model.config, upcycle, mamba, window, num_sink_tokens)
     target = _build(config, new_layers, _resolve_dtype(dtype, model), seed).to(model.device)
     _copy_weights(target, model, family, new_layers)
     _start_as_identity(target, new_layers)
@@ -270,15 +274,19 @@ def _resolve_dtype(dtype: torch.dtype | str | None, model: nn.Module) -> torch.d
     return found
 
 
-def _target_config(family: Family, source: PreTrainedConfig, upcycle, mamba) -> tuple[MambaFormerConfig, list[int]]:
+def _target_config(
+    family: Family, source: PreTrainedConfig, upcycle, mamba, window: int | None, num_sink_tokens: int
+) -> tuple[MambaFormerConfig, list[int]]:
     """The result's configuration, and the layers that get a new Mamba block."""
     _check_quantization(source)
     fields = family.config_fields(source)
     _check_rope(fields.get("rope_parameters"))
     new_layers = _layers_to_upcycle(upcycle, fields["layer_types"])
     fields |= _new_block_fields(mamba, new_layers, fields["layer_types"])
+    fields |= _window_fields(window, num_sink_tokens, new_layers, fields["layer_types"])
     for layer_idx in new_layers:
-        fields["layer_types"][layer_idx] = UPCYCLED[fields["layer_types"][layer_idx]]
+        kind = fields["layer_types"][layer_idx]
+        fields["layer_types"][layer_idx] = UPCYCLED[kind if window is None else "sliding_attention"]
     has_mamba = any("mamba" in LAYER_MIXERS[kind] for kind in fields["layer_types"])
     if has_mamba and fields["hidden_act"] != "silu":
         raise ValueError(
@@ -324,6 +332,20 @@ def _layers_to_upcycle(upcycle, layer_types: list[str]) -> list[int]:
     if unable:
         raise ValueError(f"`upcycle` names layers {unable} but the attention layers of this source are {able}.")
     return sorted(set(upcycle))
+
+
+def _window_fields(
+    window: int | None, num_sink_tokens: int, new_layers: list[int], layer_types: list[str]
+) -> dict[str, object]:
+    if window is None:
+        if num_sink_tokens:
+            raise ValueError("`num_sink_tokens` goes with a `window`: without one, attention forgets nothing.")
+        return {}
+    if not new_layers:
+        raise ValueError("`window` is for layers that get a Mamba block: say which layers to `upcycle`.")
+    if "sliding_attention" in layer_types:
+        raise ValueError("The source has sliding layers, and a model has one window: leave `window` out.")
+    return {"sliding_window": window, "num_sink_tokens": num_sink_tokens}
 
 
 def _new_block_fields(mamba: dict | None, new_layers: list[int], layer_types: list[str]) -> dict[str, object]:
@@ -440,6 +462,8 @@ def main(argv: list[str] | None = None) -> int:
         model = convert(
             args.source,
             upcycle=args.upcycle,
+            window=args.window,
+            num_sink_tokens=args.num_sink_tokens,
             output_dir=args.output,
             dtype=args.dtype,
             mamba=mamba,
@@ -460,11 +484,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--upcycle", type=_upcycle, metavar="all|0,2,5", help="attention layers that get a Mamba block"
     )
+    parser.add_argument("--window", type=int, metavar="TOKENS", help="what attention sees in these layers from now on")
+    parser.add_argument(
+        "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that it sees besides"
+    )
     parser.add_argument("--dtype", help="dtype of the result, e.g. bfloat16; default: the source's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new blocks' initial weights")
     for name, meaning in (("state", "N"), ("conv", "K")):
         parser.add_argument(f"--mamba-d-{name}", type=int, metavar=meaning, help=f"{meaning} of the new blocks")
-    parser.add_argument("--mamba-expand", type=int, metavar="E", help="E of the new blocks")
+    parser.add_argument("--mamba-expand", type=float, metavar="E", help="E of the new blocks")
     parser.add_argument("--mamba-dt-rank", type=int, metavar="R", help="R of the new blocks")
     return parser
 

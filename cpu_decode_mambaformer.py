@@ -18,6 +18,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from .compiler_mambaformer import are_readable, cpu_library
 from .cpu_decode_source_mambaformer import DECODE_SOURCE
+from .cpu_scan_source_mambaformer import SCAN_SOURCE
 from .cpu_stack_source_mambaformer import STACK_SOURCE
 from .quantized_mambaformer import PackedWeight, packed_weight
 
@@ -38,7 +39,7 @@ _ARGUMENTS = {
     "attend": "ppppdpp",
     "run_blocks": "pppnpp",
 }
-_SOURCE = DECODE_SOURCE + STACK_SOURCE
+_SOURCE = SCAN_SOURCE + DECODE_SOURCE + STACK_SOURCE
 
 
 def structure(name: str, integers: str, **others: Any) -> type[ctypes.Structure]:

@@ -191,6 +191,14 @@ enum { PLAIN, INT8, INT4 };
 
 template <typename A> struct Product { const Weight *weight; const A *x; A *y; };
 
+// Which of several has item `number`, when each has those up to its end; `number` is counted from its first one then.
+static int owner_of(Long *number, const Long *ends) {
+    int owner = 0;
+    while (*number >= ends[owner]) owner++;
+    if (owner) *number -= ends[owner - 1];
+    return owner;
+}
+
 static const int MOST_ROWS = 16, ROWS_AT_A_TIME = 32;  // of x, and of W if its rows lie one behind the other
 static const int MOST_AT_A_TIME = ROWS_OF_BLOCK > ROWS_AT_A_TIME ? ROWS_OF_BLOCK : ROWS_AT_A_TIME;
 
@@ -222,13 +230,13 @@ TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual 
         ends[i] = blocks += (all[i].weight->outputs + size - 1) / size;
     }
 #pragma omp for schedule(static)
-    for (Long block = 0; block < blocks; block++) {
-        int i = 0;
-        while (block >= ends[i]) i++;
+    for (Long number = 0; number < blocks; number++) {
+        Long block = number;
+        const int i = owner_of(&block, ends);
         const Weight *w = all[i].weight;
         const T *bias = (const T *)w->bias;
         const Long N = w->outputs, K = w->inputs, size = rows_at_a_time(w);
-        const Long first = (block - (i ? ends[i - 1] : 0)) * size, count = least((int)size, N - first);
+        const Long first = block * size, count = least((int)size, N - first);
         A found[MOST_ROWS * MOST_AT_A_TIME];
         if (w->kind == PLAIN)
             multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, count, K, found, size);
@@ -315,23 +323,23 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int thread
     }
     if (!strips) return;
 #pragma omp for schedule(static)
-    for (Long strip = 0; strip < strips; strip++) {
-        int i = 0;
-        while (strip >= ends[i]) i++;
+    for (Long number = 0; number < strips; number++) {
+        Long strip = number;
+        const int i = owner_of(&strip, ends);
         const Weight *w = all[i].weight;
-        const Long own = strip - (i ? ends[i - 1] : 0), width = width_of_expert(w), first = own * CHANNELS_AT_A_TIME;
+        const Long width = width_of_expert(w), first = strip * CHANNELS_AT_A_TIME;
         coordinates_of<A, T>(all[i].x, rows, width, (const T *)w->basis, w->basis_stride, w->rank, first,
-                             first + least(CHANNELS_AT_A_TIME, width - first), found[i] + own * rows * w->rank);
+                             first + least(CHANNELS_AT_A_TIME, width - first), found[i] + strip * rows * w->rank);
     }
     for (int i = 0; i < COUNT; i++)
         if (all[i].weight->rank) add_up(all[i].weight, rows, found[i], total[i]);
 #pragma omp for schedule(static)
-    for (Long strip = 0; strip < strips; strip++) {
-        int i = 0;
-        while (strip >= ends[i]) i++;
+    for (Long number = 0; number < strips; number++) {
+        Long strip = number;
+        const int i = owner_of(&strip, ends);
         const Weight *w = all[i].weight;
         const int lanes = Lanes<A>::count;
-        const Long width = width_of_expert(w), first = (strip - (i ? ends[i - 1] : 0)) * CHANNELS_AT_A_TIME;
+        const Long width = width_of_expert(w), first = strip * CHANNELS_AT_A_TIME;
         for (Long c = first; c < first + least(CHANNELS_AT_A_TIME, width - first); c++)
             for (Long m = 0; m < rows; m++) {
                 const T *direction = (const T *)w->basis + c * w->basis_stride;
@@ -347,27 +355,29 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int thread
 
 // ---- norm, rotation, gate
 
-// Norm and gate take activations or what is stored, X.
+// Norm and gate take activations or what is stored, X; y may be x.
 template <typename T, typename X>
-TEAM void rms_norm(const X *x, Long rows, Long width, const T *weight, double eps, X *y) {
+static void rms_norm_of_row(const X *x, Long width, const T *weight, double eps, X *y) {
     typedef typename Arithmetic<T>::type A;
     const int lanes = Lanes<A>::count;
-#pragma omp for schedule(static)
-    for (Long m = 0; m < rows; m++) {
-        const X *from = x + m * width;
-        Vec<A> squares = {};
-        for (Long i = 0; i < width; i += lanes) {
-            Vec<A> values = load_some<A>(from + i, least(lanes, width - i));
-            squares += values * values;
-        }
-        A factor = (A)1 / (A)sqrt(sum<A>(squares) / (A)width + (A)eps);
-        for (Long i = 0; i < width; i += lanes) {
-            const int count = least(lanes, width - i);
-            T rounded[lanes];  // as the norm is defined: rounded to what is stored before the weights
-            store<A>(load_some<A>(from + i, count) * factor, rounded);
-            store_rounded<T, A>(load<A>(rounded) * load_some<A>(weight + i, count), y + m * width + i, count);
-        }
+    Vec<A> squares = {};
+    for (Long i = 0; i < width; i += lanes) {
+        Vec<A> values = load_some<A>(x + i, least(lanes, width - i));
+        squares += values * values;
     }
+    A factor = (A)1 / (A)sqrt(sum<A>(squares) / (A)width + (A)eps);
+    for (Long i = 0; i < width; i += lanes) {
+        const int count = least(lanes, width - i);
+        T rounded[lanes];  // as the norm is defined: rounded to what is stored before the weights
+        store<A>(load_some<A>(x + i, count) * factor, rounded);
+        store_rounded<T, A>(load<A>(rounded) * load_some<A>(weight + i, count), y + i, count);
+    }
+}
+
+template <typename T, typename X>
+TEAM void rms_norm(const X *x, Long rows, Long width, const T *weight, double eps, X *y) {
+#pragma omp for schedule(static)
+    for (Long m = 0; m < rows; m++) rms_norm_of_row<T>(x + m * width, width, weight, eps, y + m * width);
 }
 
 // One head of one token, 2 half numbers, turned by as many cosines and sines.

@@ -1,4 +1,4 @@
-"""All layers over a few tokens, by one call of a CPU kernel for all that lies between two Mamba mixers.
+"""All layers over a few tokens by one call of a CPU kernel, or, for several tokens, one between two Mamba mixers.
 
 At one token a layer takes as long in Python as in memory: modules, views, allocations and the meetings of threads cost
 more than arithmetic. So what a kernel has to know of the layers is written down once, for as long as weights and
@@ -7,7 +7,7 @@ rounded, is what the layers themselves would have computed, bit for bit.
 """
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,20 +27,29 @@ from .cpu_decode_mambaformer import (
     takes_mask,
 )
 
+_Recurrence = structure(
+    "Recurrence",
+    "conv_weight conv_bias A_log D channels taps numbers rank norms eps window next_window state next_state",
+    norms=ctypes.c_int64 * 3,
+    eps=ctypes.c_double * 3,
+)
 _Block = structure(
     "Block",
-    "kind norm eps weights scaling heads key_heads head_dim plan keys values capacity",
+    "kind norm eps weights scaling heads key_heads head_dim plan keys values capacity mamba",
     eps=ctypes.c_double,
     weights=Weight * 4,
     scaling=ctypes.c_double,
+    mamba=_Recurrence,
 )
 _Plan = structure("Plan", "mask mask_row mask_query keys first_slot slots slots_row")
 _Tokens = structure("Tokens", "rows count width cosines sines angle_row")
-_ATTENTION, _MLP = range(2)
+_ATTENTION, _MLP, _MAMBA = range(3)
 _PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"),
 }
+_INNER_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
 
 
 class FewTokens:
@@ -84,13 +93,13 @@ class FewTokens:
 
 
 class _Layers:
-    """The blocks of all layers as C structures, and the Mamba mixers that they lie between."""
+    """The blocks of all layers as C structures, and what runs them: kernels, or a layer where Mamba is left to it."""
 
     def __init__(self, key: tuple, layers: list[nn.Module], experts: dict[str, dict[str, Any]]):
         self.key, self.experts = key, experts
         dtype = self.dtype = key[1]
         self.attention: list[tuple[int, nn.Module]] = []  # index of the block, layer
-        self.parts: list[Any] = []  # ranges of blocks, and layers of which it is Mamba's turn
+        self.mamba: list[tuple[int, nn.Module]] = []
         self.deltas: list[Tensor] = []
         self.norms: list[nn.Module] = []  # of each block
         self.watched = list(layers)
@@ -100,11 +109,13 @@ class _Layers:
                 self.attention.append((len(blocks), layer))
                 blocks.append(self._block(_ATTENTION, layer, "self_attn"))
             if layer.has_mamba:
-                self._end_range(len(blocks))
-                self.parts.append(layer)
+                self.mamba.append((len(blocks), layer))
+                blocks.append(self._block(_MAMBA, layer, "mamba"))
             if layer.has_mlp:
                 blocks.append(self._block(_MLP, layer, "mlp"))
-        self._end_range(len(blocks))
+        self.takes_mamba = all(blocks[index] is not None for index, _ in self.mamba)
+        for index, _ in self.mamba:
+            blocks[index] = blocks[index] or _Block()  # which is left to the layer
         self.widths = {norm.weight.shape[0] for norm in self.norms}
         is_known = len(self.widths) == 1 and None not in blocks
         self.is_whole = is_known and kernel_of("run_blocks", dtype) is not None
@@ -112,12 +123,9 @@ class _Layers:
         self.windows = list(dict.fromkeys(layer.window for _, layer in self.attention))
         for index, layer in self.attention if self.is_whole else ():
             self.blocks[index].plan = self.windows.index(layer.window)
+        self.in_one = [range(len(blocks))]
+        self.in_parts = list(_around(self.mamba, len(blocks)))
         self._watch()
-
-    def _end_range(self, num_blocks: int) -> None:
-        first = max((part.stop for part in self.parts if isinstance(part, range)), default=0)
-        if num_blocks > first:
-            self.parts.append(range(first, num_blocks))
 
     def _block(self, kind: int, layer: nn.Module, name: str) -> _Block | None:
         mixer, norm = getattr(layer, name), getattr(layer, f"{name}_layernorm")
@@ -134,6 +142,8 @@ class _Layers:
             return None
         block.norm = norm.weight.data_ptr()
         shapes = [(weight.outputs, weight.inputs) for weight in block.weights]
+        if kind == _MAMBA:
+            return block if self._add_recurrence(block.mamba, mixer, shapes, width) else None
         if kind == _MLP:
             inner = shapes[0][0]
             fits = shapes[:3] == [(inner, width), (inner, width), (width, inner)]
@@ -143,6 +153,25 @@ class _Layers:
         wide, narrow = block.heads * mixer.head_dim, block.key_heads * mixer.head_dim
         fits = shapes == [(wide, width), (narrow, width), (narrow, width), (width, wide)]
         return block if fits and mixer.head_dim % LANES[self.dtype] == 0 else None
+
+    def _add_recurrence(self, mamba: _Recurrence, mixer: nn.Module, shapes: list[tuple[int, int]], width: int) -> bool:
+        conv, rank, numbers = mixer.conv1d, mixer.rank, mixer.state_size
+        channels, _, taps = conv.weight.shape
+        weights = [conv.weight, mixer.A_log, mixer.D]
+        norms = [getattr(mixer, name) for name in _INNER_NORMS] if mixer.has_inner_norms else []
+        optional = [conv.bias] if conv.bias is not None else []
+        if not all(
+            is_stored(weight, self.dtype) for weight in (*weights, *optional, *(norm.weight for norm in norms))
+        ):
+            return False
+        mamba.conv_weight, mamba.A_log, mamba.D = (weight.data_ptr() for weight in weights)
+        mamba.conv_bias = 0 if conv.bias is None else conv.bias.data_ptr()
+        mamba.channels, mamba.taps, mamba.numbers, mamba.rank = channels, taps, numbers, rank
+        for i, norm in enumerate(norms):
+            mamba.norms[i] = norm.weight.data_ptr()
+        chosen = rank + 2 * numbers
+        fits = shapes == [(2 * channels, width), (chosen, channels), (channels, rank), (width, channels)]
+        return fits and mixer.A_log.shape == (channels, numbers) and mixer.D.shape == (channels,)
 
     def _described(self, module: nn.Module, scaled: Any) -> Weight | None:
         weight = describe_linear(module, self.dtype)
@@ -181,8 +210,12 @@ class _Layers:
             block.scaling = layer.self_attn.scaling
             keys, values = cache.layers[layer.layer_idx].attention.place(step.like(block), layout)
             block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        parts, states = self.in_parts, None
+        if step.tokens.count == 1 and lengths is None and not cache.recorded_reach and self.takes_mamba:
+            states = step.states_of(self.mamba, blocks, cache)
+            parts = self.in_parts if states is None else self.in_one
         kernel, start = kernel_of("run_blocks", self.dtype), ctypes.addressof(blocks)
-        for part in self.parts:
+        for part in parts:
             if isinstance(part, range):
                 inputs, hidden_states = hidden_states.contiguous(), hidden_states.new_empty(hidden_states.shape)
                 first = start + part.start * ctypes.sizeof(_Block)
@@ -190,7 +223,21 @@ class _Layers:
                        ctypes.addressof(step.plans), hidden_states.data_ptr(), get_num_threads())  # fmt: skip
             else:
                 hidden_states = part.add_mamba(hidden_states, self.experts, cache, lengths)
+        for layer, window, state in states or ():
+            cache.layers[layer.layer_idx].update_conv_state(window)
+            cache.layers[layer.layer_idx].update_recurrent_state(state)
         return hidden_states
+
+
+def _around(mamba: list[tuple[int, nn.Module]], num_blocks: int) -> Iterator[Any]:
+    """Ranges of blocks, and between them the layers whose Mamba comes next."""
+    start = 0
+    for index, layer in [*mamba, (num_blocks, None)]:
+        if index > start:
+            yield range(start, index)
+        if layer is not None:
+            yield layer
+        start = index + 1
 
 
 class _Step:
@@ -214,6 +261,31 @@ class _Step:
         if self._like is None or self._like.shape != shape:
             self._like = self.hidden_states.new_empty(shape)
         return self._like
+
+    def states_of(self, mamba: list[tuple[int, nn.Module]], blocks: Any, cache: Any) -> list[tuple] | None:
+        """Layer, window and state of each Mamba block as they are to become; `None` if kernels do not take the old."""
+        rows, stored = self.tokens.rows, self.hidden_states.dtype
+        wide = torch.float64 if stored == torch.float64 else torch.float32
+        found = []
+        for index, layer in mamba:
+            block = blocks[index].mamba
+            window = self.hidden_states.new_empty((rows, block.taps - 1, block.channels))
+            state = self.hidden_states.new_empty((rows, block.channels, block.numbers), dtype=wide)
+            old = cache.recurrent_states(layer.layer_idx, self.hidden_states)
+            for name, new in (("conv", window), ("ssm", state)):
+                if name in old and not _is_like(old[name], new):
+                    return None
+            block.window, block.state = (old[name].data_ptr() if name in old else 0 for name in ("conv", "ssm"))
+            block.next_window, block.next_state = window.data_ptr(), state.data_ptr()
+            if layer.mamba.has_inner_norms:
+                block.eps[:] = [getattr(layer.mamba, name).variance_epsilon for name in _INNER_NORMS]
+            found.append((layer, window, state))
+            self.kept += old.values()
+        return found
+
+
+def _is_like(old: Tensor, new: Tensor) -> bool:
+    return old.shape == new.shape and old.dtype is new.dtype and old.is_contiguous() and takes(old)
 
 
 def _step_of(written: _Layers, hidden_states: Tensor, plans: Mapping, angles: Any, cache: Any) -> _Step | None:

@@ -170,6 +170,32 @@ def test_upcycling_some_layers_leaves_the_others():
     assert_same_logits(all_logits(upcycled, some_ids()), all_logits(source("mistral"), some_ids()), 1e-5)
 
 
+def test_a_window_for_upcycled_layers_is_that_of_mistral():
+    llama = source("llama")
+    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**ATTENTION, sliding_window=5)).eval()
+    mistral.load_state_dict(llama.state_dict())
+    windowed = convert(llama, upcycle="all", window=5)
+    assert set(windowed.config.layer_types) == {"hybrid_sliding"}
+    assert_same_logits(all_logits(windowed, some_ids()), all_logits(mistral, some_ids()), 1e-5)
+    some = convert(llama, upcycle=[1], window=4, num_sink_tokens=2, mamba={"mamba_expand": 0.5}).config
+    assert some.layer_types == ["full_attention", "hybrid_sliding", "full_attention"]
+    assert (some.sliding_window, some.num_sink_tokens, some.mamba_intermediate_size) == (4, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"window": 4}, "say which layers to `upcycle`"),
+        ("llama", {"upcycle": "all", "num_sink_tokens": 4}, "goes with a `window`"),
+        ("mistral", {"upcycle": [0], "window": 4}, "a model has one window"),
+        ("llama", {"upcycle": "all", "window": 0}, "`sliding_window` must be a positive integer"),
+    ],
+)
+def test_a_window_that_fits_nothing_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert(source(name), **options)
+
+
 def test_upcycled_blocks_learn():
     """The output projection, zero at first, learns at once; a step later so does everything behind it."""
     model = convert(source("llama"), upcycle="all").train()

@@ -1,0 +1,179 @@
+"""One run: a task, an architecture, a seed. It goes on from its last checkpoint to the same bits, wherever it was cut.
+
+Nothing is random but the first weights, which the seed decides, and the prompts, which the seed and the step decide.
+"""
+
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learners import InContextLearner, options_of
+from mambaformer import MambaFormerConfig
+from mambaformer.files_mambaformer import temporary_beside
+from tasks import Prompts, Task, generator_of
+
+# Of every run; the warm-up is a share of all steps.
+RECIPE = {"optimizer": "Adam", "warmup": 0.05, "largest_gradient": 1.0, "curve_points": 25}
+# Prompts that no run is trained on, the same for all runs of a task; the first batch makes the learning curve.
+HELD_OUT, HELD_OUT_BATCHES, HELD_OUT_ROWS = 1 << 40, 8, 128
+
+
+@dataclass(frozen=True)
+class Run:
+    task: Task
+    architecture: str
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """All that a result depends on; a file of other settings is as good as none."""
+        return {
+            "task": {"name": self.task.name, **asdict(self.task)},
+            "architecture": options_of(self.architecture, self.task),
+            "seed": self.seed,
+            "recipe": RECIPE,
+        }
+
+    def learner(self) -> InContextLearner:
+        """As it is before the first step."""
+        torch.manual_seed(self.seed)
+        return InContextLearner(MambaFormerConfig(**options_of(self.architecture, self.task)), self.task)
+
+    def file(self, folder: Path, ending: str) -> Path:
+        return folder / f"{self.task.name}-{self.architecture}-{self.seed}.{ending}"
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """What was found when it was run with these settings, if it was."""
+        path = self.file(folder, "json")
+        result = json.loads(path.read_text()) if path.exists() else None
+        return result if result is not None and result["settings"] == self.settings() else None
+
+
+class Training:
+    """A learner, its optimizer and its learning curve, at some step."""
+
+    def __init__(self, run: Run):
+        self.run, self.task = run, run.task
+        self.learner = run.learner()
+        self.optimizer = torch.optim.Adam(self.learner.parameters())
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[tuple[int, float]] = []
+
+    def advance(self) -> None:
+        """One step; the curve gets its point before it if one is due."""
+        started = time.perf_counter()
+        if self.step % math.ceil(self.task.steps / RECIPE["curve_points"]) == 0:
+            self.curve.append((self.step, self.score(num_batches=1)[0]))
+        generator, progress = generator_of(self.run.seed, self.step), self.step / self.task.steps
+        prompts = self.task.sample(self.task.rows, generator, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.task.learning_rate * schedule(self.step, self.task.steps)
+        loss = self.task.loss(self.learner(prompts.inputs), prompts)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.learner.parameters(), RECIPE["largest_gradient"])
+        self.optimizer.step()
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+
+    def score(self, num_batches: int = HELD_OUT_BATCHES) -> tuple[float, list[float]]:
+        """The metric on held-out prompts: over what is counted, and by how much stands before."""
+        return score_of(self._scores, self.task, num_batches)
+
+    @torch.no_grad()
+    def _scores(self, prompts: Prompts) -> Tensor:
+        return self.task.scores(self.learner(prompts.inputs), prompts)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "settings": self.run.settings(),
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(path, content.getvalue())
+
+    def resume(self, path: Path) -> None:
+        """Takes up what `save` wrote; leaves all as it is if there is no such file, or one of other settings."""
+        state = torch.load(path, weights_only=True) if path.exists() else None
+        if state is None or state["settings"] != self.run.settings():
+            return
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+
+def schedule(step: int, num_steps: int) -> float:
+    """The share of the learning rate at a step: a linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(RECIPE["warmup"] * num_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
+
+
+def score_of(
+    scores: Callable[[Prompts], Tensor], task: Task, num_batches: int = HELD_OUT_BATCHES
+) -> tuple[float, list[float]]:
+    """The mean of per-token scores over held-out prompts: over what is counted, and at each place that is asked."""
+    batches = [task.sample(HELD_OUT_ROWS, generator_of(HELD_OUT, idx)) for idx in range(num_batches)]
+    found = torch.cat([scores(prompts) for prompts in batches]).double()
+    asked, counted = (torch.cat([getattr(prompts, name) for prompts in batches]) for name in ("asked", "counted"))
+    by_place = torch.where(asked, found, 0.0).sum(dim=0) / asked.sum(dim=0)
+    return found[counted].mean().item(), by_place[asked.any(dim=0)].tolist()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that holds its old content or all of the new, whenever the process ends."""
+    with temporary_beside(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def complete(
+    run: Run,
+    folder: Path,
+    checkpoint_seconds: float = 30.0,
+    report: Callable[[Training], None] = lambda training: None,
+) -> dict[str, Any]:
+    """Trains what is left of a run, writes its result to `folder` and returns it; `report` is called at each step."""
+    found = run.result(folder)
+    if found is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = run.file(folder, "pt")
+    training = Training(run)
+    training.resume(checkpoint)
+    saved = time.monotonic()
+    while training.step < run.task.steps:
+        training.advance()
+        report(training)
+        if time.monotonic() - saved > checkpoint_seconds:
+            training.save(checkpoint)
+            saved = time.monotonic()
+    score, by_place = training.score()
+    result = {
+        "settings": run.settings(),
+        "parameters": training.learner.num_parameters(),
+        "score": score,
+        "by_place": by_place,
+        "curve": [*training.curve, (training.step, training.score(num_batches=1)[0])],
+        "seconds": round(training.seconds, 1),
+    }
+    write_whole(run.file(folder, "json"), (json.dumps(result, indent=1) + "\n").encode())
+    checkpoint.unlink(missing_ok=True)
+    return result

@@ -1,0 +1,109 @@
+"""What all runs have found: RESULTS.md and the learning curves."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from learners import ARCHITECTURES, DEPTH, HIDDEN_SIZE, TITLES
+from runs import HELD_OUT_BATCHES, HELD_OUT_ROWS, Run, score_of
+from tasks import ACCURACY, Task
+
+INTRODUCTION = f"""# In-context learning: Transformer, Mamba and MambaFormer
+
+Made by `make icl`; the tasks of [MambaFormer](https://arxiv.org/abs/2402.04248) at the size of a laptop, and recall of
+tokens as in [Zoology](https://arxiv.org/abs/2312.04927). All three are built from `MambaFormerConfig`, with {DEPTH}
+layers of two blocks (MambaFormer has a Mamba block before them instead of a position encoding), hidden size
+{HIDDEN_SIZE} and the same training: see [tasks.py](tasks.py), [learners.py](learners.py), [runs.py](runs.py). Prompts
+are new at every step.
+
+Figures are means over {HELD_OUT_BATCHES * HELD_OUT_ROWS:,} held-out prompts, the same for all runs; where prompts are
+of examples, their last quarter counts. First the mean over the seeds, then each seed. Accuracy: higher is better.
+Squared error: lower is better, and 1 is what answering 0 would give. Minutes are of one core."""
+CAPTION = "above: the metric on held-out prompts while training; below: at the end, by examples or questions before"
+
+
+def results_of(task: Task, architecture: str, folder: Path) -> dict[int, dict[str, Any]]:
+    """{seed: result} of the runs with just these settings."""
+    paths = folder.glob(f"{task.name}-{architecture}-*.json")
+    runs = [Run(task, architecture, seed) for seed in sorted(int(path.stem.rsplit("-", 1)[1]) for path in paths)]
+    found = {run.seed: run.result(folder) for run in runs}
+    return {seed: result for seed, result in found.items() if result is not None}
+
+
+def write_report(tasks: list[Task], folder: Path, output: Path) -> str:
+    """Writes RESULTS.md and, if there is anything to draw, curves.png to `output`; returns the table."""
+    found = {task: {name: results_of(task, name, folder) for name in ARCHITECTURES} for task in tasks}
+    table = "\n".join(_table(found))
+    output.mkdir(parents=True, exist_ok=True)
+    parts = [INTRODUCTION, table, "\n".join(_settings(found))]
+    if any(result for of_task in found.values() for result in of_task.values()):
+        plot(found, output / "curves.png")
+        parts.append(f"![{CAPTION}](curves.png)")
+    (output / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
+    return table
+
+
+def _table(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
+    heads = ["task", "metric", *(TITLES[name] for name in ARCHITECTURES), "baseline"]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    for task, of_task in found.items():
+        baseline, _ = score_of(task.baseline, task)
+        cells = [_figures([result["score"] for result in of_task[name].values()]) for name in ARCHITECTURES]
+        lines.append(_row([task.title, task.metric, *cells, f"{baseline:.4f} ({task.baseline_name})"]))
+    return lines
+
+
+def _figures(scores: list[float]) -> str:
+    if not scores:
+        return "not run"
+    return f"{statistics.mean(scores):.4f} ({', '.join(f'{score:.4f}' for score in scores)})"
+
+
+def _settings(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
+    heads = ["task", "prompts a step", "steps", "learning rate", "of"]
+    heads += [f"{TITLES[name]}: parameters, minutes a run" for name in ARCHITECTURES]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    for task, of_task in found.items():
+        about = [task.title, str(task.rows), f"{task.steps:,}", f"{task.learning_rate:g}", task.size]
+        lines.append(_row([*about, *(_cost(list(of_task[name].values())) for name in ARCHITECTURES)]))
+    return lines
+
+
+def _cost(results: list[dict]) -> str:
+    if not results:
+        return ""
+    return f"{results[0]['parameters']:,}, {statistics.mean(result['seconds'] for result in results) / 60:.1f}"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(found: dict[Task, dict[str, dict[int, dict]]], path: Path) -> None:
+    """A column for each task with runs: the metric while training, then at the end by place; a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {task: of_task for task, of_task in found.items() if any(of_task.values())}
+    figure, axes = pyplot.subplots(2, len(found), figsize=(3.6 * len(found), 6), squeeze=False)
+    for (task, of_task), (curve, place) in zip(found.items(), axes.T, strict=True):
+        for idx, (name, results) in enumerate(of_task.items()):
+            for number, result in enumerate(results.values()):
+                style = {"color": f"C{idx}", "alpha": 0.8, "label": TITLES[name] if number == 0 else None}
+                curve.plot(*zip(*result["curve"], strict=True), **style)
+                place.plot(result["by_place"], **style)
+        _, baseline = score_of(task.baseline, task)
+        place.plot(baseline, color="black", linestyle=":", label=task.baseline_name)
+        curve.set(title=task.title, xlabel="steps", ylabel=task.metric)
+        place.set(xlabel="examples or questions before", ylabel=task.metric)
+        for axis in (curve, place):
+            axis.set_ylim(*((0, 1.02) if task.metric == ACCURACY else (0, 1.3)))
+        place.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+__all__ = ["results_of", "write_report"]

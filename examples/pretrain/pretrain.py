@@ -1,0 +1,143 @@
+"""Trains a small hybrid from scratch, and a Llama of the same size on the same tokens, and compares them.
+
+    python examples/pretrain/pretrain.py
+
+Text, tokenizer, checkpoints, curves and the trained models go to `runs/pretrain`. Needs the extra `train`, and the
+Debian packages that the command names if they are missing. A run that was cut off goes on from its last complete
+checkpoint when it is started again with the same arguments.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+import texts
+from card import plot_curves, write_card
+from mambaformer import MambaFormerConfig
+from shapes import ARCHITECTURES, build
+from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
+from training import evaluate, keep_settings, train, write_whole
+
+# What both architectures share; it is kept with each run, which cannot go on with other settings.
+SETTINGS = (
+    "hidden_size",
+    "max_steps",
+    "batch_size",
+    "length",
+    "learning_rate",
+    "seed",
+    "held_out_bytes",
+    "vocab_size",
+)
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Dataset, dict[str, Dataset]]:
+    """Tokenizer, blocks to train on, and held-out windows by domain; what is there already is taken as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _once(folder / "texts", texts.collect)
+    text = folder / "texts"
+    of_tokens = folder / f"tokenizer-{args.vocab_size}"
+    of_blocks = folder / f"blocks-{args.vocab_size}-{args.length}-{args.seed}"
+    _once(of_tokens, lambda path: train_tokenizer(text, args.vocab_size).save_pretrained(path))
+    _once(of_blocks, lambda path: blocks_to_train_on(text, of_tokens, args.length, args.seed).save_to_disk(path))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(of_tokens)
+    held_out = {
+        domain: held_out_windows(text, domain, tokenizer, args.length, args.held_out_bytes) for domain in texts.DOMAINS
+    }
+    return tokenizer, load_from_disk(of_blocks), held_out
+
+
+def _once(path: Path, make) -> None:
+    """Makes a folder that is either there as a whole or not at all, whenever this is killed."""
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        make(partial)
+        os.rename(partial, path)
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A folder as the Hub has them, with the weights in bfloat16."""
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.config.use_cache = True
+    model.generation_config = GenerationConfig(**ends)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run(arch: str, args: argparse.Namespace) -> dict:
+    """Trains one architecture, or goes on with it; returns what `results.json` of its folder says."""
+    folder = args.run_dir / arch
+    tokenizer, blocks, held_out = prepare(args.run_dir / "data", args)
+    keep_settings(folder, {name: getattr(args, name) for name in SETTINGS})
+    set_seed(args.seed)
+    model = build(arch, len(tokenizer), args.hidden_size, tokenizer.eos_token_id)
+    tokens = args.max_steps * args.batch_size * args.length
+    about = {
+        "parameters": model.num_parameters(),
+        "tokens": tokens,
+        "epochs": round(tokens / (len(blocks) * args.length), 2),
+        "threads": torch.get_num_threads(),
+        **{name: getattr(args, name) for name in SETTINGS},
+    }
+    print(f"{arch}: {about['parameters']:,} parameters, {tokens:,} tokens, {about['epochs']} epochs")
+    model = train(model, folder, blocks, held_out, tokenizer, args)
+    export(model, tokenizer, folder / "model")
+    saved = type(model).from_pretrained(folder / "model", dtype=torch.float32)
+    results = {**about, "held_out": evaluate(saved, folder, held_out, tokenizer, args)}
+    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/pretrain"), help="text, checkpoints, curves")
+    parser.add_argument("--output", type=Path, help="folder that the trained hybrid is copied to")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a block")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-steps", type=int, default=2000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--held-out-bytes", type=int, default=120_000, help="of each domain")
+    parser.add_argument("--eval-every", type=int, default=250, help="steps")
+    parser.add_argument("--save-every", type=int, default=100, help="steps, a multiple of --log-every")
+    parser.add_argument("--log-every", type=int, default=10, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.save_every % args.log_every:
+        parser.error("--save-every must be a multiple of --log-every: a resumed run would log other averages")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    for arch in args.arch:
+        run(arch, args)
+    found = {arch: args.run_dir / arch / "results.json" for arch in ARCHITECTURES}
+    results = {arch: json.loads(file.read_text()) for arch, file in found.items() if file.exists()}
+    equal = [name for name in SETTINGS if name != "learning_rate"]
+    if len({tuple(found[name] for name in equal) for found in results.values()}) > 1:
+        raise ValueError(f"the runs in {args.run_dir} differ in more than the learning rate: train both alike")
+    plot_curves(args.run_dir, results, args.run_dir / "curves.png")
+    if "hybrid" in results:
+        model = args.run_dir / "hybrid" / "model"
+        write_card(model, MambaFormerConfig.from_pretrained(model), results)
+        if args.output:
+            shutil.rmtree(args.output, ignore_errors=True)
+            shutil.copytree(model, args.output)
+    for arch, found in results.items():
+        scores = ", ".join(f"{name} {score['bits_per_byte']:.3f}" for name, score in found["held_out"].items())
+        print(f"{arch}: held-out bits per byte: {scores}")
+
+
+if __name__ == "__main__":
+    main()

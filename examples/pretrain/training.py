@@ -1,0 +1,137 @@
+"""Training that may be killed at any moment: what goes on from the last complete checkpoint is the same run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from tokens import BitsPerByte, nats_of_labels
+
+COMPLETE = "complete"  # an empty file, written last into a checkpoint
+
+
+class PretrainingTrainer(Trainer):
+    """Neither norms and biases nor what Mamba's states decay and skip by (A_log, D) get weight decay."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rsplit(".", 1)[1] not in ("A_log", "D")]
+
+
+class Checkpoints(TrainerCallback):
+    """Marks each checkpoint when all of it is on the disk, and writes the curve so far to `log.json`."""
+
+    def on_save(self, args, state, control, **kwargs):
+        os.sync()
+        Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+
+    def on_log(self, args, state, control, **kwargs):
+        write_whole(Path(args.output_dir, "log.json"), json.dumps(state.log_history, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def last_complete_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that was written whole; what a kill has left of others is removed."""
+    found = sorted(run.glob("checkpoint-*"), key=_step)
+    whole = [path for path in found if (path / COMPLETE).exists()]
+    for path in found:
+        if path not in whole[-1:]:
+            shutil.rmtree(path)
+    return whole[-1] if whole else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def keep_settings(run: Path, settings: dict) -> None:
+    """Writes the settings of a run when it starts.
+
+    Raises:
+        ValueError: the run was started with other settings, so it cannot go on with these.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = run / "settings.json"
+    before = json.loads(file.read_text()) if file.exists() else settings
+    if before != settings:
+        other = {key: (before.get(key), settings[key]) for key in settings if before.get(key) != settings[key]}
+        raise ValueError(f"{run} was started with other settings (then, now): {other}; remove it to start afresh")
+    write_whole(file, json.dumps(settings, indent=1) + "\n")
+
+
+def trainer_for(model: PreTrainedModel, run: Path, held_out: dict[str, Dataset], tokenizer, args, **kwargs) -> Trainer:
+    """A trainer for `args` (those of the command line) that evaluates bits per byte of each domain."""
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        optim="adamw_torch",
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.max_steps // 20),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=args.eval_every,
+        save_steps=args.save_every,
+        save_total_limit=2,
+        logging_steps=args.log_every,
+        report_to=[],
+        seed=args.seed,
+        data_seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        label_names=["labels"],
+    )
+    return PretrainingTrainer(
+        model,
+        arguments,
+        eval_dataset=held_out,
+        data_collator=_batch,
+        compute_metrics=BitsPerByte(tokenizer),
+        preprocess_logits_for_metrics=nats_of_labels,
+        **kwargs,
+    )
+
+
+def _batch(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Blocks are their own labels; windows bring theirs."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": torch.tensor([row.get("labels", row["input_ids"]) for row in rows])}
+
+
+def train(
+    model: PreTrainedModel, run: Path, blocks: Dataset, held_out: dict[str, Dataset], tokenizer, args
+) -> PreTrainedModel:
+    """Trains, from the last complete checkpoint on if there is one, and returns the trained model."""
+    checkpoint = last_complete_checkpoint(run)
+    if checkpoint is not None and _step(checkpoint) == args.max_steps:
+        return type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    model.config.use_cache = False
+    callbacks = [Checkpoints()]
+    trainer = trainer_for(model, run, held_out, tokenizer, args, train_dataset=blocks, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return model
+
+
+def evaluate(model: PreTrainedModel, run: Path, held_out: dict[str, Dataset], tokenizer, args) -> dict[str, dict]:
+    """Bits per byte, bytes and tokens of each domain."""
+    trainer = trainer_for(model, run, held_out, tokenizer, args)
+    figures = ("bits_per_byte", "bytes", "tokens")
+    results = {}
+    for domain, windows in held_out.items():
+        found = trainer.evaluate(windows)
+        results[domain] = {name: found[f"eval_{name}"] for name in figures}
+    return results

@@ -1,0 +1,302 @@
+"""The comparison of `make icl`, at toy size: the prompts are what they claim, and runs are fair, exact and whole."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples/icl"
+
+
+@pytest.fixture(scope="module")
+def icl():
+    """The modules of the example, which find each other as those of a script do."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        yield SimpleNamespace(
+            **{name: importlib.import_module(name) for name in ("tasks", "learners", "runs", "table")}
+        )
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def prompts_of(icl, name, rows=64, stream=(1, 2), **options):
+    task = replace(icl.tasks.TASKS[name], **options)
+    return task, task.sample(rows, icl.tasks.generator_of(*stream))
+
+
+NAMES = ("sparse_parity", "vector_recall", "token_recall", "linear_regression", "many_outlier_regression")
+
+
+# ---- prompts
+
+
+def test_a_parity_is_that_of_two_coordinates_and_of_no_others(icl):
+    task, prompts = prompts_of(icl, "sparse_parity")
+    x, y = prompts.inputs[:, ::2].numpy(), prompts.targets[:, ::2, 0].numpy()
+    assert set(np.unique(x)) == {-1, 1}
+    pairs = [(i, j) for i in range(task.dimension) for j in range(i)]
+    fits = np.stack([(x[:, :, i] * x[:, :, j] == y).all(axis=1) for i, j in pairs])
+    assert (fits.sum(axis=0) == 1).all()
+    assert len(set(fits.argmax(axis=0))) > len(pairs) // 2  # each prompt has its own
+
+
+def test_parities_start_with_few_coordinates_and_get_all_of_them(icl):
+    task = icl.tasks.TASKS["sparse_parity"]
+    sizes = []
+    for share in (0, 0.5, 0.999, 1, 1.2):
+        prompts = task.sample(16, icl.tasks.generator_of(5), share * task.curriculum)
+        x, y = prompts.inputs[:, ::2], prompts.targets[:, ::2, 0]
+        sizes.append((x != 0).sum(dim=-1).unique().tolist())
+        used = [(x[..., i] * x[..., j] == y).all(dim=1) for i in range(task.dimension) for j in range(i)]
+        assert torch.stack(used).any(dim=0).all()  # the secret ones are never zero
+    assert sizes == [[3], [6], [9], [10], [10]]
+
+
+@pytest.mark.parametrize("name", ["sparse_parity", "linear_regression", "many_outlier_regression"])
+def test_answers_are_fed_behind_their_questions_and_asked_for_at_them(icl, name):
+    task, prompts = prompts_of(icl, name)
+    fed = prompts.inputs[:, 1::2]
+    assert torch.equal(fed[..., 0], prompts.targets[:, :-1:2, 0]) and not fed[..., 1:].any()
+    assert not prompts.asked[:, 1::2].any()
+    assert prompts.inputs.shape[1] == 2 * task.examples - 1
+    assert not (prompts.counted & ~prompts.asked).any() and prompts.counted.any()
+    assert not prompts.counted[:, : prompts.counted.shape[1] * 3 // 4 - 1].any()
+
+
+def test_least_squares_solves_a_regression_from_as_many_examples_as_dimensions(icl):
+    task, prompts = prompts_of(icl, "linear_regression")
+    x, y = prompts.inputs[:, ::2].double().numpy(), prompts.targets[:, ::2, 0].double().numpy()
+    for row in range(8):
+        secret = np.linalg.solve(x[row, : task.dimension], y[row, : task.dimension])
+        assert np.abs(x[row] @ secret - y[row]).max() < 1e-3
+    scores = task.baseline(prompts)[:, ::2]
+    assert scores[:, task.dimension + 1 :].median() < 1e-9
+    # What is left without an example is the variance of y, and each example takes away a dimension of it.
+    _, many = prompts_of(icl, "linear_regression", rows=4096, examples=3)
+    assert task.baseline(many)[:, ::2].mean(dim=0).tolist() == pytest.approx([1, 0.8, 0.6], abs=0.1)
+
+
+def test_three_of_four_pairs_are_outliers_and_the_others_one_regression(icl):
+    task, prompts = prompts_of(icl, "many_outlier_regression")
+    x, y, asked = prompts.inputs[:, ::2], prompts.targets[:, ::2, 0], prompts.asked[:, ::2]
+    is_outlier = (x == 1).all(dim=-1)
+    assert torch.equal(asked, ~is_outlier) and (y[is_outlier] == 1).all()
+    assert is_outlier.float().mean() == pytest.approx(task.outlier_rate, abs=0.03)
+    assert y[asked].var() == pytest.approx(1, abs=0.3)
+    for row in range(8):
+        inliers, answers = x[row, asked[row]].double().numpy(), y[row, asked[row]].double().numpy()
+        assert np.abs(inliers @ np.linalg.lstsq(inliers, answers)[0] - answers).max() < 1e-5
+    assert task.baseline(prompts)[prompts.counted].median() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["vector_recall", "token_recall"])
+def test_each_key_is_asked_for_once_and_its_answer_is_the_value_behind_it(icl, name):
+    task, prompts = prompts_of(icl, name)
+    pairs = task.pairs
+    for inputs, targets, asked in zip(prompts.inputs, prompts.targets, prompts.asked, strict=True):
+        rows = [tuple(np.atleast_1d(value)) for value in inputs.numpy()]
+        book = dict(zip(rows[: 2 * pairs : 2], rows[1 : 2 * pairs : 2], strict=True))
+        assert len(book) == pairs and set(rows[2 * pairs :]) == set(book)
+        assert [book[key] for key in rows[2 * pairs :]] == [
+            tuple(np.atleast_1d(value)) for value in targets[2 * pairs :].numpy()
+        ]
+        assert asked.tolist() == [False] * (2 * pairs) + [True] * pairs
+
+
+def test_values_are_never_keys_and_vectors_have_unit_variance(icl):
+    task, prompts = prompts_of(icl, "token_recall")
+    keys, values = prompts.inputs[:, : 2 * task.pairs : 2], prompts.inputs[:, 1 : 2 * task.pairs : 2]
+    assert keys.max() < task.vocab_size // 2 <= values.min() and values.max() < task.vocab_size
+    _, prompts = prompts_of(icl, "vector_recall")
+    assert torch.allclose(prompts.inputs.square().mean(dim=-1), torch.ones(()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_are_decided_by_seed_and_step_alone(icl, name):
+    (_, one), (_, again), (_, step), (_, seed) = (
+        prompts_of(icl, name, rows=4, stream=stream) for stream in ((1, 2), (1, 2), (1, 3), (2, 1))
+    )
+    assert torch.equal(one.inputs, again.inputs) and torch.equal(one.targets, again.targets)
+    assert not torch.equal(one.inputs, step.inputs) and not torch.equal(one.inputs, seed.inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_answers_score_best_and_their_loss_is_none(icl, name):
+    task, prompts = prompts_of(icl, name)
+    right, wrong = prompts.targets, prompts.targets.roll(1, dims=0)
+    if task.vocab_size is not None:
+        right, wrong = (torch.nn.functional.one_hot(ids, task.vocab_size).float() for ids in (right, wrong))
+    right, wrong = (20 * answers if task.metric == icl.tasks.ACCURACY else answers for answers in (right, wrong))
+    best = 1.0 if task.metric == icl.tasks.ACCURACY else 0.0
+    assert task.loss(right, prompts) < 1e-6 and (task.scores(right, prompts)[prompts.asked] == best).all()
+    assert task.loss(wrong, prompts) > 0.1 and task.scores(wrong, prompts)[prompts.asked].mean() != best
+
+
+# ---- learners
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_three_have_the_same_size(icl, name):
+    task = icl.tasks.TASKS[name]
+    sizes = [icl.runs.Run(task, kind, 0).learner().num_parameters() for kind in icl.learners.ARCHITECTURES]
+    assert max(sizes) / min(sizes) < 1.02
+
+
+def test_the_transformer_alone_is_told_positions(icl):
+    rope = {
+        kind: icl.learners.options_of(kind, icl.tasks.TASKS["token_recall"]).get("rope_parameters")
+        for kind in icl.learners.ARCHITECTURES
+    }
+    assert [kind for kind, parameters in rope.items() if parameters] == ["transformer"]
+    with pytest.raises(ValueError, match="choose from"):
+        icl.learners.options_of("rnn", icl.tasks.TASKS["token_recall"])
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mamba", "mambaformer"])
+def test_what_comes_later_in_a_prompt_changes_no_answer(icl, kind):
+    task, prompts = prompts_of(icl, "linear_regression", rows=2)
+    learner = icl.runs.Run(task, kind, 0).learner()
+    changed = prompts.inputs.clone()
+    changed[:, 9:] += 1
+    with torch.no_grad():
+        before, after = learner(prompts.inputs), learner(changed)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5)
+    assert (before[:, 9:] - after[:, 9:]).abs().max() > 1e-2
+
+
+# ---- runs
+
+
+def toy(icl, kind="mambaformer", **options):
+    task = replace(
+        icl.tasks.TASKS["linear_regression"], **{"dimension": 2, "examples": 6, "rows": 8, "steps": 12, **options}
+    )
+    return icl.runs.Run(task, kind, 0)
+
+
+@pytest.fixture
+def few_held_out(icl, monkeypatch):
+    monkeypatch.setattr(icl.runs, "HELD_OUT_ROWS", 16)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mamba", "mambaformer"])
+def test_some_steps_lower_the_loss(icl, kind, few_held_out):
+    options = {"dimension": 1, "num_secret": 1, "examples": 8, "steps": 20, "learning_rate": 5e-3}
+    training = icl.runs.Training(icl.runs.Run(replace(icl.tasks.TASKS["sparse_parity"], **options), kind, 0))
+    prompts = training.task.sample(64, icl.tasks.generator_of(0))
+    losses = []
+    while training.step < 20:
+        losses.append(training.task.loss(training.learner(prompts.inputs), prompts).item())
+        training.advance()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(icl, tmp_path, few_held_out):
+    whole = icl.runs.complete(toy(icl), tmp_path / "whole")
+
+    def cut(training):
+        if training.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        icl.runs.complete(toy(icl), tmp_path / "cut", 0.0, cut)
+    steps = []
+    resumed = icl.runs.complete(toy(icl), tmp_path / "cut", 0.0, lambda training: steps.append(training.step))
+    assert steps[0] == 7  # step 7 itself was not in the checkpoint
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["linear_regression-mambaformer-0.json"]
+
+
+def test_other_settings_are_another_run(icl, tmp_path, few_held_out):
+    icl.runs.complete(toy(icl), tmp_path)
+    assert toy(icl).result(tmp_path) is not None
+    for options in ({"steps": 13}, {"learning_rate": 1e-3}, {"examples": 7}):
+        assert toy(icl, **options).result(tmp_path) is None
+    training = icl.runs.Training(toy(icl))
+    training.advance()
+    training.save(tmp_path / "checkpoint")
+    other = icl.runs.Training(toy(icl, steps=13))
+    other.resume(tmp_path / "checkpoint")
+    assert other.step == 0
+
+
+def test_a_file_is_written_whole_or_not_at_all(icl, tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    icl.runs.write_whole(path, b"old")
+
+    def full(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        icl.runs.write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_table_tells_what_was_run_and_what_was_not(icl, tmp_path, few_held_out, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(icl.table, "HELD_OUT_ROWS", 16)
+    run = toy(icl)
+    results = [icl.runs.complete(replace(run, seed=seed), tmp_path) for seed in (0, 1)]
+    table = icl.table.write_report([run.task], tmp_path, tmp_path / "report")
+    scores = [result["score"] for result in results]
+    assert f"{sum(scores) / 2:.4f} ({scores[0]:.4f}, {scores[1]:.4f})" in table.splitlines()[2]
+    assert table.count("not run") == 2 and "least squares" in table
+    assert table in (tmp_path / "report/RESULTS.md").read_text()
+    assert (tmp_path / "report/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the command
+
+
+def start(folder, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [
+        sys.executable,
+        FOLDER / "run.py",
+        "--run-dir",
+        folder,
+        "--output",
+        folder,
+        "--workers",
+        "1",
+        *arguments,
+    ]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **silent)
+
+
+def test_a_killed_command_goes_on_with_the_same_curve(icl, tmp_path):
+    """Both its processes at once, in the middle of a run."""
+    pytest.importorskip("matplotlib")
+    arguments = ("--tasks", "token_recall", "--architectures", "mambaformer", "--seeds", "1", "--steps", "24")
+    arguments += ("--checkpoint-seconds", "0")
+    name = "token_recall-mambaformer-0"
+    killed = start(tmp_path, *arguments)
+    wait_for(tmp_path / f"{name}.pt", killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / f"{name}.json").exists()
+    assert start(tmp_path, *arguments).wait(timeout=120) == 0
+    resumed = json.loads((tmp_path / f"{name}.json").read_text())
+    run = icl.runs.Run(replace(icl.tasks.TASKS["token_recall"], steps=24), "mambaformer", 0)
+    whole = json.loads(json.dumps(icl.runs.complete(run, tmp_path / "whole")))
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0} and len(whole["curve"]) == 25
+
+
+def wait_for(path, process):
+    give_up = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.05)
