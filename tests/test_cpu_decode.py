@@ -334,38 +334,50 @@ def test_blocks_in_one_call_have_the_bits_of_their_parts(pattern, dtype, monkeyp
 
 @torch.no_grad()
 def test_whoever_wants_to_see_a_module_run_sees_it():
-    model, ids, seen = random_model(tiny_config("llama", head_dim=16)), torch.tensor([random_rows(1)[0]]), []
-    cache, layer = model.make_cache(), model.model.layers[1]
-    model(ids[:, :4], past_key_values=cache)
-    modules = (layer, layer.self_attn, layer.self_attn_layernorm, layer.mlp, layer.mlp.down_proj)
-    for i, module in enumerate(modules):
-        for register in (module.register_forward_hook, module.register_forward_pre_hook):
-            hook = register(lambda module, *_: seen.append(module))
-            model(ids[:, 4 + i : 5 + i], past_key_values=cache)
-            hook.remove()
-    assert seen == [module for module in modules for _ in range(2)]
+    for pattern, names in (
+        ("llama", ("", "self_attn", "self_attn_layernorm", "mlp", "mlp.down_proj")),
+        ("mamba", ("", "mamba", "mamba_layernorm", "mamba.conv1d", "mamba.x_proj")),
+    ):
+        model, ids, seen = random_model(tiny_config(pattern, head_dim=16)), torch.tensor([random_rows(1)[0]]), []
+        cache, layer = model.make_cache(), model.model.layers[1]
+        model(ids[:, :4], past_key_values=cache)
+        modules = [layer.get_submodule(name) for name in names]
+        for i, module in enumerate(modules):
+            for register in (module.register_forward_hook, module.register_forward_pre_hook):
+                hook = register(lambda module, *_, seen=seen: seen.append(module))
+                model(ids[:, 4 + i : 5 + i], past_key_values=cache)
+                hook.remove()
+        assert seen == [module for module in modules for _ in range(2)]
+
+
+CHANGES = {
+    "scaling": ("llama", lambda layer: setattr(layer.self_attn, "scaling", 3.0)),
+    "epsilon": ("llama", lambda layer: setattr(layer.mlp_layernorm, "variance_epsilon", 0.5)),
+    "weight": ("llama", lambda layer: layer.self_attn.q_proj.weight.mul_(1.5)),
+    "weight's data": ("llama", lambda layer: layer.self_attn.q_proj.weight.data.mul_(1.5)),
+    "module": ("llama", lambda layer: setattr(layer.self_attn, "k_proj", nn.Linear(32, 32, bias=False).double())),
+    "A": ("mamba", lambda layer: layer.mamba.A_log.add_(1.0)),
+    "A's data": ("mamba", lambda layer: layer.mamba.A_log.data.add_(1.0)),
+    "convolution's data": ("mamba", lambda layer: layer.mamba.conv1d.weight.data.mul_(2.0)),
+    "inner epsilon": ("jamba", lambda layer: setattr(layer.mamba.dt_layernorm, "variance_epsilon", 0.5)),
+}
 
 
 @torch.no_grad()
-def test_what_is_changed_between_two_steps_counts_at_once():
-    model, ids = random_model(tiny_config("llama", head_dim=16)), torch.tensor([random_rows(1)[0][:7]])
-    attention, norm = model.model.layers[0].self_attn, model.model.layers[1].mlp_layernorm
-    for change in (
-        lambda: setattr(attention, "scaling", 3.0),
-        lambda: setattr(norm, "variance_epsilon", 0.5),
-        lambda: attention.q_proj.weight.mul_(1.5),
-        lambda: setattr(attention, "k_proj", nn.Linear(32, 32, bias=False).double()),
-    ):
-        cache = model.make_cache(on_expert_change="continue")
-        for token in ids[:, :6].split(1, dim=1):
-            before = model(token, past_key_values=cache.fork()).logits
-            model(token, past_key_values=cache)
-        change()
-        with_kernels = model(ids[:, 6:], past_key_values=cache.fork()).logits
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stack.FewTokens, "run", lambda *_: None)
-            assert torch.equal(with_kernels, model(ids[:, 6:], past_key_values=cache).logits)
-        assert not torch.equal(with_kernels, before)
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_between_two_steps_counts_at_once(name):
+    pattern, change = CHANGES[name]
+    model, ids = random_model(tiny_config(pattern, head_dim=16)), torch.tensor([random_rows(1)[0][:7]])
+    cache = model.make_cache(on_expert_change="continue")
+    for token in ids[:, :6].split(1, dim=1):
+        model(token, past_key_values=cache)
+    before = model(ids[:, 6:], past_key_values=cache.fork()).logits
+    change(model.model.layers[0])
+    with_kernels = model(ids[:, 6:], past_key_values=cache.fork()).logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack.FewTokens, "run", lambda *_: None)
+        assert torch.equal(with_kernels, model(ids[:, 6:], past_key_values=cache).logits)
+    assert not torch.equal(with_kernels, before)
 
 
 def test_threads_that_share_a_model_do_not_disturb_each_other():
