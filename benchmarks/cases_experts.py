@@ -41,7 +41,7 @@ def expert_decode(size: Size) -> Iterator[Row]:
         make_ready(name)
         logits[name] = feed(model, ids, cache)[0]
     check_same(["on the fly", "merged"], logits)
-    found = in_rounds(steps, size(31, 1), size(10, 1), before=make_ready)
+    found = in_rounds(steps, size(21, 1), size(50, 1), before=make_ready)
     for name, bar in (("on the fly", at_most(1.15)), ("merged", at_most(1.01))):
         times = milliseconds(found.median(name)), milliseconds(found.median("base"))
         what = f"decode, SmolLM2-135M, an expert of rank {rank} {name}: time per token against the base"
