@@ -233,9 +233,13 @@ def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         return None
     if mask is not None and not takes_mask(mask, rows, queries, num_keys):
         return None
-    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
     return _Shape(rows, key_heads, heads // key_heads, queries, num_keys, width, *query.stride()[:3],
-                  *key.stride()[:3], *value.stride()[:3], *mask_strides)  # fmt: skip
+                  *key.stride()[:3], *value.stride()[:3], *strides_of_mask(mask))  # fmt: skip
+
+
+def strides_of_mask(mask: Tensor | None) -> tuple[int, int]:
+    """From row to row, and from query to query."""
+    return (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
 
 
 def takes_mask(mask: Tensor, rows: int, queries: int, keys: int) -> bool:

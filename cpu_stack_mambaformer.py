@@ -22,6 +22,7 @@ from .cpu_decode_mambaformer import (
     describe_linear,
     is_stored,
     kernel_of,
+    strides_of_mask,
     structure,
     takes,
     takes_mask,
@@ -314,8 +315,7 @@ def _write_plan(step: _Step, plan: Any, window: int | None, attention: Any, layo
     if mask is not None:
         if not takes_mask(mask, rows, count, layout.num_slots):
             return False
-        plan.mask, plan.mask_query = mask.data_ptr(), mask.stride(2)
-        plan.mask_row = mask.stride(0) if mask.shape[0] > 1 else 0
+        plan.mask, (plan.mask_row, plan.mask_query) = mask.data_ptr(), strides_of_mask(mask)
         step.kept.append(mask)
     if isinstance(slots, int):
         plan.first_slot = slots
