@@ -42,7 +42,7 @@ train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
 	sh examples/train_experts.sh $(BIN)/python
 
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
-	$(BIN)/python examples/pretrain/pretrain.py --output models/mambaformer-tiny $(ARGS)
+	$(BIN)/python examples/language/pretrain.py --output models/mambaformer-tiny $(ARGS)
 
 icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
 	$(BIN)/python examples/icl/run.py $(ARGS)

@@ -14,7 +14,7 @@ import torch
 
 from mambaformer import MambaFormerForCausalLM
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "pretrain"
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "language"
 DOMAINS = ("bible", "python", "manual")
 TOY = ["--arch", "hybrid", "--hidden-size", "16", "--vocab-size", "300", "--length", "16", "--batch-size", "2"]
 TOY += ["--max-steps", "12", "--eval-every", "5", "--save-every", "4", "--log-every", "2", "--held-out-bytes", "150"]

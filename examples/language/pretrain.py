@@ -1,6 +1,6 @@
 """Trains a small hybrid from scratch, and a Llama of the same size on the same tokens, and compares them.
 
-    python examples/pretrain/pretrain.py
+    python examples/language/pretrain.py
 
 Text, tokenizer, checkpoints, curves and the trained models go to `runs/pretrain`. Needs the extra `train`, and the
 Debian packages that the command names if they are missing. A run that was cut off goes on from its last complete
