@@ -15,6 +15,7 @@ from reference import ReferenceRow, tuned_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 61
+NO_TOKEN = 10**6  # beyond every vocabulary
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 ALL_FIVE = ["linear_attention", "hybrid", "sliding_attention", "hybrid_sliding", "full_attention"]
 
@@ -171,13 +172,19 @@ def real_text(folder):
     return AutoTokenizer.from_pretrained(folder)("\n".join(texts)).input_ids
 
 
-def rows_for(model, seed, lengths=(12, 7, 10)):
-    """Token rows of these lengths: pieces of real text for a trained model, random ids for a random one."""
+def draw_row(model, rng, length):
+    """So many ids: a piece of real text for a trained model, random ids for a random one."""
     if not model.name_or_path:
-        return random_rows(seed, lengths)
-    text, rng = real_text(model.name_or_path), random.Random(seed)
-    starts = [rng.randrange(len(text) - length) for length in lengths]
-    return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        return [rng.randrange(VOCAB) for _ in range(length)]
+    text = real_text(model.name_or_path)
+    start = rng.randrange(len(text) - length)
+    return text[start : start + length]
+
+
+def rows_for(model, seed, lengths=(12, 7, 10)):
+    """Token rows of these lengths that a model is fed."""
+    rng = random.Random(seed)
+    return [draw_row(model, rng, length) for length in lengths]
 
 
 def rows_of(pattern, seed, lengths=(12, 7, 10)):

@@ -1,6 +1,6 @@
-"""The laws of the design, judged by the oracle in `reference.py`: float64, every pattern with loud weights, every cache.
+"""The laws of the design, judged by the oracle in `reference.py`: float64, loud weights, every pattern, every cache.
 
-Trained weights stand beside the patterns, with real text.
+Trained weights stand beside the patterns, and read real text.
 
 Unless a test says otherwise, logits agree to 1e-10 of the logit scale.
 """
