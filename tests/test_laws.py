@@ -40,11 +40,13 @@ from cases import (
 from mambaformer import ExpertVector
 from reference import ReferenceRow, reference_logits, tuned_weights
 
+MAIN_PATTERNS = ["mamba", "paper", "llama", "everything"]
+
 without_kernels_too = pytest.mark.without_kernels_too
 every_pattern = pytest.mark.parametrize("pattern", MODELS)
 every_random_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
-main_patterns = pytest.mark.parametrize("pattern", ["mamba", "paper", "llama", "everything", *TRAINED_PARAMS])
+main_patterns = pytest.mark.parametrize("pattern", [*MAIN_PATTERNS, *TRAINED_PARAMS])
 every_mask_form = pytest.mark.parametrize("whole_mask", [False, True], ids=["mask_of_new", "mask_of_all"])
 
 
@@ -108,7 +110,7 @@ def test_every_linear_module_obeys_its_own_expert(pattern):
 
 
 @without_kernels_too
-@every_pattern
+@every_random_pattern
 def test_gradients_equal_those_of_the_oracle(pattern):
     model, (row, *_) = new_model(pattern), rows_of(pattern, 1)
     shares = torch.randn(len(row), model.config.vocab_size, dtype=torch.float64)
@@ -120,7 +122,7 @@ def test_gradients_equal_those_of_the_oracle(pattern):
         assert_same_logits(parameter.grad, leaves[name].grad)
 
 
-@main_patterns
+@pytest.mark.parametrize("pattern", MAIN_PATTERNS)
 def test_gradients_of_an_expert_equal_those_of_the_oracle(pattern):
     model, (row, *_) = shared_model(pattern), rows_of(pattern, 1)
     shares = torch.randn(len(row), model.config.vocab_size, dtype=torch.float64)
@@ -770,7 +772,7 @@ def test_attention_implementations_agree_with_the_oracle(pattern, variant, atten
     assert_same_logits(feed_row(model, new_cache(model, variant), rows[0], [5, 1, 6]), wanted[0])
 
 
-@every_pattern
+@every_random_pattern
 @pytest.mark.parametrize("expert_seed", [None, 1], ids=["base", "expert"])
 def test_gradient_checkpointing_leaves_gradients_as_they_are(pattern, expert_seed):
     expert = None if expert_seed is None else shared_expert(pattern, expert_seed)

@@ -312,7 +312,7 @@ def model_of(pattern, dtype):
 def combinations():
     """(pattern, dtype, variant, scenario) in an order that needs each model once."""
     for pattern in [*PATTERNS, *TRAINED]:
-        for dtype in DTYPES:
+        for dtype in ["float64"] if pattern in TRAINED else DTYPES:
             whole = pattern in SPREAD and dtype == "float64"
             for variant in CACHE_VARIANTS:
                 for scenario in SCENARIOS if whole else ("expert_per_row", "cropped_and_fed"):

@@ -37,6 +37,7 @@ TINY = ROOT / "models" / "mambaformer-tiny"
 
 every_model = pytest.mark.parametrize("name", TRAINED_PARAMS)
 every_storage = pytest.mark.parametrize("storage", STORAGES)
+dense_and_static = pytest.mark.parametrize("storage", ["dense", "static"])
 
 
 def new_cache(model, storage, **options):
@@ -85,7 +86,7 @@ def test_the_mamba_states_of_a_text_move_the_logits(name, state):
 
 
 @every_model
-@every_storage
+@dense_and_static
 def test_a_long_text_in_pieces_is_one_forward(name, storage):
     model, (row, *_) = shared_model(name), rows_of(name, 1, LENGTHS)
     for singles in (0.2, 0.8):
@@ -105,7 +106,7 @@ def test_a_long_text_in_pieces_loses_only_the_digits_of_its_dtype(name, dtype, t
 
 
 @every_model
-@every_storage
+@dense_and_static
 def test_long_rows_with_pads_anywhere_are_what_they_are_alone(name, storage):
     model, rows = shared_model(name), rows_of(name, 1, LENGTHS)
     turns = ragged_turns(random.Random(2), rows, count=4)
@@ -131,7 +132,7 @@ def test_drafts_that_are_taken_back_leave_no_trace_in_a_long_text(name, storage)
 
 
 @every_model
-@every_storage
+@dense_and_static
 def test_rows_of_long_texts_are_reordered_repeated_selected_and_forked(name, storage):
     model, rows, ends = shared_model(name), rows_of(name, 1, LENGTHS), rows_of(name, 4, (9, 7, 8, 5))
     origin = new_cache(model, storage)
@@ -147,7 +148,7 @@ def test_rows_of_long_texts_are_reordered_repeated_selected_and_forked(name, sto
 
 
 @every_model
-@every_storage
+@dense_and_static
 def test_a_long_text_follows_the_expert_and_comes_back_to_the_base_bit_for_bit(name, storage):
     model, (row, *_), expert = shared_model(name), rows_of(name, 1, LENGTHS), shared_expert(name, 1)
     first, cache = new_cache(model, storage), new_cache(model, storage)
