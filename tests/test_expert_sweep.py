@@ -211,16 +211,19 @@ KILLED = """if True:
 def test_a_sweep_that_was_killed_ends_as_one_that_was_not(modules, sweep, world):
     """Killed in the middle of writing its fifth result, the worker too."""
     script, cut = world / "killed.py", world / "cut"
+    some = arguments(world, "cut", "--ranks", "4", "--domains", "python", "--families-on")
     script.write_text(KILLED)
     paths = os.pathsep.join([str(FOLDER), *sys.path])
-    command = [sys.executable, script, *arguments(world, "cut")]
+    command = [sys.executable, script, *some]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     before = {path.name: path.stat().st_mtime_ns for path in cut.glob("*.json")}
     assert len(before) == 4
-    assert modules.sweep_experts.main(arguments(world, "cut")) == 0
+    assert modules.sweep_experts.main(some) == 0
     assert {name: (cut / name).stat().st_mtime_ns for name in before} == before, "finished runs are kept"
-    assert results(cut) == results(sweep)
+    found, expected = results(cut), results(sweep)
+    assert sum(name.endswith("final") for name in found) == 2
+    assert found == {name: expected[name] for name in found}
 
 
 def test_results_of_other_settings_do_not_count(modules, sweep, world):
@@ -281,6 +284,6 @@ def test_an_expert_trains_on_a_file_or_a_domain_and_goes_on_after_a_kill(modules
         with pytest.raises(KeyboardInterrupt):
             trained("in-two")
     expert = trained("in-two")
-    assert not expert.is_base and len(expert) == 18
+    assert not expert.is_base and len(expert) == 7 + 11 + 7
     assert expert == expected
     assert expert.metadata["text"] == ("text.txt" if source == "file" else "python")

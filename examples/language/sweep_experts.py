@@ -131,8 +131,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="scales a matrix, or 'full'")  # fmt: skip
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=["python", "bible"])
     parser.add_argument("--families-on", nargs="*", choices=DOMAINS, default=["python"], help="one family at a time")
-    parser.add_argument("--steps", type=int, default=36, help="of a run, one block each")
-    parser.add_argument("--trial-steps", type=int, default=12, help="of a run that a learning rate is chosen by")
+    parser.add_argument("--steps", type=int, default=32, help="of a run, one block each")
+    parser.add_argument("--trial-steps", type=int, default=10, help="of a run that a learning rate is chosen by")
     parser.add_argument("--length", type=int, default=512, help="tokens of a block")
     parser.add_argument("--held-out-blocks", type=int, default=8, help="of each domain")
     parser.add_argument("--trial-blocks", type=int, default=4, help="kept back from training to choose rates by")
