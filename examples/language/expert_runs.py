@@ -118,7 +118,7 @@ def prepare(sweep: Sweep, texts: Path, folder: Path) -> None:
 
 
 def _data(sweep: Sweep, folder: Path) -> Path:
-    kind = f"{sweep.length}-{sweep.trial_blocks}-{sweep.held_out_blocks}"
+    kind = f"{sweep.length}-{sweep.steps}-{sweep.trial_blocks}-{sweep.held_out_blocks}"
     return folder / f"blocks-{kind}-{hashlib.sha256(sweep.model.encode()).hexdigest()[:8]}"
 
 
@@ -133,7 +133,7 @@ def _write_blocks(sweep: Sweep, texts: Path, tokenizer, path: Path) -> None:
             )
         parts = {
             "trial": train.select(range(sweep.trial_blocks)),
-            "train": train.select(range(sweep.trial_blocks, len(train))),
+            "train": train.select(range(sweep.trial_blocks, needed)),
             "held_out": held_out.select(range(sweep.held_out_blocks)),
         }
         DatasetDict(parts).save_to_disk(path / domain)

@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def work(place: int, jobs: list[Job], next_job, sweep: Sweep, folder: Path, lock
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", ".*activation_checkpointing", FutureWarning)  # peft asks for the old name
     tqdm.set_lock(lock)
     bench = Bench(sweep, folder)
     while True:
@@ -143,6 +145,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (Path(args.model) / "config.json").is_file():
         parser.error(f"there is no model in the folder {args.model}")
+    if args.trial_steps > args.steps:
+        parser.error("--trial-steps must be at most --steps")
     for name in ("steps", "trial_steps", "held_out_blocks", "trial_blocks", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
