@@ -8,7 +8,7 @@ LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts pretrain icl clean
+.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts experts-sweep pretrain icl clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -38,8 +38,11 @@ bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
-	sh examples/train_experts.sh $(BIN)/python
+train-experts: $(VENV)/.dev  ## the two experts anew; ARGS="--model FOLDER" for those of another model
+	sh examples/language/train_experts.sh $(BIN)/python $(ARGS)
+
+experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut
+	$(BIN)/python examples/language/sweep_experts.py $(ARGS)
 
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
 	$(BIN)/python examples/language/pretrain.py --output models/mambaformer-tiny $(ARGS)

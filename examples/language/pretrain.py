@@ -9,7 +9,6 @@ checkpoint when it is started again with the same arguments.
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from card import plot_curves, write_card
 from mambaformer import MambaFormerConfig
 from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
-from training import evaluate, keep_settings, train, write_whole
+from training import evaluate, keep_settings, make_once, train, write_whole
 
 # What both architectures share; it is kept with each run, which cannot go on with other settings.
 SETTINGS = (
@@ -39,27 +38,17 @@ SETTINGS = (
 
 def prepare(folder: Path, args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Dataset, dict[str, Dataset]]:
     """Tokenizer, blocks to train on, and held-out windows by domain; what is there already is taken as it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _once(folder / "texts", texts.collect)
+    make_once(folder / "texts", texts.collect)
     text = folder / "texts"
     of_tokens = folder / f"tokenizer-{args.vocab_size}"
     of_blocks = folder / f"blocks-{args.vocab_size}-{args.length}-{args.seed}"
-    _once(of_tokens, lambda path: train_tokenizer(text, args.vocab_size).save_pretrained(path))
-    _once(of_blocks, lambda path: blocks_to_train_on(text, of_tokens, args.length, args.seed).save_to_disk(path))
+    make_once(of_tokens, lambda path: train_tokenizer(text, args.vocab_size).save_pretrained(path))
+    make_once(of_blocks, lambda path: blocks_to_train_on(text, of_tokens, args.length, args.seed).save_to_disk(path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(of_tokens)
     held_out = {
         domain: held_out_windows(text, domain, tokenizer, args.length, args.held_out_bytes) for domain in texts.DOMAINS
     }
     return tokenizer, load_from_disk(of_blocks), held_out
-
-
-def _once(path: Path, make) -> None:
-    """Makes a folder that is either there as a whole or not at all, whenever this is killed."""
-    if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        make(partial)
-        os.rename(partial, path)
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,12 +41,22 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def make_once(path: Path, make: Callable[[Path], object]) -> None:
+    """Makes a folder that is either there as a whole or not at all, whenever this is killed."""
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        os.rename(partial, path)
+
+
 def last_complete_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that was written whole; what a kill has left of others is removed."""
+    """The newest checkpoint that was written whole; what a kill has left of one is removed."""
     found = sorted(run.glob("checkpoint-*"), key=_step)
     whole = [path for path in found if (path / COMPLETE).exists()]
     for path in found:
-        if path not in whole[-1:]:
+        if path not in whole:
             shutil.rmtree(path)
     return whole[-1] if whole else None
 
