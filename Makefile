@@ -8,7 +8,7 @@ LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts experts-sweep pretrain icl clean
+.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts experts-sweep pretrain distill icl clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -46,6 +46,9 @@ experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs 
 
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
 	$(BIN)/python examples/language/pretrain.py --output models/mambaformer-tiny $(ARGS)
+
+distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; an hour, goes on after a cut
+	$(BIN)/python examples/language/distill.py --output models/smollm2-hybrid $(ARGS)
 
 icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
 	$(BIN)/python examples/icl/run.py $(ARGS)

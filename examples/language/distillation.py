@@ -13,6 +13,8 @@ from mambaformer import MambaFormerForCausalLM
 from mambaformer.mixers_mambaformer import AttentionPlan, plan_attention
 from mambaformer.storage_mambaformer import Span
 
+STAGES = ("layers", "logits")
+
 
 class Distillation(nn.Module):
     """The blocks of `model` beside attention with a window, as what is trained and saved.
@@ -20,12 +22,14 @@ class Distillation(nn.Module):
     Args:
         model: a hybrid whose layers that have a window were given Mamba blocks.
         logits_every: the loss on the teacher's logits takes one token of so many.
+
+    `stage` says what is learned: "layers" or "logits". Held out, it is always the logits that count.
     """
 
     def __init__(self, model: MambaFormerForCausalLM, logits_every: int = 4):
         super().__init__()
         self.frozen = [model.requires_grad_(False).to(torch.bfloat16)]  # a list keeps it out of the checkpoints
-        self.window, self.logits_every = model.config.sliding_window, logits_every
+        self.window, self.logits_every, self.stage = model.config.sliding_window, logits_every, STAGES[0]
         self.blocks = nn.ModuleDict()
         for idx, layer in enumerate(model.model.layers):
             if layer.has_mamba:
@@ -35,6 +39,10 @@ class Distillation(nn.Module):
     @property
     def model(self) -> MambaFormerForCausalLM:
         return self.frozen[0]
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> dict:
+        of_layers = self.training and self.stage == "layers"
+        return {"loss": self.layers_loss(input_ids) if of_layers else self.logits_loss(input_ids)}
 
     def prepare(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, dict, tuple[torch.Tensor, torch.Tensor]]:
         """Embeddings (rows, tokens, hidden_size), the attention of each window, cosines and sines."""

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from texts import DOMAINS
 from train_expert import blocks_of_domain, load
-from training import make_once, write_whole
+from training import arguments, make_once, write_whole
 from tuners import ALL, ExpertTuner, LoraTuner, bytes_of, lora_of_numbers, modules_of, numbers_of, projections_of
 
 EXPERT, LORA = "expert", "lora"
@@ -183,27 +183,20 @@ def train(tuner: nn.Module, blocks: Dataset, run: Run, sweep: Sweep, report: Cal
     """Trains by the recipe of all runs; returns how many tokens it saw."""
     seed = TRIAL_SEED if run.is_trial else SEED
     steps = sweep.trial_steps if run.is_trial else sweep.steps
-    arguments = TrainingArguments(
-        output_dir="unused",
+    of_run = arguments(
+        "unused",
+        run.rate,
+        seed,
         max_steps=steps,
         per_device_train_batch_size=1,
-        learning_rate=run.rate,
-        lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 10),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         save_strategy="no",
         logging_strategy="no",
         include_num_input_tokens_seen="all",
-        report_to=[],
         disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
         use_cpu=True,
-        dataloader_pin_memory=False,
-        label_names=["labels"],
     )
-    trainer = Trainer(tuner, arguments, train_dataset=blocks, data_collator=_batch, callbacks=[_Reports(report)])
+    trainer = Trainer(tuner, of_run, train_dataset=blocks, data_collator=_batch, callbacks=[_Reports(report)])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     tuner.eval()

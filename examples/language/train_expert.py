@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, Trainer, set_seed
 
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
 from mambaformer.convert_mambaformer import find_smollm2
 from texts import DOMAINS, collect
-from training import Checkpoints, keep_settings, last_complete_checkpoint, make_once
+from training import Checkpoints, arguments, go_on, keep_settings, make_once
 from tuners import ExpertTuner, numbers_of
 
 HELD_OUT_EVERY = 20  # every so many blocks of a text file, one is never trained on
@@ -79,31 +79,25 @@ def train(args: argparse.Namespace) -> ExpertVector:
     run = args.run_dir / args.name
     text = {"text": None if args.text is None else str(args.text.resolve())}
     keep_settings(run, {**text, **{name: getattr(args, name) for name in SETTINGS}})
-    arguments = TrainingArguments(
-        output_dir=str(run),
+    of_run = arguments(
+        run,
+        args.learning_rate,
+        args.seed,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=5,
-        weight_decay=0.0,
         eval_strategy="steps",
         eval_steps=args.eval_every,
         save_steps=args.eval_every,
         save_total_limit=2,
         load_best_model_at_end=True,
         logging_steps=5,
-        report_to=[],
-        seed=args.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        label_names=["labels"],
     )
-    model.to(arguments.device)  # the trainer moves only what it trains
+    model.to(of_run.device)  # the trainer moves only what it trains
     trainer = Trainer(
         module,
-        arguments,
+        of_run,
         train_dataset=training,
         eval_dataset=held_out,
         data_collator=lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")},
@@ -112,8 +106,7 @@ def train(args: argparse.Namespace) -> ExpertVector:
     module.eval()
     with torch.no_grad():
         before = sum(model(**_batch(row)).loss.item() for row in held_out) / len(held_out)
-    checkpoint = last_complete_checkpoint(run)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    go_on(trainer)
     after = trainer.evaluate()["eval_loss"]
     metadata = {
         "base_model": args.model,

@@ -80,35 +80,52 @@ def keep_settings(run: Path, settings: dict) -> None:
     write_whole(file, json.dumps(settings, indent=1) + "\n")
 
 
+def arguments(run: Path | str, learning_rate: float, seed: int, **own) -> TrainingArguments:
+    """What all trainings here have in common, and what this one has of its own."""
+    shared = {
+        "output_dir": str(run),
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "report_to": [],
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+        "label_names": ["labels"],
+    }
+    return TrainingArguments(**shared | own)
+
+
+def go_on(trainer: Trainer) -> None:
+    """Trains, from the last complete checkpoint on if there is one."""
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
 def trainer_for(model: PreTrainedModel, run: Path, held_out: dict[str, Dataset], tokenizer, args, **kwargs) -> Trainer:
     """A trainer for `args` (those of the command line) that evaluates bits per byte of each domain."""
-    arguments = TrainingArguments(
-        output_dir=str(run),
+    of_run = arguments(
+        run,
+        args.learning_rate,
+        args.seed,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         optim="adamw_torch",
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=max(1, args.max_steps // 20),
         weight_decay=0.1,
         adam_beta2=0.95,
-        max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=args.eval_every,
         save_steps=args.save_every,
         save_total_limit=2,
         logging_steps=args.log_every,
-        report_to=[],
-        seed=args.seed,
-        data_seed=args.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        label_names=["labels"],
     )
     return PretrainingTrainer(
         model,
-        arguments,
+        of_run,
         eval_dataset=held_out,
         data_collator=_batch,
         compute_metrics=BitsPerByte(tokenizer),
@@ -133,7 +150,7 @@ def train(
     model.config.use_cache = False
     callbacks = [Checkpoints()]
     trainer = trainer_for(model, run, held_out, tokenizer, args, train_dataset=blocks, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    go_on(trainer)
     return model
 
 
