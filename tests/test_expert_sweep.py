@@ -1,26 +1,23 @@
 """Training of experts and the sweep over them, at toy size: equal budgets, true bytes, kills that change nothing."""
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from language import DOMAINS, FOLDER, example_modules, write_texts
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")  # peft asks for it
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples/language"
 NAMES = ("texts", "tokens", "training", "tuners", "train_expert", "expert_runs", "expert_report", "sweep_experts")
-DOMAINS = ("bible", "python", "manual")
 RANKS = (None, 4)
 TOY = ["--dtype", "float32", "--ranks", "full", "4", "--steps", "3", "--trial-steps", "2", "--length", "16"]
 TOY += ["--held-out-blocks", "3", "--trial-blocks", "2", "--workers", "1"]
@@ -28,24 +25,15 @@ TOY += ["--held-out-blocks", "3", "--trial-blocks", "2", "--workers", "1"]
 
 @pytest.fixture(scope="module")
 def modules():
-    """The modules of the example, which find each other as those of a script do."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    finally:
-        sys.path.remove(str(FOLDER))
+    with example_modules(*NAMES) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def world(modules, tmp_path_factory):
     """A folder with texts of all domains and a toy hybrid with every kind of module."""
     folder = tmp_path_factory.mktemp("world")
-    (folder / "texts").mkdir()
-    for number, domain in enumerate(DOMAINS):
-        for split, count in (("train", 30), ("held_out", 8)):
-            texts = [f"{domain} {split} {i}: the {i * (number + 7)} words\n" * 3 for i in range(count)]
-            lines = [json.dumps({"name": str(i), "text": text}) for i, text in enumerate(texts)]
-            (folder / "texts" / f"{domain}-{split}.jsonl").write_text("\n".join(lines) + "\n")
+    write_texts(folder / "texts", 30, 8)
     tokenizer = modules.tokens.train_tokenizer(folder / "texts", 300)
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)

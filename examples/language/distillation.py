@@ -2,7 +2,7 @@
 
 Teacher and student are one model: with attention that sees everything and without its Mamba blocks, it computes what
 the converted model computed (the teacher); with its windows and its blocks, it is the hybrid (the student). Only the
-blocks are trained, in float32; all else is frozen, in bfloat16 (after "The Mamba in the Llama", arXiv 2408.15237).
+blocks are trained, in float32; all else is frozen (after "The Mamba in the Llama", arXiv 2408.15237).
 """
 
 import torch
@@ -22,13 +22,14 @@ class Distillation(nn.Module):
     Args:
         model: a hybrid whose layers that have a window were given Mamba blocks.
         logits_every: the loss on the teacher's logits takes one token of so many.
+        dtype: of all that is frozen.
 
     `stage` says what is learned: "layers" or "logits". Held out, it is always the logits that count.
     """
 
-    def __init__(self, model: MambaFormerForCausalLM, logits_every: int = 4):
+    def __init__(self, model: MambaFormerForCausalLM, logits_every: int = 4, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        self.frozen = [model.requires_grad_(False).to(torch.bfloat16)]  # a list keeps it out of the checkpoints
+        self.frozen = [model.requires_grad_(False).to(dtype)]  # a list keeps it out of the checkpoints
         self.window, self.logits_every, self.stage = model.config.sliding_window, logits_every, STAGES[0]
         self.blocks = nn.ModuleDict()
         for idx, layer in enumerate(model.model.layers):
