@@ -86,6 +86,19 @@ def test_the_saved_model_is_a_hub_folder_in_bfloat16_whose_card_has_the_figures(
     assert (whole / "curves.png").stat().st_size
 
 
+def test_a_folder_inside_the_repository_links_to_the_code_that_is_there(runs, modules, tmp_path, monkeypatch):
+    code = (runs[0] / "output" / "ops_mambaformer.py").read_text()
+    (tmp_path / "ops_mambaformer.py").write_text(code)
+    monkeypatch.setattr(modules.pretrain, "ROOT", tmp_path)
+    output = tmp_path / "models" / "tiny"
+    for _ in range(2):
+        modules.pretrain.publish(runs[0] / "output", output)
+        assert os.readlink(output / "ops_mambaformer.py") == "../../ops_mambaformer.py"
+        assert (output / "ops_mambaformer.py").read_text() == code
+        assert not (output / "model.safetensors").is_symlink()
+    assert not (runs[0] / "output" / "ops_mambaformer.py").is_symlink()
+
+
 def test_bits_per_byte_are_those_of_one_long_forward(runs, modules):
     """A window as long as the text scores all of it in one forward; the figure is nats over ln 2 and bytes."""
     whole, _, _ = runs

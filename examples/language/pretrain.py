@@ -9,6 +9,7 @@ checkpoint when it is started again with the same arguments.
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
 from training import evaluate, keep_settings, make_once, train, write_whole
 
+ROOT = Path(__file__).resolve().parents[2]
 # What both architectures share; it is kept with each run, which cannot go on with other settings.
 SETTINGS = (
     "hidden_size",
@@ -59,6 +61,16 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Copies a finished folder. Inside this repository, its code is links to the code that is here anyway."""
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(folder, output)
+    if ROOT in output.resolve().parents:
+        for file in output.glob("*_mambaformer.py"):
+            file.unlink()
+            file.symlink_to(os.path.relpath(ROOT / file.name, output.resolve()))
 
 
 def run(arch: str, args: argparse.Namespace) -> dict:
@@ -121,8 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         model = args.run_dir / "hybrid" / "model"
         write_card(model, MambaFormerConfig.from_pretrained(model), results)
         if args.output:
-            shutil.rmtree(args.output, ignore_errors=True)
-            shutil.copytree(model, args.output)
+            publish(model, args.output)
     for arch, found in results.items():
         scores = ", ".join(f"{name} {score['bits_per_byte']:.3f}" for name, score in found["held_out"].items())
         print(f"{arch}: held-out bits per byte: {scores}")
