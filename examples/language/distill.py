@@ -90,7 +90,7 @@ def build(args: argparse.Namespace):
     return model, tokenizer
 
 
-def plot_curves(runs: Path, length: int, path: Path) -> None:
+def plot_curves(runs: Path, stages: list[str], length: int, path: Path) -> None:
     """The loss of each stage while training, and what the hybrid is away from the teacher on held-out text."""
     import matplotlib
 
@@ -98,9 +98,9 @@ def plot_curves(runs: Path, length: int, path: Path) -> None:
     from matplotlib import pyplot
 
     titles = {"layers": "part of the lost attention not given back", "logits": "divergence from the teacher (nats)"}
-    figure, axes = pyplot.subplots(1, len(STAGES) + 1, figsize=(13, 3.5))
+    figure, axes = pyplot.subplots(1, len(stages) + 1, figsize=(4.3 * (len(stages) + 1), 3.5))
     held_out, before = [], 0
-    for stage, axis in zip(STAGES, axes, strict=False):
+    for stage, axis in zip(stages, axes, strict=False):
         log = json.loads((runs / stage / "log.json").read_text())
         trained = [(entry["step"] * length, entry["loss"]) for entry in log if "loss" in entry]
         axis.plot(*zip(*trained, strict=True))
@@ -108,7 +108,7 @@ def plot_curves(runs: Path, length: int, path: Path) -> None:
         held_out += [(before + entry["step"] * length, entry["eval_loss"]) for entry in log if "eval_loss" in entry]
         before = held_out[-1][0]
     axes[-1].plot(*zip(*held_out, strict=True), marker="o")
-    axes[-1].set(title="held out: divergence from the teacher (nats)", xlabel="tokens of both stages")
+    axes[-1].set(title="held out: divergence from the teacher (nats)", xlabel="tokens of all stages")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -127,13 +127,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sinks", type=int, default=4, help="first tokens that it sees besides")
     parser.add_argument("--expand", type=float, default=0.5, help="channels of a block for each of the hidden size")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a step")
-    parser.add_argument("--layers-steps", type=int, default=200)
+    parser.add_argument("--layers-steps", type=int, default=0, help="of learning layer by layer; 0 leaves it out")
     parser.add_argument("--layers-rate", type=float, default=2e-3)
-    parser.add_argument("--logits-steps", type=int, default=100)
-    parser.add_argument("--logits-rate", type=float, default=1e-3)
-    parser.add_argument("--logits-every", type=int, default=4, help="one token of so many counts")
+    parser.add_argument("--logits-steps", type=int, default=110)
+    parser.add_argument("--logits-rate", type=float, default=2e-3)
+    parser.add_argument("--logits-every", type=int, default=2, help="one token of so many counts")
     parser.add_argument("--held-out-blocks", type=int, default=6)
-    parser.add_argument("--eval-every", type=int, default=50, help="steps")
+    parser.add_argument("--eval-every", type=int, default=40, help="steps")
     parser.add_argument("--save-every", type=int, default=10, help="steps, a multiple of --log-every")
     parser.add_argument("--log-every", type=int, default=5, help="steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -149,13 +149,14 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = build(args)
     module = Distillation(model, args.logits_every)
     blocks = prepare(args.run_dir / f"blocks-{args.length}", tokenizer, args.length, args.texts)
-    for stage in STAGES:
+    steps = {stage: getattr(args, f"{stage}_steps") for stage in STAGES}
+    stages = [stage for stage in STAGES if steps[stage]]
+    for stage in stages:
         train_stage(stage, module, blocks, args)
     args.output.mkdir(parents=True, exist_ok=True)
-    steps = {stage: getattr(args, f"{stage}_steps") for stage in STAGES}
     about = {"steps": steps, "tokens_per_step": args.length}
     save_blocks(model, args.output / BLOCKS, metadata=about)
-    plot_curves(args.run_dir, args.length, args.output / "curves.png")
+    plot_curves(args.run_dir, stages, args.length, args.output / "curves.png")
 
 
 if __name__ == "__main__":
