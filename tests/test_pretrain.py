@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from mambaformer import MambaFormerForCausalLM
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "language"
+NAMES = ("evaluate", "pretrain", "shapes", "texts", "tokens", "training")
 DOMAINS = ("bible", "python", "manual")
 TOY = ["--arch", "hybrid", "--hidden-size", "16", "--vocab-size", "300", "--length", "16", "--batch-size", "2"]
 TOY += ["--max-steps", "12", "--eval-every", "5", "--save-every", "4", "--log-every", "2", "--held-out-bytes", "150"]
@@ -41,7 +43,7 @@ def modules():
     """The modules of the example, which find each other as those of a script do."""
     sys.path.insert(0, str(FOLDER))
     try:
-        yield {name: importlib.import_module(name) for name in ("pretrain", "shapes", "texts", "tokens", "training")}
+        yield {name: importlib.import_module(name) for name in NAMES}
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -119,6 +121,22 @@ def test_the_saved_model_is_a_hub_folder_in_bfloat16_whose_card_has_the_figures(
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and all(f"{held_out[name]['bits_per_byte']:.4f}" in card for name in DOMAINS)
     assert (whole / "curves.png").stat().st_size
+
+
+def test_an_evaluation_of_the_saved_model_finds_the_stated_figures_and_a_wrong_one(runs, modules, tmp_path, capsys):
+    whole, _, _ = runs
+    folder = tmp_path / "models" / "mambaformer-tiny"
+    shutil.copytree(whole / "output", folder)
+    places = {"--models": tmp_path / "models", "--texts": whole / "data" / "texts", "--run-dir": tmp_path / "eval"}
+    arguments = ["--only", "tiny", *(str(part) for pair in places.items() for part in pair)]
+    assert modules["evaluate"].main(arguments) == 0
+    stated = json.loads((folder / "figures.json").read_text())
+    stated["hybrid"]["held_out"]["manual"]["bits_per_byte"] += 0.01
+    (folder / "figures.json").write_text(json.dumps(stated))
+    capsys.readouterr()
+    assert modules["evaluate"].main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("OFF") == 1 and "the model index says" in printed and "the card says '| manual |" in printed
 
 
 def test_bits_per_byte_are_those_of_one_long_forward(runs, modules):
