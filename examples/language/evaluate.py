@@ -53,11 +53,11 @@ class Comparison:
         return abs(self.found - self.stated) <= self.tolerance  # not so where one of them is NaN
 
     def __str__(self) -> str:
-        stated, found, off = (f"{value:>14,.4f}" for value in (self.stated, self.found, self.found - self.stated))
+        stated, found, off = (f"{value:>18,.4f}" for value in (self.stated, self.found, self.found - self.stated))
         return f"{self.name:44s}{stated}{found}{off}  {'' if self.holds else f'OFF by more than {self.tolerance}'}"
 
 
-HEAD = f"{'figure':44s}{'stated':>14s}{'found':>14s}{'difference':>14s}"
+HEAD = f"{'figure':44s}{'stated':>18s}{'found':>18s}{'difference':>18s}"
 
 
 def numbers(figures: dict, tolerances: dict[str, float], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, float]]:
