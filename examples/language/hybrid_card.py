@@ -20,7 +20,8 @@ CARD = """
 # smollm2-hybrid
 
 [SmolLM2-135M-Instruct](https://huggingface.co/{base})
-with attention that sees only a window in {windowed} of its {layers} layers, and Mamba blocks there that were trained for what lies behind it. This folder holds the blocks alone,
+with attention that sees only a window in {windowed} of its {layers} layers, and Mamba
+blocks there that were trained for what lies behind it. This folder holds the blocks alone,
 {parameters:,} parameters in bfloat16; all other weights are SmolLM2's own, untouched. Put together in the shell,
 
 ```
@@ -40,7 +41,8 @@ command is part of MambaFormer for Transformers; the folder that it writes bring
 ## How it was made
 
 `make distill`. In layers {windowed_layers},
-attention sees the last {window} tokens and the first {sinks}, and a Mamba block stands behind it. First every block learned, beside the unchanged model's own hidden
+attention sees the last {window} tokens and the first {sinks}, and a Mamba block stands behind it.
+First every block learned, beside the unchanged model's own hidden
 states, what attention loses in its layer; then all of them together learned the unchanged model's logits. Nothing but
 the blocks was trained, on the King James Bible, Python's standard library and Debian's manual pages and books.
 
