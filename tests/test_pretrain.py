@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mambaformer import MambaFormerForCausalLM
 
 TOY = ["--arch", "hybrid", "--hidden-size", "16", "--vocab-size", "300", "--length", "16", "--batch-size", "2"]
 TOY += ["--max-steps", "12", "--eval-every", "5", "--save-every", "4", "--log-every", "2", "--held-out-bytes", "150"]
-NAMES = ("pretrain", "shapes", "texts", "tokens", "training")
+NAMES = ("evaluate", "pretrain", "shapes", "texts", "tokens", "training")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,22 @@ def test_a_folder_inside_the_repository_links_to_the_code_that_is_there(runs, mo
         assert (output / "ops_mambaformer.py").read_text() == code
         assert not (output / "model.safetensors").is_symlink()
     assert not (runs[0] / "output" / "ops_mambaformer.py").is_symlink()
+
+
+def test_an_evaluation_of_the_saved_model_finds_the_stated_figures_and_a_wrong_one(runs, modules, tmp_path, capsys):
+    whole, _, _ = runs
+    folder = tmp_path / "models" / "mambaformer-tiny"
+    shutil.copytree(whole / "output", folder)
+    places = {"--models": tmp_path / "models", "--texts": whole / "data" / "texts", "--run-dir": tmp_path / "eval"}
+    arguments = ["--only", "tiny", *(str(part) for pair in places.items() for part in pair)]
+    assert modules.evaluate.main(arguments) == 0
+    stated = json.loads((folder / "figures.json").read_text())
+    stated["hybrid"]["held_out"]["manual"]["bits_per_byte"] += 0.01
+    (folder / "figures.json").write_text(json.dumps(stated))
+    capsys.readouterr()
+    assert modules.evaluate.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("OFF") == 1 and "the model index says" in printed and "the card says '| manual |" in printed
 
 
 def test_bits_per_byte_are_those_of_one_long_forward(runs, modules):

@@ -38,9 +38,12 @@ def blocks_of_file(text: Path, tokenizer, length: int) -> tuple[Dataset, Dataset
 
 def blocks_of_domain(texts: Path, domain: str, tokenizer, length: int) -> tuple[Dataset, Dataset]:
     """The documents of a domain, one behind the other, as blocks: those to train on, and those held out."""
-    files = {split: str(texts / f"{domain}-{split}.jsonl") for split in ("train", "held_out")}
-    documents = load_dataset("json", data_files=files)
-    return tuple(_cut(documents[split], tokenizer, length) for split in ("train", "held_out"))
+    return tuple(blocks_of_split(texts, domain, split, tokenizer, length) for split in ("train", "held_out"))
+
+
+def blocks_of_split(texts: Path, domain: str, split: str, tokenizer, length: int) -> Dataset:
+    documents = load_dataset("json", data_files=str(texts / f"{domain}-{split}.jsonl"), split="train")
+    return _cut(documents, tokenizer, length)
 
 
 def _cut(texts: Dataset, tokenizer, length: int) -> Dataset:

@@ -1,5 +1,6 @@
 """Training that may be killed at any moment: what goes on from the last complete checkpoint is the same run."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,11 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def digest(value) -> str:
+    """Names what JSON can hold by its content."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def make_once(path: Path, make: Callable[[Path], object]) -> None:
@@ -155,11 +161,11 @@ def train(
 
 
 def evaluate(model: PreTrainedModel, run: Path, held_out: dict[str, Dataset], tokenizer, args) -> dict[str, dict]:
-    """Bits per byte, bytes and tokens of each domain."""
+    """Bits per byte, bytes and tokens of each domain, and a digest of its text."""
     trainer = trainer_for(model, run, held_out, tokenizer, args)
     figures = ("bits_per_byte", "bytes", "tokens")
     results = {}
     for domain, windows in held_out.items():
         found = trainer.evaluate(windows)
-        results[domain] = {name: found[f"eval_{name}"] for name in figures}
+        results[domain] = {name: found[f"eval_{name}"] for name in figures} | {"text": digest(windows["input_ids"][:])}
     return results
