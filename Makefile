@@ -8,7 +8,7 @@ LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts pretrain icl clean
+.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -38,11 +38,23 @@ bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## needs Debian's bible-kjv and bible-kjv-text
-	sh examples/train_experts.sh $(BIN)/python
+train-experts: $(VENV)/.dev  ## the two experts anew; ARGS="--model FOLDER" for those of another model
+	sh examples/language/train_experts.sh $(BIN)/python $(ARGS)
+
+experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut
+	$(BIN)/python examples/language/sweep_experts.py $(ARGS)
 
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
 	$(BIN)/python examples/language/pretrain.py --output models/mambaformer-tiny $(ARGS)
+
+distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; an hour, goes on after a cut
+	$(BIN)/python examples/language/distill.py --output models/smollm2-hybrid $(ARGS)
+
+measure: $(VENV)/.dev  ## the figures and the card of what `make distill` has trained; goes on after a cut
+	$(BIN)/python examples/language/measure_hybrid.py models/smollm2-hybrid $(ARGS)
+
+eval: $(VENV)/.dev  ## the figures of the models in models/ again, against their cards; ARGS="--only tiny" for some
+	$(BIN)/python examples/language/evaluate.py $(ARGS)
 
 icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
 	$(BIN)/python examples/icl/run.py $(ARGS)

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .blocks_mambaformer import save_blocks
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert_mambaformer import convert
@@ -32,4 +33,5 @@ __all__ = [
     "MambaFormerModel",
     "MambaFormerPreTrainedModel",
     "convert",
+    "save_blocks",
 ]

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
+from .blocks_mambaformer import MambaBlocks, block_fields, is_block, load_blocks
 from .configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
 from .modeling_mambaformer import MambaFormerForCausalLM
 
@@ -171,6 +172,7 @@ def convert(
     output_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | str | None = None,
     mamba: dict[str, object] | None = None,
+    blocks: str | os.PathLike | None = None,
     gguf_file: str | None = None,
     seed: int = 0,
 ) -> MambaFormerForCausalLM:
@@ -189,6 +191,8 @@ def convert(
         output_dir: where to save the result, with the tokenizer when `source` is a directory or a file.
         dtype: of the result, by default the source's.
         mamba: `mamba_*` and `time_step_*` fields of the configuration for the new blocks.
+        blocks: a file of Mamba blocks that were trained beside this source's weights (`save_blocks`). It says which
+            layers get one and what window is beside them, so `upcycle`, `window` and `mamba` are left out.
         gguf_file: name of the GGUF file inside the directory `source`.
         seed: of the new blocks' initial weights.
 
@@ -198,12 +202,18 @@ def convert(
     """
     directory, gguf_file = _locate(source, gguf_file)
     _check_output_dir(output_dir, directory if gguf_file is None else None)
+    trained = None if blocks is None else _trained(blocks, upcycle, window, num_sink_tokens, mamba)
     model = source if directory is None else _load(directory, gguf_file)
     family = _family(getattr(getattr(model, "config", None), "model_type", None))
+    if trained is not None:
+        upcycle, window, num_sink_tokens, mamba = _as_arguments(trained, family.layer_types(model.config))
     config, new_layers = _target_config(family, model.config, upcycle, mamba, window, num_sink_tokens)
     target = _build(config, new_layers, _resolve_dtype(dtype, model), seed).to(model.device)
     _copy_weights(target, model, family, new_layers)
-    _start_as_identity(target, new_layers)
+    if trained is None:
+        _start_as_identity(target, new_layers)
+    else:
+        _put_on(trained, target)
     target.generation_config = copy.deepcopy(model.generation_config)
     if output_dir is not None:
         _save(target, output_dir, directory, gguf_file)
@@ -229,6 +239,46 @@ def _locate(source, gguf_file: str | None) -> tuple[Path | None, str | None]:
         f"{str(path)!r} is neither a *.gguf file nor a directory with a config.json: give the path of a checkpoint on "
         "this machine (download it first if it is on the Hub)."
     )
+
+
+def _trained(path, upcycle, window: int | None, num_sink_tokens: int, mamba) -> MambaBlocks:
+    given = {"upcycle": upcycle, "window": window, "num_sink_tokens": num_sink_tokens, "mamba": mamba}
+    needless = [name for name, value in given.items() if value]
+    if needless:
+        raise ValueError(
+            f"`blocks` says by itself what {needless} would say: leave {'it' if len(needless) == 1 else 'them'} out."
+        )
+    return load_blocks(path)
+
+
+def _as_arguments(blocks: MambaBlocks, layer_types: list[str]) -> tuple[list[int], int | None, int, dict[str, object]]:
+    """What `convert` has to be told to give a source of these layers room for the blocks."""
+    fields = blocks.fields
+    layers = [idx for idx, kind in enumerate(fields["layer_types"]) if kind in UPCYCLED.values()]
+    mamba = {name: fields[name] for name in block_fields()}
+    if "sliding_attention" in layer_types:  # the window is the source's own
+        return layers, None, 0, mamba
+    return layers, fields["sliding_window"], fields["num_sink_tokens"], mamba
+
+
+@torch.no_grad()
+def _put_on(blocks: MambaBlocks, target: MambaFormerForCausalLM):
+    """Gives `target` trained blocks instead of new ones.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    own = {name: tensor for name, tensor in target.state_dict().items() if is_block(name)}
+    differ = [name for name, value in blocks.fields.items() if getattr(target.config, name) != value]
+    differ += sorted(name for name in own.keys() ^ blocks.tensors.keys())
+    differ += [name for name in own.keys() & blocks.tensors.keys() if own[name].shape != blocks.tensors[name].shape]
+    if differ:
+        raise ValueError(
+            f"The blocks do not fit the source, in {differ[:5]}: use the model that they were trained on."
+        )
+    blocks.check_source(target)
+    for name, tensor in own.items():
+        tensor.copy_(blocks.tensors[name])
 
 
 def _check_output_dir(output_dir, directory: Path | None):
@@ -351,7 +401,7 @@ def _window_fields(
 def _new_block_fields(mamba: dict | None, new_layers: list[int], layer_types: list[str]) -> dict[str, object]:
     if not mamba:
         return {}
-    known = [name for name in MambaFormerConfig().to_dict() if name.startswith(("mamba_", "time_step_"))]
+    known = block_fields()
     unknown = sorted(set(mamba) - set(known))
     if unknown:
         raise ValueError(f"`mamba` has unknown fields {unknown}: choose from {sorted(known)}.")
@@ -467,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
             output_dir=args.output,
             dtype=args.dtype,
             mamba=mamba,
+            blocks=args.blocks,
             gguf_file=args.gguf_file,
             seed=args.seed,
         )
@@ -488,6 +539,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that it sees besides"
     )
+    parser.add_argument("--blocks", metavar="FILE", help="trained Mamba blocks, instead of new ones")
     parser.add_argument("--dtype", help="dtype of the result, e.g. bfloat16; default: the source's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new blocks' initial weights")
     for name, meaning in (("state", "N"), ("conv", "K")):

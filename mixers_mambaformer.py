@@ -4,7 +4,7 @@ Every mixer sees packed rows: the real tokens of a row come first, and what stan
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from .svd_mambaformer import ScaledBasis, at_least_float32, project
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+SMALLEST_BLOCK = 128  # queries of a layer with a window that are computed at a time; fewer are not worth the calls
 
 
 class MambaFormerRMSNorm(nn.Module):
@@ -113,19 +114,45 @@ def eager_attention_forward(
 
 
 @dataclass(frozen=True)
+class QueryBlock:
+    """Queries of a layer with a window, and the keys that any of them may see: all of a text is never compared.
+
+    Args:
+        queries: which of the forward's tokens.
+        keys: parts of the keys, in order.
+        mask: (rows, 1, queries, keys of these parts).
+    """
+
+    queries: slice
+    keys: tuple[slice, ...]
+    mask: torch.Tensor
+
+    def seen(self, states: torch.Tensor) -> torch.Tensor:
+        """What a block sees of (rows, heads, keys, head_dim)."""
+        parts = [states[:, :, part] for part in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """What attention layers that retain alike share in one forward: the mask and the implementation that takes it.
 
-    `packing` is the way back to the order of the tokens, given when the weights are to be returned.
+    `packing` is the way back to the order of the tokens, given when the weights are to be returned. `blocks` stand for
+    the mask where there are many more tokens than a window has.
     """
 
     mask: Any = None
     implementation: str = "sdpa"
     packing: Packing | None = None
+    blocks: tuple[QueryBlock, ...] = ()
 
     def to(self, device, non_blocking: bool = False) -> "AttentionPlan":
         """The same for a layer on `device`; Accelerate asks for it where layers are on several."""
-        return self if self.mask is None else replace(self, mask=self.mask.to(device, non_blocking=non_blocking))
+        if self.mask is None and not self.blocks:
+            return self
+        blocks = tuple(replace(block, mask=block.mask.to(device, non_blocking=non_blocking)) for block in self.blocks)
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        return replace(self, mask=mask, blocks=blocks)
 
 
 class MambaFormerAttention(CountsReplacements):
@@ -176,7 +203,14 @@ class MambaFormerAttention(CountsReplacements):
         if attention.packing is not None:
             kwargs["packing"] = attention.packing
         forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
-        return forward(self, query, key, value, attention.mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        forward = functools.partial(forward, self, dropout=dropout, scaling=self.scaling, **kwargs)
+        if not attention.blocks:
+            return forward(query, key, value, attention.mask)
+        mixed = [
+            forward(query[:, :, block.queries], block.seen(key), block.seen(value), block.mask)[0]
+            for block in attention.blocks
+        ]
+        return torch.cat(mixed, dim=1), None
 
 
 class MambaFormerConv1d(nn.Conv1d):
@@ -347,6 +381,9 @@ def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hi
         rows = hidden_states.shape[0]
         query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
     query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
+    if implementation == "sdpa" and retention.window is not None and num_queries > _block_size(retention):
+        blocks = _query_blocks(retention, layout.num_stored, query_positions, key_positions)
+        return AttentionPlan(None, implementation, blocks=tuple(blocks))
 
     def is_visible(row, head, query, key):
         return retention.is_visible(query_positions[row, query], key_positions[row, key])
@@ -363,6 +400,28 @@ def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hi
         config=config,
     )
     return AttentionPlan(mask, implementation)
+
+
+def _block_size(retention: Retention) -> int:
+    return max(retention.window, SMALLEST_BLOCK)
+
+
+def _query_blocks(
+    retention: Retention, num_stored: int, query_positions: torch.Tensor, key_positions: torch.Tensor
+) -> Iterator[QueryBlock]:
+    """Blocks of adjoining queries, from the positions of (rows, queries) and of (rows, stored and new keys).
+
+    Rows are packed, so that what lies a window back in the columns does so in the positions of all rows.
+    """
+    num_queries, size, sinks = query_positions.shape[1], _block_size(retention), retention.sinks
+    for start in range(0, num_queries, size):
+        end, first = min(start + size, num_queries), max(0, start - retention.window + 1)  # first: of the new keys
+        stored = num_stored if start < retention.window else min(sinks, num_stored)
+        ends = ((0, stored), (num_stored, num_stored + min(sinks, first)), (num_stored + first, num_stored + end))
+        keys = tuple(slice(*part) for part in ends if part[0] < part[1])
+        positions = torch.cat([key_positions[:, part] for part in keys], dim=1)
+        visible = retention.is_visible(query_positions[:, start:end, None], positions[:, None])
+        yield QueryBlock(slice(start, end), keys, visible[:, None])
 
 
 def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,9 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(icl, tmp_path, few_held_out
     resumed = icl.runs.complete(toy(icl), tmp_path / "cut", 0.0, lambda training: steps.append(training.step))
     assert steps[0] == 7  # step 7 itself was not in the checkpoint
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["linear_regression-mambaformer-0.json"]
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [
+        "linear_regression-mambaformer-rate0.003-seed0.json"
+    ]
 
 
 def test_other_settings_are_another_run(icl, tmp_path, few_held_out):
@@ -229,6 +231,21 @@ def test_other_settings_are_another_run(icl, tmp_path, few_held_out):
     other = icl.runs.Training(toy(icl, steps=13))
     other.resume(tmp_path / "checkpoint")
     assert other.step == 0
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 3e-3), ("squared error", 1e-3)])
+def test_the_learning_rate_is_that_of_the_best_pilot_once_all_have_ended(icl, tmp_path, monkeypatch, metric, best):
+    task = toy(icl, steps=40).task
+    monkeypatch.setattr(type(task), "metric", metric)
+    scores = {1e-3: 0.2, 3e-3: 0.7}
+    pilots = icl.runs.pilots_of(task, "mamba")
+    assert [pilot.task.steps for pilot in pilots] == [10, 10] and {pilot.seed for pilot in pilots}.isdisjoint(range(9))
+    for pilot in pilots:
+        assert icl.runs.with_best_rate(task, "mamba", tmp_path) is None
+        found = {"settings": pilot.settings(), "score": scores[pilot.task.learning_rate]}
+        pilot.file(tmp_path, "json").write_text(json.dumps(found))
+    assert icl.runs.with_best_rate(task, "mamba", tmp_path) == replace(task, learning_rate=best)
+    assert icl.runs.with_best_rate(task, "transformer", tmp_path) is None
 
 
 def test_a_file_is_written_whole_or_not_at_all(icl, tmp_path, monkeypatch):
@@ -248,7 +265,10 @@ def test_the_table_tells_what_was_run_and_what_was_not(icl, tmp_path, few_held_o
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(icl.table, "HELD_OUT_ROWS", 16)
     run = toy(icl)
-    results = [icl.runs.complete(replace(run, seed=seed), tmp_path) for seed in (0, 1)]
+    for pilot in icl.runs.pilots_of(run.task, run.architecture):
+        icl.runs.complete(pilot, tmp_path)
+    best = icl.runs.with_best_rate(run.task, run.architecture, tmp_path)
+    results = [icl.runs.complete(replace(run, task=best, seed=seed), tmp_path) for seed in (0, 1)]
     table = icl.table.write_report([run.task], tmp_path, tmp_path / "report")
     scores = [result["score"] for result in results]
     assert f"{sum(scores) / 2:.4f} ({scores[0]:.4f}, {scores[1]:.4f})" in table.splitlines()[2]
@@ -282,21 +302,23 @@ def test_a_killed_command_goes_on_with_the_same_curve(icl, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--tasks", "token_recall", "--architectures", "mambaformer", "--seeds", "1", "--steps", "24")
     arguments += ("--checkpoint-seconds", "0")
-    name = "token_recall-mambaformer-0"
+    name = "token_recall-mambaformer-rate0.00?-seed0"
     killed = start(tmp_path, *arguments)
-    wait_for(tmp_path / f"{name}.pt", killed)
+    wait_for(tmp_path, f"{name}.pt", killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert not (tmp_path / f"{name}.json").exists()
+    assert not list(tmp_path.glob(f"{name}.json"))
     assert start(tmp_path, *arguments).wait(timeout=120) == 0
-    resumed = json.loads((tmp_path / f"{name}.json").read_text())
-    run = icl.runs.Run(replace(icl.tasks.TASKS["token_recall"], steps=24), "mambaformer", 0)
+    (path,) = tmp_path.glob(f"{name}.json")
+    resumed = json.loads(path.read_text())
+    task = replace(icl.tasks.TASKS["token_recall"], steps=24)
+    run = icl.runs.Run(icl.runs.with_best_rate(task, "mambaformer", tmp_path), "mambaformer", 0)
     whole = json.loads(json.dumps(icl.runs.complete(run, tmp_path / "whole")))
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0} and len(whole["curve"]) == 25
 
 
-def wait_for(path, process):
+def wait_for(folder, pattern, process):
     give_up = time.monotonic() + 120
-    while not path.exists():
+    while not list(folder.glob(pattern)):
         assert process.poll() is None and time.monotonic() < give_up
         time.sleep(0.05)

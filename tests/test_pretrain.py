@@ -1,49 +1,26 @@
 """Pretraining at toy size: it goes on after a kill as if there had been none, and counts its bits per byte right."""
 
-import importlib
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from language import DOMAINS, example_modules, run_and_kill, write_texts
 from mambaformer import MambaFormerForCausalLM
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "language"
-DOMAINS = ("bible", "python", "manual")
 TOY = ["--arch", "hybrid", "--hidden-size", "16", "--vocab-size", "300", "--length", "16", "--batch-size", "2"]
 TOY += ["--max-steps", "12", "--eval-every", "5", "--save-every", "4", "--log-every", "2", "--held-out-bytes", "150"]
-# Really killed, in the middle of writing its second checkpoint: weights and optimizer are there, the rest is not.
-KILLED = """
-    import os, signal, sys, torch
-    sys.path[:0] = [sys.argv.pop(1)]
-    torch.set_num_threads(1)
-    from transformers import Trainer
-    import pretrain
-
-    def save_rng_state(self, output_dir):
-        if self.state.global_step == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
-        whole(self, output_dir)
-
-    whole, Trainer._save_rng_state = Trainer._save_rng_state, save_rng_state
-    pretrain.main()
-"""
+NAMES = ("evaluate", "pretrain", "shapes", "texts", "tokens", "training")
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The modules of the example, which find each other as those of a script do."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: importlib.import_module(name) for name in ("pretrain", "shapes", "texts", "tokens", "training")}
-    finally:
-        sys.path.remove(str(FOLDER))
+    with example_modules(*NAMES) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +28,19 @@ def runs(modules, tmp_path_factory):
     """Two finished runs with the same text: one in one go, one that was killed in between."""
     whole, cut = (tmp_path_factory.mktemp("pretrain") / name for name in ("whole", "cut"))
     write_texts(whole / "data" / "texts")
-    modules["pretrain"].main([*TOY, "--run-dir", str(whole), "--output", str(whole / "output")])
+    modules.pretrain.main([*TOY, "--run-dir", str(whole), "--output", str(whole / "output")])
     cut.mkdir()
     (cut / "data").symlink_to(whole / "data")
-    script = "\n".join(line[4:] for line in KILLED.splitlines())
-    done = subprocess.run([sys.executable, "-c", script, FOLDER, *TOY, "--run-dir", cut], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run_and_kill("pretrain", 8, *TOY, "--run-dir", cut)
     left = {path.name: sorted(os.listdir(path)) for path in cut.glob("hybrid/checkpoint-*")}
     steps = []
     with pytest.MonkeyPatch.context() as patch:
-        step = modules["training"].PretrainingTrainer.training_step
+        step = modules.training.PretrainingTrainer.training_step
         counted = lambda *args, **kwargs: steps.append(1) or step(*args, **kwargs)  # noqa: E731
-        patch.setattr(modules["training"].PretrainingTrainer, "training_step", counted)
-        modules["pretrain"].main([*TOY, "--run-dir", str(cut)])
+        patch.setattr(modules.training.PretrainingTrainer, "training_step", counted)
+        modules.pretrain.main([*TOY, "--run-dir", str(cut)])
     assert len(steps) == 8, "it goes on behind step 4 of 12"
     return whole, cut, left
-
-
-def write_texts(folder: Path):
-    folder.mkdir(parents=True)
-    for number, domain in enumerate(DOMAINS):
-        for split, count in (("train", 40), ("held_out", 3)):
-            texts = [f"{domain} {split} {i}: {'é' * (i % 3)} {i * (number + 7)} words\n" * 3 for i in range(count)]
-            lines = [json.dumps({"name": str(i), "text": text}) for i, text in enumerate(texts)]
-            (folder / f"{domain}-{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def curve(run: Path) -> list[dict]:
@@ -100,14 +66,14 @@ def test_a_run_that_was_killed_while_it_wrote_a_checkpoint_goes_on_with_the_same
 def test_a_finished_run_is_only_evaluated_again(runs, modules, monkeypatch):
     whole, _, _ = runs
     before = (whole / "hybrid" / "results.json").read_text()
-    monkeypatch.setattr(modules["training"].PretrainingTrainer, "train", None)
-    modules["pretrain"].main([*TOY, "--run-dir", str(whole)])
+    monkeypatch.setattr(modules.training.PretrainingTrainer, "train", None)
+    modules.pretrain.main([*TOY, "--run-dir", str(whole)])
     assert (whole / "hybrid" / "results.json").read_text() == before
 
 
 def test_other_settings_do_not_go_on_with_a_run(runs, modules):
     with pytest.raises(ValueError, match=r"'learning_rate': \(0.002, 0.1\)"):
-        modules["pretrain"].main([*TOY, "--run-dir", str(runs[0]), "--learning-rate", "0.1"])
+        modules.pretrain.main([*TOY, "--run-dir", str(runs[0]), "--learning-rate", "0.1"])
 
 
 def test_the_saved_model_is_a_hub_folder_in_bfloat16_whose_card_has_the_figures(runs):
@@ -121,19 +87,48 @@ def test_the_saved_model_is_a_hub_folder_in_bfloat16_whose_card_has_the_figures(
     assert (whole / "curves.png").stat().st_size
 
 
+def test_a_folder_inside_the_repository_links_to_the_code_that_is_there(runs, modules, tmp_path, monkeypatch):
+    code = (runs[0] / "output" / "ops_mambaformer.py").read_text()
+    (tmp_path / "ops_mambaformer.py").write_text(code)
+    monkeypatch.setattr(modules.pretrain, "ROOT", tmp_path)
+    output = tmp_path / "models" / "tiny"
+    for _ in range(2):
+        modules.pretrain.publish(runs[0] / "output", output)
+        assert os.readlink(output / "ops_mambaformer.py") == "../../ops_mambaformer.py"
+        assert (output / "ops_mambaformer.py").read_text() == code
+        assert not (output / "model.safetensors").is_symlink()
+    assert not (runs[0] / "output" / "ops_mambaformer.py").is_symlink()
+
+
+def test_an_evaluation_of_the_saved_model_finds_the_stated_figures_and_a_wrong_one(runs, modules, tmp_path, capsys):
+    whole, _, _ = runs
+    folder = tmp_path / "models" / "mambaformer-tiny"
+    shutil.copytree(whole / "output", folder)
+    places = {"--models": tmp_path / "models", "--texts": whole / "data" / "texts", "--run-dir": tmp_path / "eval"}
+    arguments = ["--only", "tiny", *(str(part) for pair in places.items() for part in pair)]
+    assert modules.evaluate.main(arguments) == 0
+    stated = json.loads((folder / "figures.json").read_text())
+    stated["hybrid"]["held_out"]["manual"]["bits_per_byte"] += 0.01
+    (folder / "figures.json").write_text(json.dumps(stated))
+    capsys.readouterr()
+    assert modules.evaluate.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("OFF") == 1 and "the model index says" in printed and "the card says '| manual |" in printed
+
+
 def test_bits_per_byte_are_those_of_one_long_forward(runs, modules):
     """A window as long as the text scores all of it in one forward; the figure is nats over ln 2 and bytes."""
     whole, _, _ = runs
-    tokenizer = modules["tokens"].PreTrainedTokenizerFast.from_pretrained(whole / "data" / "tokenizer-300")
-    texts = list(modules["tokens"]._first_bytes(whole / "data" / "texts", "bible", 150))
+    tokenizer = modules.tokens.PreTrainedTokenizerFast.from_pretrained(whole / "data" / "tokenizer-300")
+    texts = list(modules.tokens._first_bytes(whole / "data" / "texts", "bible", 150))
     ids = [
         tokenizer.eos_token_id,
         *(i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]),
     ]
-    windows = modules["tokens"].held_out_windows(whole / "data" / "texts", "bible", tokenizer, len(ids), 150)
+    windows = modules.tokens.held_out_windows(whole / "data" / "texts", "bible", tokenizer, len(ids), 150)
     model = MambaFormerForCausalLM.from_pretrained(whole / "hybrid" / "model", dtype=torch.float32)
-    args = modules["pretrain"].parse(TOY)
-    found = modules["training"].evaluate(model, whole / "hybrid", {"bible": windows}, tokenizer, args)["bible"]
+    args = modules.pretrain.parse(TOY)
+    found = modules.training.evaluate(model, whole / "hybrid", {"bible": windows}, tokenizer, args)["bible"]
     with torch.no_grad():
         nats = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -143,26 +138,26 @@ def test_bits_per_byte_are_those_of_one_long_forward(runs, modules):
 
 def test_windows_score_each_token_once_behind_at_least_half_a_window(runs, modules):
     texts = runs[0] / "data" / "texts"
-    tokenizer = modules["tokens"].PreTrainedTokenizerFast.from_pretrained(runs[0] / "data" / "tokenizer-300")
-    one = modules["tokens"].held_out_windows(texts, "manual", tokenizer, 10, 150)
+    tokenizer = modules.tokens.PreTrainedTokenizerFast.from_pretrained(runs[0] / "data" / "tokenizer-300")
+    one = modules.tokens.held_out_windows(texts, "manual", tokenizer, 10, 150)
     scored = [label for row in one for label in row["labels"] if label != -100]
-    documents = modules["tokens"]._first_bytes(texts, "manual", 150)
+    documents = modules.tokens._first_bytes(texts, "manual", 150)
     assert scored == [i for text in documents for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     assert all(sum(label == -100 for label in row["labels"]) >= 5 for row in one.select(range(1, len(one))))
 
 
 def test_the_two_architectures_have_the_same_size_and_fit_in_15_megabytes(modules):
-    hybrid, llama = (modules["shapes"].build(arch, 4096, 256, 0).num_parameters() for arch in ("hybrid", "llama"))
+    hybrid, llama = (modules.shapes.build(arch, 4096, 256, 0).num_parameters() for arch in ("hybrid", "llama"))
     assert abs(llama / hybrid - 1) < 0.01
     assert hybrid > 5e6 and 2 * hybrid < 14e6
 
 
 def test_neither_norms_nor_biases_nor_the_decay_of_states_get_weight_decay(runs, modules, tmp_path):
-    args = modules["pretrain"].parse(TOY)
-    tokenizer = modules["tokens"].PreTrainedTokenizerFast.from_pretrained(runs[0] / "data" / "tokenizer-300")
+    args = modules.pretrain.parse(TOY)
+    tokenizer = modules.tokens.PreTrainedTokenizerFast.from_pretrained(runs[0] / "data" / "tokenizer-300")
     for arch in ("hybrid", "llama"):
-        model = modules["shapes"].build(arch, 300, 16, 0)
-        trainer = modules["training"].trainer_for(model, tmp_path, {}, tokenizer, args)
+        model = modules.shapes.build(arch, 300, 16, 0)
+        trainer = modules.training.trainer_for(model, tmp_path, {}, tokenizer, args)
         groups = trainer.create_optimizer().param_groups
         decayed = {id(weight) for group in groups if group["weight_decay"] for weight in group["params"]}
         for name, weight in model.named_parameters():
@@ -170,7 +165,7 @@ def test_neither_norms_nor_biases_nor_the_decay_of_states_get_weight_decay(runs,
 
 
 def test_the_text_is_split_by_documents_and_a_missing_source_says_what_to_install(modules, tmp_path, monkeypatch):
-    texts = modules["texts"]
+    texts = modules.texts
     documents = [(f"chapter {i}", f"text {i}") for i in range(45)]
     sources = [texts.Source(name, name, "none", lambda: iter(documents)) for name in DOMAINS]
     monkeypatch.setattr(texts, "SOURCES", sources)
@@ -186,6 +181,6 @@ def test_the_text_is_split_by_documents_and_a_missing_source_says_what_to_instal
 
 def test_a_book_is_cut_between_paragraphs_and_nothing_is_lost(modules):
     paragraphs = [f"paragraph {i} " * 100 for i in range(50)]
-    chapters = list(modules["texts"]._chapters("\n\n".join(paragraphs)))
+    chapters = list(modules.texts._chapters("\n\n".join(paragraphs)))
     assert len(chapters) > 1 and all(len(chapter) < 18_000 for chapter in chapters)
     assert "\n\n".join(chapter.removesuffix("\n") for chapter in chapters) == "\n\n".join(paragraphs)

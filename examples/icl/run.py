@@ -4,9 +4,10 @@
     python examples/icl/run.py --tasks sparse_parity --seeds 1        # some of it
     python examples/icl/run.py --steps 20 --output /tmp/try --run-dir /tmp/try    # whether it runs
 
-Trains every architecture on every task with every seed, several runs at a time with one thread each, and writes
-RESULTS.md and curves.png out of all runs found. What was cut off goes on when it is started again: finished runs are
-kept, the others have a checkpoint every half minute. Needs the extra `train`.
+Short runs choose a learning rate for each architecture on each task. Then every architecture is trained on every task
+with every seed, several runs at a time with one thread each, and RESULTS.md and curves.png are written out of all
+runs found. What was cut off goes on when it is started again: finished runs are kept, the others have a checkpoint
+every half minute. Needs the extra `train`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from learners import ARCHITECTURES
-from runs import Run, Training, complete
+from runs import Run, Training, complete, pilots_of, with_best_rate
 from table import write_report
 from tasks import TASKS, Task
 
@@ -28,11 +29,11 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 
 
-def runs_of(tasks: list[Task], architectures: list[str], num_seeds: int) -> list[Run]:
-    """Those of one seed before those of the next, so that a table can be made early."""
-    return [
-        Run(task, architecture, seed) for seed in range(num_seeds) for task in tasks for architecture in architectures
-    ]
+def runs_of(tasks: list[Task], architectures: list[str], num_seeds: int, folder: Path) -> list[Run]:
+    """With the rates that the pilots in `folder` chose; the runs of one seed stand before those of the next."""
+    pairs = [(task, architecture) for task in tasks for architecture in architectures]
+    best = [(with_best_rate(task, architecture, folder), architecture) for task, architecture in pairs]
+    return [Run(task, architecture, seed) for seed in range(num_seeds) for task, architecture in best if task]
 
 
 def work(place: int, runs: list[Run], next_run, folder: Path, checkpoint_seconds: float, lock) -> None:
@@ -51,7 +52,7 @@ def complete_with_bar(run: Run, folder: Path, checkpoint_seconds: float, place: 
     """Shows how far it is and the last point of the curve; ends the process if the one that started it is gone."""
     starter = multiprocessing.parent_process()
     name = f"{run.task.name} {run.architecture} {run.seed}"
-    with tqdm(total=run.task.steps, desc=f"{name:37s}", position=place, leave=False, mininterval=1.0) as bar:
+    with tqdm(total=run.task.steps, desc=f"{name:40s}", position=place, leave=False, mininterval=1.0) as bar:
 
         def report(training: Training) -> None:
             if not starter.is_alive():
@@ -64,6 +65,8 @@ def complete_with_bar(run: Run, folder: Path, checkpoint_seconds: float, place: 
 
 def run_all(runs: list[Run], folder: Path, num_workers: int, checkpoint_seconds: float) -> bool:
     """Completes all runs in so many processes; whether all of them succeeded."""
+    runs = [run for run in runs if run.result(folder) is None]
+    print(f"{len(runs)} runs to be done", flush=True)
     context = multiprocessing.get_context("spawn")
     next_run, lock = context.Value("i", 0), context.RLock()
     workers = [
@@ -99,10 +102,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     tasks = {name: replace(task, steps=args.steps or task.steps) for name, task in TASKS.items()}
-    runs = runs_of([tasks[name] for name in args.tasks], args.architectures, args.seeds)
-    missing = [run for run in runs if run.result(args.run_dir) is None]
-    print(f"{len(runs)} runs, {len(missing)} of them to be done", flush=True)
-    succeeded = run_all(missing, args.run_dir, args.workers, args.checkpoint_seconds)
+    chosen = [tasks[name] for name in args.tasks]
+    pilots = [pilot for task in chosen for name in args.architectures for pilot in pilots_of(task, name)]
+    how = (args.run_dir, args.workers, args.checkpoint_seconds)
+    succeeded = run_all(pilots, *how)
+    succeeded &= run_all(runs_of(chosen, args.architectures, args.seeds, args.run_dir), *how)
     print(write_report(list(tasks.values()), args.run_dir, args.output))
     return 0 if succeeded else 1
 

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor
 from learners import InContextLearner, options_of
 from mambaformer import MambaFormerConfig
 from mambaformer.files_mambaformer import temporary_beside
-from tasks import Prompts, Task, generator_of
+from tasks import ACCURACY, Prompts, Task, generator_of
 
 # Of every run; the warm-up is a share of all steps.
 RECIPE = {"optimizer": "Adam", "warmup": 0.05, "largest_gradient": 1.0, "curve_points": 25}
+# Learning rates that are tried for each task and architecture, with a seed of their own and a part of the steps.
+RATES, PILOT_SEED, PILOT_PART = (1e-3, 3e-3), 1000, 4
 # Prompts that no run is trained on, the same for all runs of a task; the first batch makes the learning curve.
 HELD_OUT, HELD_OUT_BATCHES, HELD_OUT_ROWS = 1 << 40, 8, 128
 
@@ -48,13 +50,30 @@ class Run:
         return InContextLearner(MambaFormerConfig(**options_of(self.architecture, self.task)), self.task)
 
     def file(self, folder: Path, ending: str) -> Path:
-        return folder / f"{self.task.name}-{self.architecture}-{self.seed}.{ending}"
+        rate = f"{self.task.learning_rate:g}"
+        return folder / f"{self.task.name}-{self.architecture}-rate{rate}-seed{self.seed}.{ending}"
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """What was found when it was run with these settings, if it was."""
         path = self.file(folder, "json")
         result = json.loads(path.read_text()) if path.exists() else None
         return result if result is not None and result["settings"] == self.settings() else None
+
+
+def pilots_of(task: Task, architecture: str) -> list[Run]:
+    """The short runs that choose a learning rate: the whole schedule in a quarter of the steps."""
+    steps = max(1, task.steps // PILOT_PART)
+    return [Run(replace(task, steps=steps, learning_rate=rate), architecture, PILOT_SEED) for rate in RATES]
+
+
+def with_best_rate(task: Task, architecture: str, folder: Path) -> Task | None:
+    """The task with the learning rate whose pilot ended best; None until all of them have ended."""
+    pilots = pilots_of(task, architecture)
+    results = [pilot.result(folder) for pilot in pilots]
+    if None in results:
+        return None
+    best = (max if task.metric == ACCURACY else min)(results, key=lambda result: result["score"])
+    return replace(task, learning_rate=pilots[results.index(best)].task.learning_rate)
 
 
 class Training:

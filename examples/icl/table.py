@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from learners import ARCHITECTURES, DEPTH, HIDDEN_SIZE, TITLES
-from runs import HELD_OUT_BATCHES, HELD_OUT_ROWS, Run, score_of
+from runs import HELD_OUT_BATCHES, HELD_OUT_ROWS, PILOT_PART, RATES, Run, score_of, with_best_rate
 from tasks import ACCURACY, Task
 
 INTRODUCTION = f"""# In-context learning: Transformer, Mamba and MambaFormer
@@ -14,7 +14,8 @@ Made by `make icl`; the tasks of [MambaFormer](https://arxiv.org/abs/2402.04248)
 tokens as in [Zoology](https://arxiv.org/abs/2312.04927). All three are built from `MambaFormerConfig`, with {DEPTH}
 layers of two blocks (MambaFormer has a Mamba block before them instead of a position encoding), hidden size
 {HIDDEN_SIZE} and the same training: see [tasks.py](tasks.py), [learners.py](learners.py), [runs.py](runs.py). Prompts
-are new at every step.
+are new at every step. Each architecture has, on each task, the learning rate out of
+{" and ".join(f"{rate:g}" for rate in RATES)} that was better with another seed in 1/{PILOT_PART} of the steps.
 
 Figures are means over {HELD_OUT_BATCHES * HELD_OUT_ROWS:,} held-out prompts, the same for all runs; where prompts are
 of examples, their last quarter counts. First the mean over the seeds, then each seed. Accuracy: higher is better.
@@ -23,9 +24,13 @@ CAPTION = "above: the metric on held-out prompts while training; below: at the e
 
 
 def results_of(task: Task, architecture: str, folder: Path) -> dict[int, dict[str, Any]]:
-    """{seed: result} of the runs with just these settings."""
+    """{seed: result} of the runs with just these settings, and the best learning rate."""
+    best = with_best_rate(task, architecture, folder)
+    if best is None:
+        return {}
     paths = folder.glob(f"{task.name}-{architecture}-*.json")
-    runs = [Run(task, architecture, seed) for seed in sorted(int(path.stem.rsplit("-", 1)[1]) for path in paths)]
+    seeds = sorted({int(path.stem.rsplit("-seed", 1)[1]) for path in paths})
+    runs = [Run(best, architecture, seed) for seed in seeds]
     found = {run.seed: run.result(folder) for run in runs}
     return {seed: result for seed, result in found.items() if result is not None}
 
@@ -60,11 +65,11 @@ def _figures(scores: list[float]) -> str:
 
 
 def _settings(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
-    heads = ["task", "prompts a step", "steps", "learning rate", "of"]
-    heads += [f"{TITLES[name]}: parameters, minutes a run" for name in ARCHITECTURES]
+    heads = ["task", "prompts a step", "steps", "of"]
+    heads += [f"{TITLES[name]}: parameters, learning rate, minutes a run" for name in ARCHITECTURES]
     lines = [_row(heads), "|" + "---|" * len(heads)]
     for task, of_task in found.items():
-        about = [task.title, str(task.rows), f"{task.steps:,}", f"{task.learning_rate:g}", task.size]
+        about = [task.title, str(task.rows), f"{task.steps:,}", task.size]
         lines.append(_row([*about, *(_cost(list(of_task[name].values())) for name in ARCHITECTURES)]))
     return lines
 
@@ -72,7 +77,8 @@ def _settings(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
 def _cost(results: list[dict]) -> str:
     if not results:
         return ""
-    return f"{results[0]['parameters']:,}, {statistics.mean(result['seconds'] for result in results) / 60:.1f}"
+    minutes = statistics.mean(result["seconds"] for result in results) / 60
+    return f"{results[0]['parameters']:,}, {results[0]['settings']['task']['learning_rate']:g}, {minutes:.1f}"
 
 
 def _row(cells: list[str]) -> str:

@@ -44,7 +44,7 @@ class Task:
     """What is asked, and for how long it is trained: the same for every architecture.
 
     Args:
-        rows, steps, learning_rate: of the training.
+        rows, steps, learning_rate: of the training; `runs.with_best_rate` chooses the rate.
     """
 
     name: ClassVar[str]

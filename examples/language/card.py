@@ -1,4 +1,4 @@
-"""What is told about the trained models: learning curves and the model card."""
+"""What is told about the trained models: learning curves, the model card, and how far its figures may be off."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from texts import DOMAINS, HELD_OUT_EVERY, SOURCES
+from training import write_whole
+
+FIGURES = "figures.json"  # in a model's folder: all that its card says in numbers
+BITS_PER_BYTE_TOLERANCE = 0.001  # other processors and threads sum in another order
 
 CARD = """
 # mambaformer-tiny
@@ -32,7 +36,9 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=True, te
 
 All are the saved bfloat16 weights, computed in float32. Documents that were never trained on (every {every}th chapter,
 source file or manual page), in windows of {length} tokens that overlap by half: each token is scored once, behind
-at least {half} others; ends of text are scored too, and have no bytes.
+at least {half} others; ends of text are scored too, and have no bytes. `make eval` computes the hybrid's figures again
+from the weights in this folder, and fails if one is off by more than {tolerance}; the text is that of Debian packages,
+which it names if they are missing.
 
 {comparison}
 
@@ -81,12 +87,18 @@ def plot_curves(runs: Path, results: dict[str, dict], path: Path) -> None:
 
 
 def write_card(folder: Path, config, results: dict[str, dict]) -> None:
-    """The README.md of the hybrid, with the figures of every architecture in `results`."""
+    """The README.md of the hybrid, with the figures of every architecture in `results`, which are put beside it."""
+    write_whole(folder / FIGURES, json.dumps(results, indent=1) + "\n")
+    write_whole(folder / "README.md", card_of(config, results))
+
+
+def card_of(config, results: dict[str, dict]) -> str:
+    """What that README.md says."""
     about = results["hybrid"]
-    scores = {arch: found["held_out"] for arch, found in results.items()}
+    by_arch = {arch: found["held_out"] for arch, found in results.items()}
     rows = [
         f"| {domain} | {about['held_out'][domain]['bytes']:,} | "
-        + " | ".join(f"{found[domain]['bits_per_byte']:.4f}" for found in scores.values())
+        + " | ".join(f"{found[domain]['bits_per_byte']:.4f}" for found in by_arch.values())
         + " |"
         for domain in DOMAINS
     ]
@@ -98,16 +110,21 @@ def write_card(folder: Path, config, results: dict[str, dict]) -> None:
         rows="\n".join(rows),
         every=HELD_OUT_EVERY,
         half=about["length"] // 2,
-        comparison=_comparison(scores),
+        comparison=_comparison(by_arch),
         steps=about["max_steps"],
         batch=about["batch_size"],
         rates=", ".join(f"{found['learning_rate']:g} ({arch})" for arch, found in results.items()),
         vocab=config.vocab_size,
         layers=", ".join(f"`{kind}`" for kind in config.layer_types),
         sources="\n".join(sources),
+        tolerance=BITS_PER_BYTE_TOLERANCE,
         **{name: about[name] for name in ("tokens", "epochs", "length", "seed")},
     )
-    (folder / "README.md").write_text(f"---\n{_front_matter(about)}\n---\n{text}")
+    scores = [
+        score(domain, "bits_per_byte", "bits per byte", about["held_out"][domain]["bits_per_byte"])
+        for domain in DOMAINS
+    ]
+    return front_matter("mambaformer-tiny", scores, metrics=["bits_per_byte"]) + text
 
 
 def _comparison(scores: dict[str, dict]) -> str:
@@ -120,25 +137,26 @@ def _comparison(scores: dict[str, dict]) -> str:
     return f"The hybrid against the Llama: {', '.join(ratios)} (less is better)."
 
 
-def _front_matter(about: dict) -> str:
-    scores = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=f"{domain}-held-out",
-            dataset_name=f"held-out {domain}",
-            metric_type="bits_per_byte",
-            metric_name="bits per byte",
-            metric_value=round(about["held_out"][domain]["bits_per_byte"], 4),
-        )
-        for domain in DOMAINS
-    ]
-    return ModelCardData(
-        language="en",
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["mamba", "attention", "hybrid", "ssm", "custom_code"],
-        metrics=["bits_per_byte"],
-        model_name="mambaformer-tiny",
-        eval_results=scores,
-    ).to_yaml()
+def score(domain: str, metric: str, name: str, value: float) -> EvalResult:
+    """A figure on the held-out text of a domain, as the Hub reads it."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=f"{domain}-held-out",
+        dataset_name=f"held-out {domain}",
+        metric_type=metric,
+        metric_name=name,
+        metric_value=round(value, 4),
+    )
+
+
+def front_matter(name: str, scores: list[EvalResult], **own) -> str:
+    """The head of a card for the model of that name, between its lines of dashes."""
+    shared = {
+        "language": "en",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mamba", "attention", "hybrid", "ssm", "custom_code"],
+    }
+    data = ModelCardData(**shared | own, model_name=name, eval_results=scores)
+    return f"---\n{data.to_yaml()}\n---\n"

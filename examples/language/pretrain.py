@@ -22,8 +22,9 @@ from card import plot_curves, write_card
 from mambaformer import MambaFormerConfig
 from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
-from training import evaluate, keep_settings, train, write_whole
+from training import evaluate, keep_settings, make_once, train, write_whole
 
+ROOT = Path(__file__).resolve().parents[2]
 # What both architectures share; it is kept with each run, which cannot go on with other settings.
 SETTINGS = (
     "hidden_size",
@@ -39,27 +40,17 @@ SETTINGS = (
 
 def prepare(folder: Path, args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Dataset, dict[str, Dataset]]:
     """Tokenizer, blocks to train on, and held-out windows by domain; what is there already is taken as it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _once(folder / "texts", texts.collect)
+    make_once(folder / "texts", texts.collect)
     text = folder / "texts"
     of_tokens = folder / f"tokenizer-{args.vocab_size}"
     of_blocks = folder / f"blocks-{args.vocab_size}-{args.length}-{args.seed}"
-    _once(of_tokens, lambda path: train_tokenizer(text, args.vocab_size).save_pretrained(path))
-    _once(of_blocks, lambda path: blocks_to_train_on(text, of_tokens, args.length, args.seed).save_to_disk(path))
+    make_once(of_tokens, lambda path: train_tokenizer(text, args.vocab_size).save_pretrained(path))
+    make_once(of_blocks, lambda path: blocks_to_train_on(text, of_tokens, args.length, args.seed).save_to_disk(path))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(of_tokens)
     held_out = {
         domain: held_out_windows(text, domain, tokenizer, args.length, args.held_out_bytes) for domain in texts.DOMAINS
     }
     return tokenizer, load_from_disk(of_blocks), held_out
-
-
-def _once(path: Path, make) -> None:
-    """Makes a folder that is either there as a whole or not at all, whenever this is killed."""
-    if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        make(partial)
-        os.rename(partial, path)
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -70,6 +61,16 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Copies a finished folder. Inside this repository, its code is links to the code that is here anyway."""
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(folder, output)
+    if ROOT in output.resolve().parents:
+        for file in output.glob("*_mambaformer.py"):
+            file.unlink()
+            file.symlink_to(os.path.relpath(ROOT / file.name, output.resolve()))
 
 
 def run(arch: str, args: argparse.Namespace) -> dict:
@@ -132,8 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         model = args.run_dir / "hybrid" / "model"
         write_card(model, MambaFormerConfig.from_pretrained(model), results)
         if args.output:
-            shutil.rmtree(args.output, ignore_errors=True)
-            shutil.copytree(model, args.output)
+            publish(model, args.output)
     for arch, found in results.items():
         scores = ", ".join(f"{name} {score['bits_per_byte']:.3f}" for name, score in found["held_out"].items())
         print(f"{arch}: held-out bits per byte: {scores}")

@@ -1,8 +1,10 @@
 """Training that may be killed at any moment: what goes on from the last complete checkpoint is the same run."""
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,12 +42,27 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def digest(value) -> str:
+    """Names what JSON can hold by its content."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> None:
+    """Makes a folder that is either there as a whole or not at all, whenever this is killed."""
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        make(partial)
+        os.rename(partial, path)
+
+
 def last_complete_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that was written whole; what a kill has left of others is removed."""
+    """The newest checkpoint that was written whole; what a kill has left of one is removed."""
     found = sorted(run.glob("checkpoint-*"), key=_step)
     whole = [path for path in found if (path / COMPLETE).exists()]
     for path in found:
-        if path not in whole[-1:]:
+        if path not in whole:
             shutil.rmtree(path)
     return whole[-1] if whole else None
 
@@ -69,35 +86,52 @@ def keep_settings(run: Path, settings: dict) -> None:
     write_whole(file, json.dumps(settings, indent=1) + "\n")
 
 
+def arguments(run: Path | str, learning_rate: float, seed: int, **own) -> TrainingArguments:
+    """What all trainings here have in common, and what this one has of its own."""
+    shared = {
+        "output_dir": str(run),
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "report_to": [],
+        "seed": seed,
+        "data_seed": seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+        "label_names": ["labels"],
+    }
+    return TrainingArguments(**shared | own)
+
+
+def go_on(trainer: Trainer) -> None:
+    """Trains, from the last complete checkpoint on if there is one."""
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
 def trainer_for(model: PreTrainedModel, run: Path, held_out: dict[str, Dataset], tokenizer, args, **kwargs) -> Trainer:
     """A trainer for `args` (those of the command line) that evaluates bits per byte of each domain."""
-    arguments = TrainingArguments(
-        output_dir=str(run),
+    of_run = arguments(
+        run,
+        args.learning_rate,
+        args.seed,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
         optim="adamw_torch",
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=max(1, args.max_steps // 20),
         weight_decay=0.1,
         adam_beta2=0.95,
-        max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=args.eval_every,
         save_steps=args.save_every,
         save_total_limit=2,
         logging_steps=args.log_every,
-        report_to=[],
-        seed=args.seed,
-        data_seed=args.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-        label_names=["labels"],
     )
     return PretrainingTrainer(
         model,
-        arguments,
+        of_run,
         eval_dataset=held_out,
         data_collator=_batch,
         compute_metrics=BitsPerByte(tokenizer),
@@ -122,16 +156,16 @@ def train(
     model.config.use_cache = False
     callbacks = [Checkpoints()]
     trainer = trainer_for(model, run, held_out, tokenizer, args, train_dataset=blocks, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    go_on(trainer)
     return model
 
 
 def evaluate(model: PreTrainedModel, run: Path, held_out: dict[str, Dataset], tokenizer, args) -> dict[str, dict]:
-    """Bits per byte, bytes and tokens of each domain."""
+    """Bits per byte, bytes and tokens of each domain, and a digest of its text."""
     trainer = trainer_for(model, run, held_out, tokenizer, args)
     figures = ("bits_per_byte", "bytes", "tokens")
     results = {}
     for domain, windows in held_out.items():
         found = trainer.evaluate(windows)
-        results[domain] = {name: found[f"eval_{name}"] for name in figures}
+        results[domain] = {name: found[f"eval_{name}"] for name in figures} | {"text": digest(windows["input_ids"][:])}
     return results
