@@ -1,7 +1,10 @@
 """What the laws are tried on: random and trained models, cache variants, experts, texts, and turns full of pads."""
 
+import atexit
 import functools
 import random
+import shutil
+import tempfile
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM
+from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
+from mambaformer.convert_mambaformer import find_smollm2
 from reference import ReferenceRow, tuned_weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,22 +61,45 @@ PATTERNS = {
 }
 
 
-def load_trained(folder):
+def load_trained(folder, **options):
     """The model of a folder in the repo, in float64 and eval mode; the laws read on behind any end of text."""
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} is part of the repo and the laws run on its weights, but it is missing")
-    model = MambaFormerForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model = MambaFormerForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
     model.generation_config.eos_token_id = None
     return model
 
 
+@functools.cache
+def folder_of_smollm2():
+    """SmolLM2 with the trained blocks, as a folder with its tokenizer."""
+    blocks = ROOT / "models" / "smollm2-hybrid" / "blocks.safetensors"
+    if not blocks.is_file():
+        raise FileNotFoundError(f"{blocks} is part of the repo and the laws run on its weights, but it is missing")
+    folder = Path(tempfile.mkdtemp(prefix="smollm2-hybrid-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    convert(find_smollm2(), blocks=blocks, output_dir=folder)
+    return folder
+
+
+def load_smollm2(num_layers=6, window=48):
+    """Its first layers, half of them with a window, which is shortened so that the tests' texts are far longer."""
+    config = MambaFormerConfig.from_pretrained(folder_of_smollm2())
+    config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
+    config.sliding_window = window
+    return load_trained(folder_of_smollm2(), config=config)
+
+
 # Trained models, by what loads them. The tokenizer of a model is found in the folder that it names as its own
-# (`name_or_path`), so a model that is put together from several files, or cut to its first layers, has to name one.
+# (`name_or_path`).
 TRAINED = {
     "trained_tiny": functools.partial(load_trained, ROOT / "models" / "mambaformer-tiny"),
+    "trained_smollm2": load_smollm2,
 }
+TRAINED_SMALL = ["trained_tiny"]  # small enough for the oracle, and for decomposing all weights
 # One worker runs all that is tried on a trained model: it loads and decomposes the weights only once.
-TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED]
+ALL_TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED]
+TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED_SMALL]
 # What a law is tried on; a trained model stands beside the patterns as one more.
 MODELS = [*PATTERNS, *TRAINED_PARAMS]
 

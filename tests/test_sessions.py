@@ -25,7 +25,7 @@ from cases import (
     CACHE_VARIANTS,
     MODELS,
     PATTERNS,
-    TRAINED,
+    TRAINED_SMALL,
     VOCAB,
     assert_same_logits,
     expected,
@@ -311,8 +311,8 @@ def model_of(pattern, dtype):
 
 def combinations():
     """(pattern, dtype, variant, scenario) in an order that needs each model once."""
-    for pattern in [*PATTERNS, *TRAINED]:
-        for dtype in ["float64"] if pattern in TRAINED else DTYPES:
+    for pattern in [*PATTERNS, *TRAINED_SMALL]:
+        for dtype in ["float64"] if pattern in TRAINED_SMALL else DTYPES:
             whole = pattern in SPREAD and dtype == "float64"
             for variant in CACHE_VARIANTS:
                 for scenario in SCENARIOS if whole else ("expert_per_row", "cropped_and_fed"):

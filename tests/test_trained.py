@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from cases import (
+    ALL_TRAINED_PARAMS,
     NO_TOKEN,
     ROOT,
     TRAINED_PARAMS,
@@ -35,7 +36,8 @@ LENGTHS = (280, 190, 235)
 STORAGES = {"dense": {}, "recorded": {"rollback_reach": 64}, "static": {"storage": "static", "max_cache_len": 700}}
 TINY = ROOT / "models" / "mambaformer-tiny"
 
-every_model = pytest.mark.parametrize("name", TRAINED_PARAMS)
+every_model = pytest.mark.parametrize("name", ALL_TRAINED_PARAMS)
+small_model = pytest.mark.parametrize("name", TRAINED_PARAMS)
 every_storage = pytest.mark.parametrize("storage", STORAGES)
 dense_and_static = pytest.mark.parametrize("storage", ["dense", "static"])
 
@@ -79,7 +81,7 @@ def test_the_mamba_states_of_a_text_move_the_logits(name, state):
 
     each = [moved_by_zeroing(slice(n, n + 1)) for n in range(num_states)]
     assert min(each) > 1e-4, f"a million times the tolerance of the laws, of the logit scale: {each}"
-    assert moved_by_zeroing(slice(None)) > 1e-2
+    assert moved_by_zeroing(slice(None)) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- laws on long texts
@@ -94,7 +96,7 @@ def test_a_long_text_in_pieces_is_one_forward(name, storage):
         assert_same_logits(feed_row(model, new_cache(model, storage), row, sizes), plain(model, row))
 
 
-@every_model
+@small_model
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["float32", "bfloat16"]
 )
@@ -147,7 +149,7 @@ def test_rows_of_long_texts_are_reordered_repeated_selected_and_forked(name, sto
         assert_same_logits(found, wanted)
 
 
-@every_model
+@small_model
 @dense_and_static
 def test_a_long_text_follows_the_expert_and_comes_back_to_the_base_bit_for_bit(name, storage):
     model, (row, *_), expert = shared_model(name), rows_of(name, 1, LENGTHS), shared_expert(name, 1)
@@ -161,7 +163,7 @@ def test_a_long_text_follows_the_expert_and_comes_back_to_the_base_bit_for_bit(n
     assert torch.equal(feed_row(model, cache, row[-8:]), base)
 
 
-@every_model
+@small_model
 def test_two_experts_on_two_long_texts_in_turns_are_not_seen_from_each_other(name):
     model, experts = shared_model(name), (shared_expert(name, 1), None)
     rows = [row[:190] for row in rows_of(name, 1, LENGTHS)]
@@ -189,7 +191,7 @@ def descend(model, name):
     torch.optim.SGD(model.parameters(), lr=0.05).step()
 
 
-@every_model
+@small_model
 @pytest.mark.parametrize("write", [merge, load, descend], ids=lambda write: write.__name__)
 def test_a_long_text_that_other_weights_have_encoded_is_never_used(name, write):
     model, (row, *_) = new_model(name), rows_of(name, 1, LENGTHS)
@@ -212,7 +214,7 @@ MODES = {
 }
 
 
-@every_model
+@small_model
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_says_after_a_long_text_what_greedy_decoding_says(name, mode):
     """Each new token is the likeliest one in a plain forward of all of the answer, under the expert of its moment."""
@@ -283,7 +285,7 @@ def test_a_session_on_a_long_text_goes_on_bit_for_bit_in_a_process_that_has_the_
 
 
 def test_the_code_in_the_folder_is_that_of_the_repo():
-    files = {path.name for path in ROOT.glob("*_mambaformer.py")} - {"convert_mambaformer.py"}
+    files = {path.name for path in ROOT.glob("*_mambaformer.py")} - {"convert_mambaformer.py", "blocks_mambaformer.py"}
     assert {path.name for path in TINY.glob("*.py")} == files
     differing = [name for name in sorted(files) if (TINY / name).read_bytes() != (ROOT / name).read_bytes()]
-    assert not differing, "copy them from the root into the folder"
+    assert not differing, "they are links to the root"
