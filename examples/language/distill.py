@@ -102,13 +102,15 @@ def plot_curves(runs: Path, stages: list[str], length: int, path: Path) -> None:
     held_out, before = [], 0
     for stage, axis in zip(stages, axes, strict=False):
         log = json.loads((runs / stage / "log.json").read_text())
-        trained = [(entry["step"] * length, entry["loss"]) for entry in log if "loss" in entry]
+        trained = [(entry["step"] * length / 1000, entry["loss"]) for entry in log if "loss" in entry]
         axis.plot(*zip(*trained, strict=True))
-        axis.set(title=f"{stage}: {titles[stage]}", xlabel="tokens")
-        held_out += [(before + entry["step"] * length, entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+        axis.set(title=f"{stage}: {titles[stage]}", xlabel="thousand tokens")
+        held_out += [
+            (before + entry["step"] * length / 1000, entry["eval_loss"]) for entry in log if "eval_loss" in entry
+        ]
         before = held_out[-1][0]
     axes[-1].plot(*zip(*held_out, strict=True), marker="o")
-    axes[-1].set(title="held out: divergence from the teacher (nats)", xlabel="tokens of all stages")
+    axes[-1].set(title="held out: divergence from the teacher (nats)", xlabel="thousand tokens of all stages")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
