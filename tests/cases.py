@@ -1,15 +1,25 @@
-"""What the laws are tried on: layer patterns, cache variants, loud random models, experts, and turns full of pads."""
+"""What the laws are tried on: random and trained models, cache variants, experts, texts, and turns full of pads."""
 
+import atexit
 import functools
 import random
-from dataclasses import dataclass
+import shutil
+import tempfile
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import pytest
 import torch
+from transformers import AutoTokenizer
 
-from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM
-from reference import reference_logits
+from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
+from mambaformer.convert_mambaformer import find_smollm2
+from reference import ReferenceRow, tuned_weights
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 61
+NO_TOKEN = 10**6  # beyond every vocabulary
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 ALL_FIVE = ["linear_attention", "hybrid", "sliding_attention", "hybrid_sliding", "full_attention"]
 
@@ -49,6 +59,49 @@ PATTERNS = {
         "tie_word_embeddings": False,
     },
 }
+
+
+def load_trained(folder, **options):
+    """The model of a folder in the repo, in float64 and eval mode; the laws read on behind any end of text."""
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} is part of the repo and the laws run on its weights, but it is missing")
+    model = MambaFormerForCausalLM.from_pretrained(folder, dtype=torch.float64, **options).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@functools.cache
+def folder_of_smollm2():
+    """SmolLM2 with the trained blocks, as a folder with its tokenizer."""
+    blocks = ROOT / "models" / "smollm2-hybrid" / "blocks.safetensors"
+    if not blocks.is_file():
+        raise FileNotFoundError(f"{blocks} is part of the repo and the laws run on its weights, but it is missing")
+    folder = Path(tempfile.mkdtemp(prefix="smollm2-hybrid-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    convert(find_smollm2(), blocks=blocks, output_dir=folder)
+    return folder
+
+
+def load_smollm2(num_layers=6, window=48):
+    """Its first layers, half of them with a window, which is shortened so that the tests' texts are far longer."""
+    config = MambaFormerConfig.from_pretrained(folder_of_smollm2())
+    config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
+    config.sliding_window = window
+    return load_trained(folder_of_smollm2(), config=config)
+
+
+# Trained models, by what loads them. The tokenizer of a model is found in the folder that it names as its own
+# (`name_or_path`).
+TRAINED = {
+    "trained_tiny": functools.partial(load_trained, ROOT / "models" / "mambaformer-tiny"),
+    "trained_smollm2": load_smollm2,
+}
+TRAINED_SMALL = ["trained_tiny"]  # small enough for the oracle, and for decomposing all weights
+# One worker runs all that is tried on a trained model: it loads and decomposes the weights only once.
+ALL_TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED]
+TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED_SMALL]
+# What a law is tried on; a trained model stands beside the patterns as one more.
+MODELS = [*PATTERNS, *TRAINED_PARAMS]
 
 CACHE_VARIANTS = {
     "dense": {"storage": "dense"},
@@ -117,10 +170,15 @@ def random_expert(model, seed, rank=None, modules=None, name=None):
     return ExpertVector(vectors, name=name)
 
 
+def new_model(pattern, loudness=1.5):
+    """A model of one of `MODELS` that may be changed; trained weights are as loud as they are."""
+    return TRAINED[pattern]() if pattern in TRAINED else random_model(tiny_config(pattern), loudness=loudness)
+
+
 @functools.cache
 def shared_model(pattern):
     """One model a pattern for the whole run; never change its weights."""
-    return random_model(tiny_config(pattern))
+    return new_model(pattern)
 
 
 @functools.cache
@@ -134,34 +192,123 @@ def random_rows(seed, lengths=(12, 7, 10)):
     return [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
 
 
-_known_logits = {}
+@functools.cache
+def real_text(folder):
+    """Token ids of real text, prose and Python, that the tokenizer in a model's folder makes of it."""
+    texts = [(ROOT / name).read_text() for name in ("LICENSE", "tests/reference.py")]
+    return AutoTokenizer.from_pretrained(folder)("\n".join(texts)).input_ids
+
+
+def draw_row(model, rng, length):
+    """So many ids: a piece of real text for a trained model, random ids for a random one."""
+    if not model.name_or_path:
+        return [rng.randrange(VOCAB) for _ in range(length)]
+    text = real_text(model.name_or_path)
+    start = rng.randrange(len(text) - length)
+    return text[start : start + length]
+
+
+def rows_for(model, seed, lengths=(12, 7, 10)):
+    """Token rows of these lengths that a model is fed."""
+    rng = random.Random(seed)
+    return [draw_row(model, rng, length) for length in lengths]
+
+
+def rows_of(pattern, seed, lengths=(12, 7, 10)):
+    """`rows_for` the model of a pattern."""
+    return rows_for(shared_model(pattern), seed, lengths)
+
+
+@dataclass
+class Reading:
+    """The oracle after some tokens: its memory, the logits of the last one, and how it was seen to go on."""
+
+    reader: ReferenceRow
+    logits: torch.Tensor | None = None
+    further: dict = field(default_factory=dict)
+
+
+class Readings:
+    """`reference.py`, token by token; what was read once is remembered by tokens and what each was encoded by.
+
+    Args:
+        config: of the model, as a dict.
+        weights_of: gives the weights by which an encoding (anything hashable) reads a token.
+    """
+
+    MOST_READINGS, MOST_NUMBERS = 30_000, 2**26  # numbers in Mamba states
+
+    def __init__(self, config, weights_of):
+        self.config, self.weights_of = config, weights_of
+        state_of_a_layer = config["mamba_expand"] * config["hidden_size"] * config["mamba_d_state"]
+        self.most = min(self.MOST_READINGS, self.MOST_NUMBERS // (config["num_hidden_layers"] * state_of_a_layer))
+        self._forget()
+
+    def _forget(self):
+        self.start, self.num_readings = Reading(ReferenceRow(self.config)), 0
+
+    @torch.no_grad()
+    def logits(self, text):
+        """Logits (vocabulary,) of each `(token, encoding)` of a text."""
+        if self.num_readings > self.most:
+            self._forget()
+        at, found = self.start, []
+        for step in text:
+            if step not in at.further:
+                at.further[step] = self._read(at.reader, *step)
+            at = at.further[step]
+            found.append(at.logits)
+        return found
+
+    def _read(self, reader, token, encoding):
+        self.num_readings += 1
+        reader = reader.copy()
+        return Reading(reader, reader.read(token, self.weights_of(encoding)))
+
+
+class Oracle:
+    """What `reference.py` says of one model under any expert, as long as its weights are those of `stamp`."""
+
+    def __init__(self, model):
+        self.model, self.stamp = model, stamp_of(model)  # holding the model keeps its id its own
+        self.weights, self.decomposed, self.tuned = model.state_dict(), {}, {}
+        self.readings = Readings(model.config.to_dict(), self.tuned.__getitem__)
+
+    def logits(self, row, expert):
+        """Logits (tokens, vocabulary) of a row, under an expert as `expected` takes it."""
+        segments = expert if isinstance(expert, list) else [(0, expert)]
+        starts, encodings = [start for start, _ in segments], [self._learn(one) for _, one in segments]
+        in_force = [encodings[bisect_right(starts, position) - 1] for position in range(len(row))]
+        logits = self.readings.logits(zip(row, in_force, strict=True))
+        return torch.stack(logits) if row else torch.zeros(0, self.model.config.vocab_size, dtype=torch.float64)
+
+    def _learn(self, expert):
+        """A name for the weights under an expert, which is its content; from here on they are known by it."""
+        vectors = {} if expert is None else dict(expert.vectors)
+        content = tuple((key, tuple(z.tolist())) for key, z in sorted(vectors.items()))
+        if content not in self.tuned:
+            self.tuned[content] = tuned_weights(self.weights, vectors, self.decomposed)
+        return content
+
+
+def stamp_of(model):
+    """Another one whenever weights were written to or replaced."""
+    return [(weight.data_ptr(), weight._version) for weight in model.parameters()]
+
+
+_oracles = {}
 
 
 def expected(model, rows, experts=None):
-    """The oracle's logits, remembered per (model, row, expert) since the laws ask for the same ones again and again.
+    """The oracle's logits, remembered per model since the laws ask for the same ones again and again.
 
     `experts` has one entry a row: `None`, an `ExpertVector`, or a list of `(start, None or ExpertVector)` segments.
     """
     experts = [None] * len(rows) if experts is None else experts
-    answers = []
-    for row, expert in zip(rows, experts, strict=True):
-        key = (id(model), tuple(row), _content(expert))
-        if key not in _known_logits:
-            vectors = [(n, _vectors(e)) for n, e in expert] if isinstance(expert, list) else _vectors(expert)
-            answer = reference_logits(model.state_dict(), model.config.to_dict(), [row], [vectors])
-            _known_logits[key] = (model, answer[0])  # holding the model keeps its id its own
-        answers.append(_known_logits[key][1])
-    return answers
-
-
-def _vectors(expert):
-    return None if expert is None else dict(expert.vectors)
-
-
-def _content(expert):
-    if isinstance(expert, list):
-        return tuple((start, _content(one)) for start, one in expert)
-    return expert if expert is None else tuple((key, tuple(z.tolist())) for key, z in sorted(expert.vectors.items()))
+    oracle = _oracles.get(id(model))
+    if oracle is None or oracle.stamp != stamp_of(model):
+        oracle = _oracles[id(model)] = Oracle(model)
+    return [oracle.logits(row, expert) for row, expert in zip(rows, experts, strict=True)]
 
 
 @dataclass

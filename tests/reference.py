@@ -42,12 +42,18 @@ def _row(state_dict, config, tokens, expert, built):
     return torch.stack(logits) if logits else torch.zeros(0, config["vocab_size"], dtype=torch.float64)
 
 
-def tuned_weights(state_dict, vectors=None):
-    """Float64 copies of the weights under an expert: W' = U diag(s * z) V^T; what z leaves out is 1."""
+def tuned_weights(state_dict, vectors=None, decomposed=None):
+    """Float64 copies of the weights under an expert: W' = U diag(s * z) V^T; what z leaves out is 1.
+
+    `decomposed` keeps U, s, V^T by module, for further calls with the same weights.
+    """
+    decomposed = {} if decomposed is None else decomposed
     weights = {name: tensor.to(torch.float64) for name, tensor in state_dict.items()}
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # tied; an expert tunes the head alone
     for module, short_z in (vectors or {}).items():
-        U, s, Vh = torch.linalg.svd(weights[module + ".weight"], full_matrices=False)
+        if module not in decomposed:
+            decomposed[module] = torch.linalg.svd(weights[module + ".weight"], full_matrices=False)
+        U, s, Vh = decomposed[module]
         z = torch.ones_like(s)
         z[: len(short_z)] = short_z.to(torch.float64)
         weights[module + ".weight"] = U @ torch.diag(s * z) @ Vh
@@ -66,6 +72,14 @@ class ReferenceRow:
         self.values = [[] for _ in layers]
         self.conv_inputs = [[] for _ in layers]  # per token (D,)
         self.h = [torch.zeros(D, config["mamba_d_state"], dtype=torch.float64) for _ in layers]
+
+    def copy(self):
+        """Another reader that remembers the same text and goes on by itself."""
+        other = ReferenceRow(self.config)
+        other.position, other.h = self.position, list(self.h)
+        for name in ("keys", "values", "conv_inputs"):
+            setattr(other, name, [list(of_layer) for of_layer in getattr(self, name)])
+        return other
 
     def read(self, token, weights):
         """Logits (vocabulary,) after one more token, under these weights."""

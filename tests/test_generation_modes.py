@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from cases import (
+    MODELS,
+    NO_TOKEN,
     PATTERNS,
     VOCAB,
     assert_same_logits,
@@ -28,11 +30,12 @@ from cases import (
     feed,
     one_turn,
     random_rows,
+    rows_of,
     shared_expert,
     shared_model,
 )
 
-NO_PAD = {"pad_token_id": VOCAB}
+NO_PAD = {"pad_token_id": NO_TOKEN}
 GREEDY = {"do_sample": False, **NO_PAD}
 NUM_NEW = 6
 STORAGES = {
@@ -43,6 +46,7 @@ STORAGES = {
 SCHEDULE = ((0, 1), (2, 2), (4, None))
 
 over_patterns = pytest.mark.parametrize("pattern", PATTERNS)
+over_models = pytest.mark.parametrize("pattern", MODELS)
 over_storages = pytest.mark.parametrize("storage", STORAGES)
 
 
@@ -94,9 +98,9 @@ def beams(pattern, row, num_beams, num_new=NUM_NEW, schedule=((0, None),)):
 
 
 @over_storages
-@over_patterns
+@over_models
 def test_rows_padded_on_either_side_are_what_they_are_by_themselves(pattern, storage):
-    rows = random_rows(1, (8, 4, 6))
+    rows = rows_of(pattern, 1, (8, 4, 6))
     ids, mask = left_padded(rows)
     right = torch.tensor([row + [3] * (ids.shape[1] - len(row)) for row in rows])
     options = {"max_new_tokens": NUM_NEW, "expert_schedule": with_experts(pattern), **STORAGES[storage], **GREEDY}
@@ -107,9 +111,9 @@ def test_rows_padded_on_either_side_are_what_they_are_by_themselves(pattern, sto
 
 
 @over_storages
-@over_patterns
+@over_models
 def test_embeddings_chunks_and_configurations_say_what_tokens_say(pattern, storage):
-    model, rows = shared_model(pattern), random_rows(2, (7, 7))
+    model, rows = shared_model(pattern), rows_of(pattern, 2, (7, 7))
     ids = torch.tensor(rows)
     embeds, schedule = model.get_input_embeddings()(ids), with_experts(pattern)
     options = {"max_new_tokens": NUM_NEW, **STORAGES[storage], **GREEDY}
@@ -166,7 +170,7 @@ def test_a_cache_that_there_is_not_is_refused(implementation):
 
 @over_patterns
 def test_samples_follow_the_seed_whatever_the_cache(pattern):
-    ids, mask = left_padded(random_rows(4, (8, 5)))
+    ids, mask = left_padded(rows_of(pattern, 4, (8, 5)))
     model, found = shared_model(pattern), []  # built here: its weights are random numbers, too
     for options in STORAGES.values():
         torch.manual_seed(5)
@@ -189,7 +193,7 @@ def test_samples_follow_the_seed_whatever_the_cache(pattern):
 
 @over_patterns
 def test_a_sample_is_drawn_from_what_a_full_forward_says(pattern):
-    row = random_rows(5, (8,))[0]
+    row = rows_of(pattern, 5, (8,))[0]
     torch.manual_seed(6)
     found = shared_model(pattern).generate(
         torch.tensor([row]), max_new_tokens=NUM_NEW, do_sample=True, top_k=0, **NO_PAD
@@ -202,9 +206,9 @@ def test_a_sample_is_drawn_from_what_a_full_forward_says(pattern):
 
 
 @over_storages
-@over_patterns
+@over_models
 def test_beams_are_the_best_texts_under_their_experts(pattern, storage):
-    rows = random_rows(6, (8, 5))
+    rows = rows_of(pattern, 6, (8, 5))
     ids, mask = left_padded(rows)
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 4, **STORAGES[storage], **GREEDY}
     found = shared_model(pattern).generate(
@@ -216,7 +220,7 @@ def test_beams_are_the_best_texts_under_their_experts(pattern, storage):
 
 @over_patterns
 def test_sampled_beams_follow_the_seed_whatever_the_cache(pattern):
-    ids, mask = left_padded(random_rows(7, (8, 5)))
+    ids, mask = left_padded(rows_of(pattern, 7, (8, 5)))
     found = []
     for options in STORAGES.values():
         torch.manual_seed(5)
@@ -234,7 +238,7 @@ def test_the_cache_that_beams_hand_back_is_of_the_texts_that_it_says(pattern, st
 
     Fed on, each row is the text in its log; who goes on with answers that are other texts is refused.
     """
-    model, rows = shared_model(pattern), random_rows(8, (8, 8))
+    model, rows = shared_model(pattern), rows_of(pattern, 8, (8, 8))
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5, "return_dict_in_generate": True}
     found = model.generate(torch.tensor(rows), max_cache_len=40, **options, **STORAGES[storage], **GREEDY)
     cache, answers = found.past_key_values, found.sequences.tolist()
@@ -256,7 +260,7 @@ def test_the_cache_that_beams_hand_back_is_of_the_texts_that_it_says(pattern, st
 @over_storages
 @over_patterns
 def test_scores_logits_and_states_are_those_of_full_forwards(pattern, storage):
-    model, row = shared_model(pattern), random_rows(9, (8,))[0]
+    model, row = shared_model(pattern), rows_of(pattern, 9, (8,))[0]
     found = model.generate(
         torch.tensor([row]),
         max_new_tokens=NUM_NEW,
@@ -306,10 +310,10 @@ def test_attention_weights_are_those_of_a_full_forward():
 
 
 @pytest.mark.parametrize("storage", ["dense", "static"])
-@over_patterns
+@over_models
 def test_a_cache_handed_back_goes_on_in_the_next_mode(pattern, storage):
     """Greedy, then several answers to each text: the cache is repeated for them, and each goes on by itself."""
-    model, rows = shared_model(pattern), random_rows(11, (8, 8))
+    model, rows = shared_model(pattern), rows_of(pattern, 11, (8, 8))
     options = {"return_dict_in_generate": True, "max_cache_len": 40, **STORAGES[storage], **GREEDY}
     first = model.generate(torch.tensor(rows), max_new_tokens=4, expert_vector=shared_expert(pattern, 1), **options)
     cache = first.past_key_values
@@ -367,7 +371,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything"])
 def test_logits_processors_act_on_the_logits_of_full_forwards(pattern, name, storage):
-    row = random_rows(12, (8,))[0]
+    row = rows_of(pattern, 12, (8,))[0]
     options, process = PROCESSORS[name]
     found = shared_model(pattern).generate(
         torch.tensor([row]),
@@ -383,7 +387,7 @@ def test_logits_processors_act_on_the_logits_of_full_forwards(pattern, name, sto
 @over_storages
 @pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything"])
 def test_ends_of_text_come_when_they_may_and_rows_end_each_for_itself(pattern, storage):
-    rows = random_rows(13, (8, 5))
+    rows = rows_of(pattern, 13, (8, 5))
     ids, mask = left_padded(rows)
     answers = [greedy(pattern, row, 10) for row in rows]
     end = answers[0][3]
@@ -461,14 +465,14 @@ def test_streamers_get_the_text_as_it_comes(storage, capsys):
 
 @pytest.mark.parametrize("given", ["whole text", "new part"])
 @pytest.mark.parametrize("storage", ["dense", "static"])
-@over_patterns
+@over_models
 def test_a_chat_in_a_batch_of_uneven_padded_turns_is_each_chat_by_itself(pattern, storage, given):
     model = shared_model(pattern)
     cache = model.make_cache(storage, **({"max_cache_len": 80} if storage == "static" else {}))
     ids, mask = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
     said = [[], []]
     for turn, lengths in enumerate([(5, 3), (2, 6), (4, 1)]):
-        rows = random_rows(30 + turn, lengths)
+        rows = rows_of(pattern, 30 + turn, lengths)
         new_ids, new_mask = left_padded(rows)
         ids, mask = torch.cat([ids, new_ids], 1), torch.cat([mask, new_mask], 1)
         fed = ids if given == "whole text" else ids[:, cache.get_seq_length() :]
@@ -505,7 +509,7 @@ def test_a_part_of_a_chat_that_would_be_taken_for_all_of_it_is_refused(storage):
 def requests(pattern):
     """Eight calls of `generate` that differ in expert, cache, storage and mode; none draws random numbers."""
     model = shared_model(pattern)
-    ids, mask = left_padded(random_rows(40, (9, 6)))
+    ids, mask = left_padded(rows_of(pattern, 40, (9, 6)))
     one, first = ids[:1], shared_expert(pattern, 1)
     batch = {"inputs": ids, "attention_mask": mask}
     static = {"cache_implementation": "static"}

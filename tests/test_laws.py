@@ -1,5 +1,7 @@
 """The laws of the design, judged by the oracle in `reference.py`: float64, loud weights, every pattern, every cache.
 
+Trained weights stand beside the patterns, and read real text.
+
 Unless a test says otherwise, logits agree to 1e-10 of the logit scale.
 """
 
@@ -12,13 +14,16 @@ import torch
 
 from cases import (
     CACHE_VARIANTS,
+    MODELS,
     PATTERNS,
+    TRAINED_PARAMS,
     Turn,
     assert_same_logits,
     cut,
     expected,
     feed,
     feed_row,
+    new_model,
     one_turn,
     padded_turn,
     ragged_turns,
@@ -26,6 +31,8 @@ from cases import (
     random_expert,
     random_model,
     random_rows,
+    rows_for,
+    rows_of,
     shared_expert,
     shared_model,
     tiny_config,
@@ -33,10 +40,13 @@ from cases import (
 from mambaformer import ExpertVector
 from reference import ReferenceRow, reference_logits, tuned_weights
 
+MAIN_PATTERNS = ["mamba", "paper", "llama", "everything"]
+
 without_kernels_too = pytest.mark.without_kernels_too
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+every_pattern = pytest.mark.parametrize("pattern", MODELS)
+every_random_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
-main_patterns = pytest.mark.parametrize("pattern", ["mamba", "paper", "llama", "everything"])
+main_patterns = pytest.mark.parametrize("pattern", [*MAIN_PATTERNS, *TRAINED_PARAMS])
 every_mask_form = pytest.mark.parametrize("whole_mask", [False, True], ids=["mask_of_new", "mask_of_all"])
 
 
@@ -54,7 +64,7 @@ def tails(rows, counts):
 
 @every_pattern
 def test_a_forward_without_cache_equals_the_oracle(pattern):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     for row, wanted in zip(rows, expected(model, rows), strict=True):
         assert_same_logits(feed_row(model, None, row, use_cache=False), wanted)
 
@@ -63,7 +73,7 @@ def test_a_forward_without_cache_equals_the_oracle(pattern):
 @every_pattern
 @every_cache
 def test_a_forward_that_fills_a_cache_equals_the_oracle(pattern, variant):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     for row, wanted in zip(rows, expected(model, rows), strict=True):
         assert_same_logits(feed_row(model, new_cache(model, variant), row), wanted)
 
@@ -71,7 +81,7 @@ def test_a_forward_that_fills_a_cache_equals_the_oracle(pattern, variant):
 @without_kernels_too
 @every_pattern
 def test_a_batch_of_ragged_rows_without_cache_equals_the_oracle(pattern):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     for side in ("left", "right", "any"):
         turn = padded_turn(random.Random(5), rows, extra=2, side=side)
         assert_same_logits(feed(model, None, [turn], use_cache=False), expected(model, rows))
@@ -81,7 +91,7 @@ def test_a_batch_of_ragged_rows_without_cache_equals_the_oracle(pattern):
 @every_pattern
 @pytest.mark.parametrize("rank", [None, 3])
 def test_an_expert_on_the_fly_equals_the_oracle(pattern, rank):
-    model, rows, expert = shared_model(pattern), random_rows(1), shared_expert(pattern, 1, rank)
+    model, rows, expert = shared_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1, rank)
     wanted = expected(model, rows, [expert] * 3)
     assert (wanted[0] - expected(model, rows)[0]).abs().max() > 0.1
     turn = padded_turn(random.Random(5), rows)
@@ -90,7 +100,7 @@ def test_an_expert_on_the_fly_equals_the_oracle(pattern, rank):
 
 @pytest.mark.parametrize("pattern", ["everything", "paper"])
 def test_every_linear_module_obeys_its_own_expert(pattern):
-    model, row = shared_model(pattern), random_rows(2)[0][:4]
+    model, row = shared_model(pattern), rows_of(pattern, 2)[0][:4]
     base = expected(model, [row])[0]
     for module in shared_expert(pattern, 1).vectors:
         expert = random_expert(model, 3, modules=[module])
@@ -100,9 +110,9 @@ def test_every_linear_module_obeys_its_own_expert(pattern):
 
 
 @without_kernels_too
-@every_pattern
+@every_random_pattern
 def test_gradients_equal_those_of_the_oracle(pattern):
-    model, (row, *_) = random_model(tiny_config(pattern)), random_rows(1)
+    model, (row, *_) = new_model(pattern), rows_of(pattern, 1)
     shares = torch.randn(len(row), model.config.vocab_size, dtype=torch.float64)
     (model(torch.tensor([row]), use_cache=False).logits[0] * shares).sum().backward()
 
@@ -112,9 +122,9 @@ def test_gradients_equal_those_of_the_oracle(pattern):
         assert_same_logits(parameter.grad, leaves[name].grad)
 
 
-@main_patterns
+@pytest.mark.parametrize("pattern", MAIN_PATTERNS)
 def test_gradients_of_an_expert_equal_those_of_the_oracle(pattern):
-    model, (row, *_) = shared_model(pattern), random_rows(1)
+    model, (row, *_) = shared_model(pattern), rows_of(pattern, 1)
     shares = torch.randn(len(row), model.config.vocab_size, dtype=torch.float64)
     gradients = []
     for judge in (False, True):
@@ -132,7 +142,7 @@ def test_gradients_of_an_expert_equal_those_of_the_oracle(pattern):
 
 @main_patterns
 def test_embeddings_given_by_the_caller_equal_token_ids(pattern):
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(torch.tensor([row]))
         found = model(inputs_embeds=embeddings, use_cache=False).logits[0]
@@ -142,7 +152,7 @@ def test_embeddings_given_by_the_caller_equal_token_ids(pattern):
 @main_patterns
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_to_keep_keeps_the_last_columns(pattern, side):
-    model, turn = shared_model(pattern), padded_turn(random.Random(3), random_rows(1), side=side)
+    model, turn = shared_model(pattern), padded_turn(random.Random(3), rows_of(pattern, 1), side=side)
     with torch.no_grad():
         everything = model(turn.ids, attention_mask=turn.mask.long()).logits
         last = model(turn.ids, attention_mask=turn.mask.long(), logits_to_keep=4).logits
@@ -168,7 +178,7 @@ def test_chosen_positions_turn_keys_and_queries_and_are_remembered(variant):
 @every_pattern
 def test_a_wrong_state_or_key_moves_the_logits(pattern):
     """The laws see nothing if the models are quiet (with the default init a wrong SSM state moves logits by 1e-5)."""
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     weights, honest = tuned_weights(model.state_dict()), expected(model, [row])[0]
 
     def read_with(damage):
@@ -201,7 +211,7 @@ def test_a_wrong_state_or_key_moves_the_logits(pattern):
 @every_cache
 def test_any_cutting_equals_the_single_forward(pattern, variant):
     model, rng = shared_model(pattern), random.Random(7)
-    (row, _, other) = random_rows(1)
+    (row, _, other) = rows_of(pattern, 1)
     for tokens in (row, other):
         wanted = expected(model, [tokens])[0]
         for sizes in ([1] * len(tokens), random_cut(rng, len(tokens)), random_cut(rng, len(tokens), singles=0.2)):
@@ -210,7 +220,7 @@ def test_any_cutting_equals_the_single_forward(pattern, variant):
 
 @every_pattern
 def test_the_cache_made_by_the_first_forward_is_continued(pattern):
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     with torch.no_grad():
         first = model(torch.tensor([row[:5]]))
         second = model(torch.tensor([row[5:]]), past_key_values=first.past_key_values)
@@ -225,7 +235,7 @@ class Interrupted(Exception):
 @main_patterns
 @every_cache
 def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was(pattern, variant):
-    model, row, expert = random_model(tiny_config(pattern)), random_rows(1)[0], shared_expert(pattern, 1)
+    model, row, expert = new_model(pattern), rows_of(pattern, 1)[0], shared_expert(pattern, 1)
 
     def interrupt(*_):
         raise Interrupted
@@ -246,7 +256,7 @@ def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was(pattern, varian
 @every_pattern
 @every_cache
 def test_a_reset_cache_reads_a_new_text_as_a_new_cache_does(pattern, variant):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     cache = new_cache(model, variant)
     feed_row(model, cache, rows[0], [4, 1, 1, 6])
     cache.reset()
@@ -262,7 +272,7 @@ def test_a_reset_cache_reads_a_new_text_as_a_new_cache_does(pattern, variant):
 @every_cache
 @every_mask_form
 def test_pads_anywhere_in_any_turn_change_nothing(pattern, variant, whole_mask):
-    model, rows, rng = shared_model(pattern), random_rows(1), random.Random(11)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 1), random.Random(11)
     for some, side in ((rows, "left"), (rows, "right"), (rows, None), (rows[:1], None)):
         cache, turns = new_cache(model, variant), ragged_turns(rng, some, count=4, side=side)
         assert_same_logits(feed(model, cache, turns, whole_mask), expected(model, some))
@@ -274,7 +284,7 @@ def test_pads_anywhere_in_any_turn_change_nothing(pattern, variant, whole_mask):
 @every_mask_form
 def test_pads_between_single_tokens_change_nothing(pattern, variant, whole_mask):
     """Decoding a ragged batch: at each step every row either speaks or rests."""
-    model, rows, rng = shared_model(pattern), random_rows(4, (6, 3, 7)), random.Random(13)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 4, (6, 3, 7)), random.Random(13)
     waiting, turns = [list(row) for row in rows], []
     while any(waiting):
         turns.append(padded_turn(rng, [[row.pop(0)] if row and rng.random() < 0.7 else [] for row in waiting]))
@@ -285,7 +295,7 @@ def test_pads_between_single_tokens_change_nothing(pattern, variant, whole_mask)
 @every_cache
 def test_positions_go_on_after_pads_when_no_mask_is_given(pattern, variant):
     """Transformers' Bamba starts again at position 0 in a hand-written loop that gives no `position_ids`."""
-    model, rows, rng = shared_model(pattern), random_rows(1, (9, 6, 8)), random.Random(17)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 1, (9, 6, 8)), random.Random(17)
     cache = new_cache(model, variant)
     first = padded_turn(rng, [row[:-4] for row in rows], side="left")
     steps = [one_turn([[row[step]] for row in rows]) for step in (-4, -3, -2, -1)]
@@ -295,7 +305,7 @@ def test_positions_go_on_after_pads_when_no_mask_is_given(pattern, variant):
 @every_pattern
 @every_cache
 def test_pads_that_come_late_change_nothing_and_are_remembered(pattern, variant):
-    model, rows, rng = shared_model(pattern), random_rows(1, (11, 6, 9)), random.Random(21)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 1, (11, 6, 9)), random.Random(21)
     cache, expert = new_cache(model, variant), shared_expert(pattern, 1)
     even = [one_turn([row[:3] for row in rows]), one_turn([[row[3]] for row in rows])]
     ragged = ragged_turns(rng, [row[4:] for row in rows], count=2)
@@ -306,7 +316,7 @@ def test_pads_that_come_late_change_nothing_and_are_remembered(pattern, variant)
 @main_patterns
 @every_cache
 def test_a_row_of_pads_before_its_first_token_changes_nothing(pattern, variant):
-    model, rows, rng = shared_model(pattern), random_rows(1), random.Random(19)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 1), random.Random(19)
     late = [padded_turn(rng, [rows[0][:5], [], rows[2][:3]]), padded_turn(rng, [rows[0][5:], rows[1], rows[2][3:]])]
     assert_same_logits(feed(model, new_cache(model, variant), late), expected(model, rows))
 
@@ -344,7 +354,7 @@ def operate(cache, operation, *things):
 def read_on(model, cache, rows, experts=None, seed=29, **options):
     """Feeds every row a new, ragged continuation and asserts that it is read as the oracle reads the whole row."""
     rng = random.Random(seed)
-    more = random_rows(seed, [rng.randint(1, 4) for _ in rows])
+    more = rows_for(model, seed, [rng.randint(1, 4) for _ in rows])
     found = feed(model, cache, ragged_turns(rng, more, count=2), **options)
     whole = [old + new for old, new in zip(rows, more, strict=True)]
     assert_same_logits(found, tails(expected(model, whole, experts), [len(row) for row in rows]))
@@ -355,7 +365,7 @@ def read_on(model, cache, rows, experts=None, seed=29, **options):
 @every_cache
 @pytest.mark.parametrize("operation", SURGERY)
 def test_surgery_gives_the_same_rows_run_by_themselves(pattern, variant, operation):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3))
     read_on(model, *operate(cache, operation, rows))
@@ -365,7 +375,7 @@ def test_surgery_gives_the_same_rows_run_by_themselves(pattern, variant, operati
 @every_cache
 @pytest.mark.parametrize("operation", SURGERY)
 def test_surgery_takes_each_rows_expert_along(pattern, variant, operation):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     experts = [shared_expert(pattern, 1), None, shared_expert(pattern, 2, rank=3)]
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3), expert_vector=experts)
@@ -389,7 +399,7 @@ def test_a_row_that_is_selected_keeps_its_expert_whoever_stood_beside_it(variant
 @pytest.mark.parametrize("operation", SURGERY)
 def test_surgery_takes_each_rows_remembered_text_along(pattern, variant, operation):
     """The switch after the surgery re-encodes what each row remembers, pads included."""
-    model, rows, expert = shared_model(pattern), random_rows(1), shared_expert(pattern, 1)
+    model, rows, expert = shared_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1)
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3))
     cache, rows = operate(cache, operation, rows)
@@ -401,7 +411,7 @@ def test_surgery_takes_each_rows_remembered_text_along(pattern, variant, operati
 @every_cache
 @pytest.mark.parametrize("operation", SURGERY)
 def test_surgery_between_a_switch_and_the_next_forward_is_exact(pattern, variant, operation):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     experts = [None, shared_expert(pattern, 2), shared_expert(pattern, 1)]
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3))
@@ -413,7 +423,7 @@ def test_surgery_between_a_switch_and_the_next_forward_is_exact(pattern, variant
 @every_cache
 def test_surgery_after_surgery_is_exact(pattern, variant):
     """A beam search in miniature: rows are copied, dropped and reordered between single tokens."""
-    model, rows, rng = shared_model(pattern), random_rows(37, (4, 2, 3)), random.Random(37)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 37, (4, 2, 3)), random.Random(37)
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(rng, rows, count=2))
     for step in range(4):
@@ -428,7 +438,7 @@ def test_surgery_after_surgery_is_exact(pattern, variant):
 @every_pattern
 @every_cache
 def test_a_fork_and_its_origin_never_see_each_other(pattern, variant):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     origin = new_cache(model, variant)
     feed(model, origin, ragged_turns(random.Random(41), rows, count=3))
     fork = origin.fork()
@@ -444,7 +454,7 @@ def test_a_fork_and_its_origin_never_see_each_other(pattern, variant):
 @main_patterns
 @every_cache
 def test_a_switch_of_the_fork_leaves_the_origins_expert(pattern, variant):
-    model, rows, (one, two) = shared_model(pattern), random_rows(1), (shared_expert(pattern, s) for s in (1, 2))
+    model, rows, (one, two) = shared_model(pattern), rows_of(pattern, 1), (shared_expert(pattern, s) for s in (1, 2))
     origin = new_cache(model, variant)
     feed(model, origin, ragged_turns(random.Random(41), rows, count=3), expert_vector=one)
     fork = origin.fork()
@@ -464,7 +474,7 @@ def test_a_switch_of_the_fork_leaves_the_origins_expert(pattern, variant):
 @every_cache
 @pytest.mark.parametrize("by", ["set_expert", "forward"])
 def test_a_switch_equals_a_fresh_forward_under_the_new_expert(pattern, variant, by):
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2, rank=5)
     cache, start = new_cache(model, variant), 0
     for expert, piece in zip((one, two, None, one), cut(row, [4, 3, 1, 4]), strict=True):
@@ -480,12 +490,12 @@ def test_a_switch_equals_a_fresh_forward_under_the_new_expert(pattern, variant, 
 @every_pattern
 @every_cache
 def test_each_row_of_a_ragged_batch_switches_by_itself(pattern, variant):
-    model, rows, rng = shared_model(pattern), random_rows(1), random.Random(43)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 1), random.Random(43)
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2, rank=5)
     cache = new_cache(model, variant)
     for step, experts in enumerate([[one, None, two], [two, None, two], [None, one, one], [None, None, None]]):
         given = experts if any(experts) else None
-        more = random_rows(step, [rng.randint(0, 3) for _ in rows])
+        more = rows_of(pattern, step, [rng.randint(0, 3) for _ in rows])
         whole = [old + new for old, new in zip(rows, more, strict=True)] if step else rows
         found = feed(model, cache, ragged_turns(rng, more if step else rows, count=2), expert_vector=given)
         wanted = expected(model, whole, experts)
@@ -496,7 +506,7 @@ def test_each_row_of_a_ragged_batch_switches_by_itself(pattern, variant):
 @every_pattern
 @every_cache
 def test_back_at_the_base_the_logits_are_bit_equal_to_the_base(pattern, variant):
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     with torch.no_grad():
         base = model(torch.tensor([row]), past_key_values=new_cache(model, variant), logits_to_keep=4).logits
         cache = new_cache(model, variant)
@@ -510,7 +520,7 @@ def test_back_at_the_base_the_logits_are_bit_equal_to_the_base(pattern, variant)
 @every_pattern
 @every_cache
 def test_an_expert_that_is_not_given_is_the_one_in_force(pattern, variant):
-    model, row, expert = shared_model(pattern), random_rows(1)[0], shared_expert(pattern, 1)
+    model, row, expert = shared_model(pattern), rows_of(pattern, 1)[0], shared_expert(pattern, 1)
     cache, wanted = new_cache(model, variant), expected(model, [row], [expert])[0]
     assert cache.expert_vector is None
     found = [feed_row(model, cache, row[:4], expert_vector=expert), feed_row(model, cache, row[4:9], [1, 4])]
@@ -523,7 +533,7 @@ def test_an_expert_that_is_not_given_is_the_one_in_force(pattern, variant):
 
 @main_patterns
 def test_every_way_to_name_an_expert_means_the_same(pattern, tmp_path):
-    model, rows, expert = random_model(tiny_config(pattern)), random_rows(1), shared_expert(pattern, 1)
+    model, rows, expert = new_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1)
     ExpertVector(dict(expert.vectors), name="math").save(tmp_path / "math.safetensors")
     model.load_experts(tmp_path / "math.safetensors")
     assert "math" in model.experts
@@ -539,7 +549,7 @@ def test_every_way_to_name_an_expert_means_the_same(pattern, tmp_path):
 @every_cache
 def test_identity_is_content_and_not_a_name(pattern, variant):
     """vllm#30931, peft#2523: a cache built under one adapter was reused for another one of the same name."""
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one = ExpertVector(dict(shared_expert(pattern, 1).vectors), name="math")
     twin = ExpertVector({key: z.clone() for key, z in one.vectors.items()}, name="history")
     impostor = ExpertVector(dict(shared_expert(pattern, 2).vectors), name="math")
@@ -556,7 +566,7 @@ def test_identity_is_content_and_not_a_name(pattern, variant):
 @every_pattern
 @every_cache
 def test_policy_continue_leaves_old_tokens_to_the_old_expert(pattern, variant):
-    model, rows, rng = shared_model(pattern), random_rows(1), random.Random(53)
+    model, rows, rng = shared_model(pattern), rows_of(pattern, 1), random.Random(53)
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2)
     cache = new_cache(model, variant, on_expert_change="continue")
     stops = [[0, 5, 8, 12], [0, 3, 3, 7], [0, 1, 6, 10]]  # where each row is cut
@@ -575,7 +585,7 @@ def test_policy_continue_leaves_old_tokens_to_the_old_expert(pattern, variant):
 @every_cache
 @pytest.mark.parametrize("by", ["set_expert", "forward"])
 def test_policy_reset_starts_an_empty_text(pattern, variant, by):
-    model, rows, expert = shared_model(pattern), random_rows(1), shared_expert(pattern, 1)
+    model, rows, expert = shared_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1)
     cache, rng = new_cache(model, variant, on_expert_change="reset"), random.Random(59)
     feed(model, cache, ragged_turns(rng, rows, count=2))
     given = {"expert_vector": expert} if by == "forward" else {}
@@ -591,7 +601,7 @@ def test_policy_reset_starts_an_empty_text(pattern, variant, by):
 @every_cache
 @pytest.mark.parametrize("by", ["set_expert", "forward"])
 def test_policy_error_refuses_and_changes_nothing(pattern, variant, by):
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2)
     cache, wanted = new_cache(model, variant, on_expert_change="error"), expected(model, [row], [one])[0]
     found = [feed_row(model, cache, row[:5], expert_vector=one)]
@@ -616,7 +626,7 @@ def test_any_policy_takes_an_expert_before_the_first_token(policy, variant):
 @main_patterns
 @every_cache
 def test_a_switch_that_is_taken_back_before_the_next_forward_changes_nothing(pattern, variant):
-    model, row = shared_model(pattern), random_rows(1)[0]
+    model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2)
     cache = new_cache(model, variant)
     feed_row(model, cache, row[:5], expert_vector=one)
@@ -663,7 +673,7 @@ def decode(model, variant, row, expert, steps=None):
 @every_pattern
 @every_cache
 def test_two_interleaved_caches_give_what_each_gives_alone(pattern, variant):
-    model, (row, _, other) = shared_model(pattern), random_rows(1)
+    model, (row, _, other) = shared_model(pattern), rows_of(pattern, 1)
     expert = shared_expert(pattern, 1)
     before = model.config.to_dict()
     alone = [decode(model, variant, row[:10], expert), decode(model, variant, other, None)]
@@ -684,10 +694,10 @@ def test_two_interleaved_caches_give_what_each_gives_alone(pattern, variant):
 @every_cache
 def test_two_threads_with_two_experts_give_what_each_gives_alone(pattern, variant):
     """The model is new, so the threads also meet in whatever it prepares when an expert is first used."""
-    rows, experts = [random_rows(seed)[0] for seed in (1, 2, 3)], [shared_expert(pattern, 1), None]
+    rows, experts = [rows_of(pattern, seed)[0] for seed in (1, 2, 3)], [shared_expert(pattern, 1), None]
     experts.append(shared_expert(pattern, 2, rank=3))
     alone = [decode(shared_model(pattern), variant, *pair) for pair in zip(rows, experts, strict=True)]
-    model, barrier = random_model(tiny_config(pattern)), threading.Barrier(3, timeout=60)
+    model, barrier = new_model(pattern), threading.Barrier(3, timeout=60)
     found = [None] * 3
 
     def work(which):
@@ -709,7 +719,7 @@ def test_two_threads_with_two_experts_give_what_each_gives_alone(pattern, varian
 @without_kernels_too
 @every_pattern
 def test_static_equals_dense(pattern):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     turns = ragged_turns(random.Random(61), rows, count=4)
     dense, static = (feed(model, new_cache(model, variant), turns) for variant in ("dense", "static"))
     assert_same_logits(static, dense, tolerance=1e-12)
@@ -717,7 +727,7 @@ def test_static_equals_dense(pattern):
 
 @every_pattern
 def test_a_row_in_a_batch_equals_that_row_alone(pattern):
-    model, rows = shared_model(pattern), random_rows(1)
+    model, rows = shared_model(pattern), rows_of(pattern, 1)
     batch = feed(model, model.make_cache(), ragged_turns(random.Random(67), rows, count=3))
     alone = [feed_row(model, model.make_cache(), row) for row in rows]
     assert_same_logits(batch, alone, tolerance=1e-12)
@@ -726,7 +736,7 @@ def test_a_row_in_a_batch_equals_that_row_alone(pattern):
 @every_pattern
 @pytest.mark.parametrize("rank", [None, 3])
 def test_merged_equals_on_the_fly_and_unmerging_is_bit_exact(pattern, rank):
-    model, rows, expert = random_model(tiny_config(pattern)), random_rows(1), shared_expert(pattern, 1, rank)
+    model, rows, expert = new_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1, rank)
     turns = ragged_turns(random.Random(71), rows, count=2)
     weights, base = copy.deepcopy(model.state_dict()), feed(model, model.make_cache(), turns)
     model.merge_expert(expert)
@@ -742,7 +752,7 @@ def test_merged_equals_on_the_fly_and_unmerging_is_bit_exact(pattern, rank):
 @pytest.mark.parametrize("pattern", ["llama", "paper"], ids=["untied", "tied"])
 def test_a_head_that_changed_is_tuned_by_its_new_singular_vectors(pattern):
     """What a cache keeps of an expert, ready to use, belongs to the weights that it was made for."""
-    model, row, expert = random_model(tiny_config(pattern)), random_rows(1)[0], shared_expert(pattern, 1)
+    model, row, expert = new_model(pattern), rows_of(pattern, 1)[0], shared_expert(pattern, 1)
     cache = model.make_cache()
     feed_row(model, cache, row[:5], expert_vector=expert)
     with torch.no_grad():
@@ -755,21 +765,21 @@ def test_a_head_that_changed_is_tuned_by_its_new_singular_vectors(pattern):
 @every_cache
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_implementations_agree_with_the_oracle(pattern, variant, attention):
-    model, rows, rng = random_model(tiny_config(pattern)), random_rows(1), random.Random(73)
+    model, rows, rng = new_model(pattern), rows_of(pattern, 1), random.Random(73)
     model.set_attn_implementation(attention)
     cache, wanted = new_cache(model, variant), expected(shared_model(pattern), rows)
     assert_same_logits(feed(model, cache, ragged_turns(rng, rows, count=3)), wanted)
     assert_same_logits(feed_row(model, new_cache(model, variant), rows[0], [5, 1, 6]), wanted[0])
 
 
-@every_pattern
+@every_random_pattern
 @pytest.mark.parametrize("expert_seed", [None, 1], ids=["base", "expert"])
 def test_gradient_checkpointing_leaves_gradients_as_they_are(pattern, expert_seed):
     expert = None if expert_seed is None else shared_expert(pattern, expert_seed)
-    turn = padded_turn(random.Random(79), random_rows(1))
+    turn = padded_turn(random.Random(79), rows_of(pattern, 1))
     gradients, runs = [], []
     for checkpointing in (False, True):
-        model = random_model(tiny_config(pattern)).train()
+        model = new_model(pattern).train()
         if checkpointing:  # its name changes within transformers 5
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         first_norm = next(model.model.layers[1].children())
@@ -820,9 +830,8 @@ def tensors_in(nested):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_runs_near_the_oracle_with_wide_states(pattern, variant, dtype):
     """Tolerance: about three times what roundings were seen to cost; a lost state or key costs much more."""
-    config = tiny_config(pattern)
-    model, rows = random_model(config, loudness=0.75).to(dtype), random_rows(1)
-    cache = new_cache(model, variant)
+    model, rows = new_model(pattern, loudness=0.75).to(dtype), rows_of(pattern, 1)
+    config, cache = model.config, new_cache(model, variant)
     found = feed(model, cache, ragged_turns(random.Random(83), rows, count=3))
     wanted = reference_logits(model.state_dict(), config.to_dict(), rows)
     assert_same_logits([logits.double() for logits in found], wanted, 0.05 if dtype is torch.bfloat16 else 0.01)
@@ -832,7 +841,7 @@ def test_half_precision_runs_near_the_oracle_with_wide_states(pattern, variant, 
     assert [state.dtype for state in states] == [torch.float32] * mamba_layers
 
 
-@every_pattern
+@every_random_pattern
 def test_float16_does_not_overflow_on_wide_activations(pattern):
     """Activations of a few thousand are common in real models; their squares and sums leave float16."""
     config = tiny_config(pattern, tie_word_embeddings=False)
@@ -849,10 +858,9 @@ def test_float16_does_not_overflow_on_wide_activations(pattern):
 @main_patterns
 @every_cache
 def test_float32_keeps_five_digits(pattern, variant):
-    config = tiny_config(pattern)
-    model, rows = random_model(config, loudness=1.0).to(torch.float32), random_rows(1)
+    model, rows = new_model(pattern, loudness=1.0).to(torch.float32), rows_of(pattern, 1)
     found = feed(model, new_cache(model, variant), ragged_turns(random.Random(97), rows, count=3))
-    wanted = reference_logits(model.state_dict(), config.to_dict(), rows)
+    wanted = reference_logits(model.state_dict(), model.config.to_dict(), rows)
     assert_same_logits([logits.double() for logits in found], wanted, 1e-5)
 
 

@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from cases import (
+    MODELS,
     PATTERNS,
+    TRAINED_PARAMS,
     assert_same_logits,
+    draw_row,
     expected,
     feed,
     feed_row,
     one_turn,
     padded_turn,
     random_rows,
+    rows_of,
     shared_expert,
     shared_model,
 )
@@ -41,7 +45,7 @@ class Text:
 
     def feed(self, lengths, is_padded=True):
         """Feeds `lengths[b]` new tokens to row b and compares their logits with the oracle's."""
-        pieces = [[self.rng.randrange(61) for _ in range(length)] for length in lengths]
+        pieces = [draw_row(self.model, self.rng, length) for length in lengths]
         turn = padded_turn(self.rng, pieces) if is_padded else one_turn(pieces)
         found = feed(self.model, self.cache, [turn])
         for row, ids, mask in zip(self.columns, turn.ids.tolist(), turn.mask.tolist(), strict=True):
@@ -71,7 +75,7 @@ def make_text(pattern, reach, num_rows, seed):
 
 @pytest.mark.without_kernels_too
 @pytest.mark.parametrize("reach", REACHES)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", MODELS)
 def test_rolled_back_text_goes_on_as_if_never_fed(pattern, reach):
     """Drafts of several tokens of which some stay, single tokens, and crops of crops."""
     text = make_text(pattern, reach, 2, seed=0)
@@ -87,7 +91,7 @@ def test_rolled_back_text_goes_on_as_if_never_fed(pattern, reach):
 
 
 @pytest.mark.parametrize("reach", REACHES)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", MODELS)
 def test_rows_are_rolled_back_each_by_its_own_depth(pattern, reach):
     text = make_text(pattern, reach, 3, seed=1)
     for removed in ([3, 0, 1], [0, 2, 2], [4, 4, 1], [0, 0, 3]):
@@ -123,7 +127,7 @@ def test_everything_within_the_reach_comes_back_at_once(pattern):
         text.feed([5], is_padded=False)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", MODELS)
 def test_a_prompt_of_uneven_rows_longer_than_the_reach(pattern):
     text = Text(shared_model(pattern), shared_model(pattern).make_cache(rollback_reach=REACH), 3, random.Random(3))
     text.feed([20, 9, 15])
@@ -134,7 +138,7 @@ def test_a_prompt_of_uneven_rows_longer_than_the_reach(pattern):
     text.feed([2, 2, 2], is_padded=False)
 
 
-@pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything"])
+@pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything", *TRAINED_PARAMS])
 def test_surgery_takes_the_past_along(pattern):
     text = make_text(pattern, "recorded", 3, seed=4)
     text.feed([5, 5, 5], is_padded=False)
@@ -161,11 +165,11 @@ def test_a_fork_rolls_back_alone(pattern, reach):
     text.feed([3, 3], is_padded=False)
 
 
-@pytest.mark.parametrize("pattern", ["mamba", "hybrid_sliding", "everything"])
+@pytest.mark.parametrize("pattern", ["mamba", "hybrid_sliding", "everything", *TRAINED_PARAMS])
 def test_embeddings_come_back_within_the_reach_and_nothing_changes_beyond_it(pattern):
     """What was fed as embeddings is not remembered, so beyond the reach there is nothing to encode again."""
     model = shared_model(pattern)
-    row = random_rows(6, [30])[0]
+    row = rows_of(pattern, 6, [30])[0]
     embeds = model.get_input_embeddings()(torch.tensor([row[:20]]))
     cache = model.make_cache(rollback_reach=REACH)
     with torch.no_grad():
@@ -328,7 +332,7 @@ def test_a_reach_that_is_no_count_is_refused(wrong):
         shared_model("mamba").make_cache(rollback_reach=wrong)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", MODELS)
 def test_a_saved_text_can_be_rolled_back_after_it_is_loaded(pattern, tmp_path):
     """Windows come back at once, Mamba states by encoding again: their past is not in the file."""
     text = make_text(pattern, "recorded", 2, seed=11)

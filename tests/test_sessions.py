@@ -23,14 +23,19 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from cases import (
     CACHE_VARIANTS,
+    MODELS,
     PATTERNS,
+    TRAINED_SMALL,
     VOCAB,
     assert_same_logits,
     expected,
     feed_row,
+    new_model,
     random_expert,
     random_model,
     random_rows,
+    rows_for,
+    rows_of,
     shared_model,
     tiny_config,
 )
@@ -46,8 +51,8 @@ SPREAD = ["mamba", "llama", "everything"]  # patterns that go through every scen
 # -------------------------------------------------------------------------------------------------- what is saved
 
 
-def some_ids(seed, rows=3, columns=6):
-    return torch.tensor(random_rows(seed, lengths=(columns,) * rows))
+def some_ids(model, seed, rows=3, columns=6):
+    return torch.tensor(rows_for(model, seed, lengths=(columns,) * rows))
 
 
 def some_mask(seed, rows=3, columns=6):
@@ -66,27 +71,27 @@ def experts_of(model):
 
 def plain(model, options):
     cache = model.make_cache(**options)
-    model(some_ids(1), past_key_values=cache)
-    model(some_ids(2, columns=1), past_key_values=cache)
+    model(some_ids(model, 1), past_key_values=cache)
+    model(some_ids(model, 2, columns=1), past_key_values=cache)
     return cache
 
 
 def padded(model, options):
     cache = model.make_cache(**options)
     for seed in (1, 2):
-        model(some_ids(seed), attention_mask=some_mask(seed), past_key_values=cache)
+        model(some_ids(model, seed), attention_mask=some_mask(seed), past_key_values=cache)
     return cache
 
 
 def one_expert(model, options):
     cache = model.make_cache(**options)
-    model(some_ids(1), past_key_values=cache, expert_vector=experts_of(model)[0])
+    model(some_ids(model, 1), past_key_values=cache, expert_vector=experts_of(model)[0])
     return cache
 
 
 def expert_per_row(model, options):
     cache, (a, b) = model.make_cache(**options), experts_of(model)
-    model(some_ids(1), attention_mask=some_mask(1), past_key_values=cache, expert_vector=[a, None, b])
+    model(some_ids(model, 1), attention_mask=some_mask(1), past_key_values=cache, expert_vector=[a, None, b])
     cache.reorder_cache(torch.tensor([2, 0, 2]))
     return cache
 
@@ -94,14 +99,14 @@ def expert_per_row(model, options):
 def forked(model, options):
     origin = plain(model, options)
     fork = origin.fork()
-    model(some_ids(3, columns=2), past_key_values=origin)
-    model(some_ids(4, columns=2), past_key_values=fork)
+    model(some_ids(model, 3, columns=2), past_key_values=origin)
+    model(some_ids(model, 4, columns=2), past_key_values=fork)
     return fork
 
 
 def repeated(model, options):
     cache = model.make_cache(**options)
-    model(some_ids(1, rows=2), past_key_values=cache)
+    model(some_ids(model, 1, rows=2), past_key_values=cache)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0, 1]))
     return cache
@@ -115,7 +120,7 @@ def cropped(model, options):
 
 def cropped_and_fed(model, options):
     cache = cropped(model, options)
-    model(some_ids(5, columns=2), past_key_values=cache)
+    model(some_ids(model, 5, columns=2), past_key_values=cache)
     return cache
 
 
@@ -159,26 +164,26 @@ def waiting_to_be_encoded_again(model, options):
 def mixed(model, options):
     cache, (a, b) = model.make_cache(**options, on_expert_change="continue"), experts_of(model)
     for seed, expert in ((1, a), (2, b)):
-        model(some_ids(seed), past_key_values=cache, expert_vector=expert)
+        model(some_ids(model, seed), past_key_values=cache, expert_vector=expert)
     return cache
 
 
 def about_to_mix(model, options):
     cache = model.make_cache(**options, on_expert_change="continue")
-    model(some_ids(1), past_key_values=cache)
+    model(some_ids(model, 1), past_key_values=cache)
     cache.set_expert(experts_of(model)[0])
     return cache
 
 
 def under_reset(model, options):
     cache = model.make_cache(**options, on_expert_change="reset")
-    model(some_ids(1), past_key_values=cache, expert_vector=experts_of(model)[0])
+    model(some_ids(model, 1), past_key_values=cache, expert_vector=experts_of(model)[0])
     return cache
 
 
 def under_error(model, options):
     cache = model.make_cache(**options, on_expert_change="error")
-    model(some_ids(1), past_key_values=cache, expert_vector=experts_of(model)[0])
+    model(some_ids(model, 1), past_key_values=cache, expert_vector=experts_of(model)[0])
     return cache
 
 
@@ -191,7 +196,7 @@ def with_embeddings(model, options):
 
 def with_own_positions(model, options):
     cache = padded(model, options)
-    model(some_ids(5), position_ids=torch.arange(20, 26)[None].expand(3, -1), past_key_values=cache)
+    model(some_ids(model, 5), position_ids=torch.arange(20, 26)[None].expand(3, -1), past_key_values=cache)
     return cache
 
 
@@ -244,7 +249,7 @@ SCENARIOS = {
 }
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+every_pattern = pytest.mark.parametrize("pattern", MODELS)
 
 
 @contextlib.contextmanager
@@ -268,16 +273,18 @@ def made(model, scenario, variant):
 @torch.no_grad()
 def go_on(model, cache):
     """The logits of turns behind the text, and those under another expert or an empty tensor where it is refused."""
-    found = [model(some_ids(11, columns=3), attention_mask=some_mask(12, columns=3), past_key_values=cache).logits]
-    found.append(model(some_ids(13, columns=1), past_key_values=cache).logits)
+    found = [
+        model(some_ids(model, 11, columns=3), attention_mask=some_mask(12, columns=3), past_key_values=cache).logits
+    ]
+    found.append(model(some_ids(model, 13, columns=1), past_key_values=cache).logits)
     try:
         fork = cache.fork()
         fork.crop(-2)
         fork.set_expert(experts_of(model)[1] if cache.expert_vector is None else None)
-        found.append(model(some_ids(14, columns=2), past_key_values=fork).logits)
+        found.append(model(some_ids(model, 14, columns=2), past_key_values=fork).logits)
     except ValueError:
         found.append(torch.empty(0))
-    found.append(model(some_ids(15, columns=1), past_key_values=cache).logits)
+    found.append(model(some_ids(model, 15, columns=1), past_key_values=cache).logits)
     return found
 
 
@@ -299,13 +306,13 @@ def equal(found, wanted):
 
 
 def model_of(pattern, dtype):
-    return random_model(tiny_config(pattern)).to(DTYPES[dtype])
+    return new_model(pattern).to(DTYPES[dtype])
 
 
 def combinations():
     """(pattern, dtype, variant, scenario) in an order that needs each model once."""
-    for pattern in PATTERNS:
-        for dtype in DTYPES:
+    for pattern in [*PATTERNS, *TRAINED_SMALL]:
+        for dtype in ["float64"] if pattern in TRAINED_SMALL else DTYPES:
             whole = pattern in SPREAD and dtype == "float64"
             for variant in CACHE_VARIANTS:
                 for scenario in SCENARIOS if whole else ("expert_per_row", "cropped_and_fed"):
@@ -378,7 +385,7 @@ def test_a_session_goes_on_in_a_fresh_process_bit_for_bit(tmp_path):
 @every_pattern
 @every_cache
 def test_a_loaded_session_gives_the_logits_of_the_oracle(pattern, variant, tmp_path):
-    model, (row,) = shared_model(pattern), random_rows(1, lengths=(14,))
+    model, (row,) = shared_model(pattern), rows_of(pattern, 1, lengths=(14,))
     cache = model.make_cache(**CACHE_VARIANTS[variant])
     head = feed_row(model, cache, row[:9], [4, 5])
     cache.save(tmp_path / "s")
@@ -434,16 +441,16 @@ def test_weights_that_changed_before_saving_count_as_changed_after_loading(polic
     model = random_model(tiny_config("paper"))
     cache = model.make_cache(on_expert_change=policy)
     with torch.no_grad():
-        model(some_ids(1), past_key_values=cache)
+        model(some_ids(model, 1), past_key_values=cache)
         model.model.layers[0].mamba.in_proj.weight.mul_(1.5)
         cache.save(tmp_path / "s")
         loaded = model.load_cache(tmp_path / "s")
         if policy == "error":
             for one in (cache, loaded):
                 with pytest.raises(ValueError, match="weights changed"):
-                    model(some_ids(2), past_key_values=one)
+                    model(some_ids(model, 2), past_key_values=one)
             return
-        found, wanted = (model(some_ids(2), past_key_values=one).logits for one in (loaded, cache))
+        found, wanted = (model(some_ids(model, 2), past_key_values=one).logits for one in (loaded, cache))
     assert torch.equal(found, wanted)
     assert loaded.get_seq_length() == cache.get_seq_length()
     assert loaded.is_mixed == cache.is_mixed == (policy == "continue")
@@ -454,12 +461,12 @@ def test_an_expert_that_is_being_trained_is_saved_as_it_stands(tmp_path):
     for values in (torch.full((4,), 1.3), torch.ones(4)):
         z = values.clone().requires_grad_()
         trained = [ExpertVector({"model.layers.1.self_attn.q_proj": z})] * 3
-        cache = model(some_ids(1), expert_vector=trained).past_key_values
+        cache = model(some_ids(model, 1), expert_vector=trained).past_key_values
         cache.save(tmp_path / "s")
         loaded = model.load_cache(tmp_path / "s")
         assert not loaded.is_stale
         assert not (loaded.expert_vector and loaded.expert_vector.requires_grad)
-        found, wanted = (model(some_ids(2), past_key_values=one).logits for one in (loaded, cache))
+        found, wanted = (model(some_ids(model, 2), past_key_values=one).logits for one in (loaded, cache))
         assert torch.equal(found, wanted)
 
 
@@ -524,13 +531,16 @@ def test_a_session_of_a_causal_model_is_one_of_its_stack_and_its_classifier(tmp_
     model = shared_model("paper")
     made(model, "plain", "dense").save(tmp_path / "s")
     with torch.no_grad():
-        found = model.model(some_ids(2), past_key_values=model.model.load_cache(tmp_path / "s")).last_hidden_state
-        logits = model(some_ids(2), past_key_values=model.load_cache(tmp_path / "s")).logits
+        found = model.model(
+            some_ids(model, 2), past_key_values=model.model.load_cache(tmp_path / "s")
+        ).last_hidden_state
+        logits = model(some_ids(model, 2), past_key_values=model.load_cache(tmp_path / "s")).logits
     assert torch.equal(model.lm_head(found), logits)
 
 
 def test_generate_goes_on_from_a_loaded_chat(tmp_path):
-    model, ids = shared_model("everything"), some_ids(1)
+    model = shared_model("everything")
+    ids = some_ids(model, 1)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     whole = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     cache = model.make_cache()
@@ -593,9 +603,9 @@ def test_other_weights_are_refused_unless_the_text_is_to_be_encoded_again(change
     loaded = MambaFormerCache.load(path, model, on_weights_change="recompute")
     assert loaded.is_stale
     with torch.no_grad():
-        found = model(some_ids(2), past_key_values=loaded).logits
+        found = model(some_ids(model, 2), past_key_values=loaded).logits
         whole = model(
-            torch.cat([tokens, some_ids(2)], dim=1),
+            torch.cat([tokens, some_ids(model, 2)], dim=1),
             attention_mask=torch.cat([mask, torch.ones(3, 6)], dim=1),
             expert_vector=loaded.expert_vector,
             use_cache=False,

@@ -18,13 +18,17 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from transformers.generation.streamers import BaseStreamer
 
 from cases import (
+    MODELS,
+    NO_TOKEN,
     PATTERNS,
     VOCAB,
     assert_same_logits,
     expected,
     feed_row,
+    new_model,
     random_model,
     random_rows,
+    rows_of,
     shared_expert,
     shared_model,
     tiny_config,
@@ -32,15 +36,15 @@ from cases import (
 from mambaformer import ExpertSwitchLogitsProcessor
 from mambaformer.dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule
 
-GREEDY = {"do_sample": False, "pad_token_id": VOCAB}
+GREEDY = {"do_sample": False, "pad_token_id": NO_TOKEN}
 NUM_NEW = 12
 DRAFTERS = ("lookup", "llama", "twin", "early exit")
 
 
 @functools.cache
-def prompt(seed=1):
+def prompt(pattern="everything", seed=1):
     """A text that repeats itself, so that there is something to look up."""
-    part = random_rows(seed, [7])[0]
+    part = rows_of(pattern, seed, [7])[0]
     return torch.tensor([part + part[:5]])
 
 
@@ -52,10 +56,10 @@ def drafting(model):
 
 
 @functools.cache
-def llama():
+def llama(vocab_size):
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     return drafting(LlamaForCausalLM(config).eval())
 
@@ -63,7 +67,7 @@ def llama():
 @functools.cache
 def twin(pattern):
     """A model that is nearly the same, so that its drafts are often right and sometimes not."""
-    model, source = random_model(tiny_config(pattern)), torch.Generator().manual_seed(1)
+    model, source = new_model(pattern), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=source, dtype=parameter.dtype)
@@ -75,7 +79,7 @@ def drafter(pattern, name):
     """Arguments of `generate`."""
     return {
         "lookup": lambda: {"prompt_lookup_num_tokens": 4},
-        "llama": lambda: {"assistant_model": llama()},
+        "llama": lambda: {"assistant_model": llama(shared_model(pattern).config.vocab_size)},
         "twin": lambda: {"assistant_model": twin(pattern)},
         "early exit": lambda: {"assistant_early_exit": 1},
     }[name]()
@@ -102,20 +106,20 @@ def with_experts(pattern, schedule):
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", MODELS)
 def test_drafts_give_the_tokens_of_greedy_decoding(pattern, name):
-    found = shared_model(pattern).generate(prompt(), max_new_tokens=NUM_NEW, **drafter(pattern, name), **GREEDY)
-    assert found[0].tolist() == greedy(pattern, tuple(prompt()[0].tolist()))
+    found = shared_model(pattern).generate(prompt(pattern), max_new_tokens=NUM_NEW, **drafter(pattern, name), **GREEDY)
+    assert found[0].tolist() == greedy(pattern, tuple(prompt(pattern)[0].tolist()))
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", MODELS)
 def test_experts_that_change_inside_drafts_predict_the_tokens_they_would_without(pattern, name):
-    model, wanted = shared_model(pattern), greedy(pattern, tuple(prompt()[0].tolist()), NUM_NEW, SCHEDULE)
+    model, wanted = shared_model(pattern), greedy(pattern, tuple(prompt(pattern)[0].tolist()), NUM_NEW, SCHEDULE)
     for policy in ("recompute", "reset"):
         cache = model.make_cache(on_expert_change=policy)
         found = model.generate(
-            prompt(),
+            prompt(pattern),
             max_new_tokens=NUM_NEW,
             past_key_values=cache,
             expert_schedule=with_experts(pattern, SCHEDULE),
@@ -138,13 +142,13 @@ CACHES = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_turns_on_ones_own_cache_go_on_where_drafts_ended(pattern, storage, name):
     """A text in a cache used to be fed a second time when the next turn was speculative."""
-    model, text = shared_model(pattern), prompt()
+    model, text = shared_model(pattern), prompt(pattern)
     cache = model.make_cache(**CACHES[storage])
     for seed in (5, 6):
         text = model.generate(text, max_new_tokens=7, past_key_values=cache, **drafter(pattern, name), **GREEDY)
         assert text[0].tolist() == greedy(pattern, tuple(text[0, :-7].tolist()), 7)
         assert cache.get_seq_length() == text.shape[1] - 1
-        text = torch.cat([text, prompt(seed)], dim=1)
+        text = torch.cat([text, prompt(pattern, seed)], dim=1)
     fed = cache.get_seq_length()
     found = feed_row(model, cache, text[0, fed:].tolist(), [1, text.shape[1] - fed - 1])
     assert_same_logits(found, expected(model, [text[0].tolist()])[0][fed:])
@@ -185,9 +189,9 @@ def test_nothing_is_encoded_a_second_time(pattern, name):
         Counted(model, 0, lambda stack: True) as of_all,
         Counted(model, -1, lambda stack: stack is model.model) as of_the_model,
     ):
-        model.generate(prompt(), max_new_tokens=NUM_NEW, **drafter(pattern, name), **GREEDY)
+        model.generate(prompt(pattern), max_new_tokens=NUM_NEW, **drafter(pattern, name), **GREEDY)
     assert of_all.fed == of_all.passed
-    assert of_the_model.fed == of_the_model.passed >= prompt().shape[1] + NUM_NEW - 1
+    assert of_the_model.fed == of_the_model.passed >= prompt(pattern).shape[1] + NUM_NEW - 1
 
 
 def test_a_draft_longer_than_the_usual_reach_is_taken_back_at_once():
@@ -259,13 +263,13 @@ def test_scores_states_and_streams_are_those_of_plain_decoding(name):
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything"])
 def test_an_end_of_text_inside_a_draft_ends_the_text_and_the_cache_there(pattern, name):
-    model, wanted = shared_model(pattern), greedy(pattern, tuple(prompt()[0].tolist()))
-    start = prompt().shape[1]
+    model, wanted = shared_model(pattern), greedy(pattern, tuple(prompt(pattern)[0].tolist()))
+    start = prompt(pattern).shape[1]
     for at in (start, start + 4, start + 7):
         end = wanted.index(wanted[at], start) + 1
         cache = model.make_cache()
         found = model.generate(
-            prompt(),
+            prompt(pattern),
             max_new_tokens=NUM_NEW,
             eos_token_id=wanted[at],
             past_key_values=cache,
@@ -327,7 +331,7 @@ def test_samples_follow_the_seed_whatever_the_cache_takes_back_and_how(pattern, 
         torch.manual_seed(7)
         cache = model.make_cache(**options)
         sampled = model.generate(
-            prompt(),
+            prompt(pattern),
             max_new_tokens=NUM_NEW,
             do_sample=True,
             top_k=4,

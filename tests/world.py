@@ -9,9 +9,9 @@ from enum import Enum
 
 import torch
 
-from cases import random_expert, random_model
+from cases import Readings, random_expert, random_model
 from mambaformer import ExpertVector, MambaFormerConfig
-from reference import ReferenceRow, tuned_weights
+from reference import tuned_weights
 
 VOCAB = 11
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
@@ -136,27 +136,12 @@ class WorldModel:
 # ----------------------------------------------------------------------------------------------------------- oracle
 
 
-@dataclass
-class Reading:
-    """The oracle after some tokens: its memory, the logits of the last one, and how it was seen to go on."""
-
-    reader: ReferenceRow
-    logits: torch.Tensor | None = None
-    further: dict = field(default_factory=dict)
-
-
-class Oracle:
-    """`reference.py`, read token by token; what was read once is remembered by tokens and what each was encoded by."""
-
-    MOST_READINGS = 30_000
+class Oracle(Readings):
+    """Knows weights by a name, and what they are under an expert; it remembers across programs."""
 
     def __init__(self, config, experts):
-        self.config, self.experts = config, experts
-        self.weights, self.tuned = {}, {}
-        self._forget()
-
-    def _forget(self):
-        self.start, self.num_readings = Reading(ReferenceRow(self.config)), 0
+        super().__init__(config, self.weights_under)
+        self.experts, self.weights, self.tuned = experts, {}, {}
 
     def learn(self, state_dict):
         """Remembers these weights and returns a name for them that their bytes alone decide."""
@@ -168,34 +153,11 @@ class Oracle:
             self.weights[content] = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
         return content
 
-    @torch.no_grad()
-    def logits(self, text):
-        """Logits (vocabulary,) of each `(token, encoding)` of a text."""
-        if self.num_readings > self.MOST_READINGS:
-            self._forget()
-        at, found = self.start, []
-        for step in text:
-            if step not in at.further:
-                at.further[step] = self._read(at.reader, *step)
-            at = at.further[step]
-            found.append(at.logits)
-        return found
-
-    def _read(self, reader, token, encoding):
-        self.num_readings += 1
+    def weights_under(self, encoding):
         if encoding not in self.tuned:
             expert, content = encoding
             self.tuned[encoding] = tuned_weights(self.weights[content], dict(self.experts[expert].vectors))
-        reader = copied(reader)
-        return Reading(reader, reader.read(token, self.tuned[encoding]))
-
-
-def copied(reader):
-    other = ReferenceRow(reader.config)
-    other.position, other.h = reader.position, list(reader.h)
-    for name in ("keys", "values", "conv_inputs"):
-        setattr(other, name, [list(of_layer) for of_layer in getattr(reader, name)])
-    return other
+        return self.tuned[encoding]
 
 
 # ----------------------------------------------------------------------------------------------------------- caches
