@@ -1,0 +1,1 @@
+../../compiler_mambaformer.py

@@ -1,0 +1,1 @@
+../../cpu_scan_mambaformer.py

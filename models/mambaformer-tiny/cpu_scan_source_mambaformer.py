@@ -1,0 +1,1 @@
+../../cpu_scan_source_mambaformer.py

@@ -1,0 +1,1 @@
+../../cpu_stack_source_mambaformer.py

@@ -1,0 +1,1 @@
+../../mixers_mambaformer.py

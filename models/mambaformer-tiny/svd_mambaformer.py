@@ -1,0 +1,1 @@
+../../svd_mambaformer.py
