@@ -23,7 +23,16 @@ from mambaformer import convert, save_blocks
 from mambaformer.convert_mambaformer import find_smollm2
 from texts import DOMAINS, collect
 from train_expert import TEXTS, blocks_of_domain
-from training import Checkpoints, arguments, go_on, keep_settings, last_complete_checkpoint, make_once
+from training import (
+    Checkpoints,
+    add_intervals,
+    arguments,
+    go_on,
+    keep_settings,
+    last_complete_checkpoint,
+    make_once,
+    parse_with_intervals,
+)
 
 BLOCKS = "blocks.safetensors"
 # Two thirds of SmolLM2's layers: those where a window costs least, tried one layer at a time (see NOTES.md).
@@ -135,14 +144,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--logits-rate", type=float, default=2e-3)
     parser.add_argument("--logits-every", type=int, default=2, help="one token of so many counts")
     parser.add_argument("--held-out-blocks", type=int, default=6)
-    parser.add_argument("--eval-every", type=int, default=40, help="steps")
-    parser.add_argument("--save-every", type=int, default=10, help="steps, a multiple of --log-every")
-    parser.add_argument("--log-every", type=int, default=5, help="steps")
+    add_intervals(parser, eval_every=40, save_every=10, log_every=5)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.save_every % args.log_every:
-        parser.error("--save-every must be a multiple of --log-every: a resumed run would log other averages")
-    return args
+    return parse_with_intervals(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from card import plot_curves, write_card
 from mambaformer import MambaFormerConfig
 from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
-from training import evaluate, keep_settings, make_once, train, write_whole
+from training import add_intervals, evaluate, keep_settings, make_once, parse_with_intervals, train, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 # What both architectures share; it is kept with each run, which cannot go on with other settings.
@@ -109,14 +109,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=2000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--held-out-bytes", type=int, default=120_000, help="of each domain")
-    parser.add_argument("--eval-every", type=int, default=250, help="steps")
-    parser.add_argument("--save-every", type=int, default=100, help="steps, a multiple of --log-every")
-    parser.add_argument("--log-every", type=int, default=10, help="steps")
+    add_intervals(parser, eval_every=250, save_every=100, log_every=10)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.save_every % args.log_every:
-        parser.error("--save-every must be a multiple of --log-every: a resumed run would log other averages")
-    return args
+    return parse_with_intervals(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

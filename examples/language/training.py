@@ -1,5 +1,6 @@
 """Training that may be killed at any moment: what goes on from the last complete checkpoint is the same run."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -84,6 +85,20 @@ def keep_settings(run: Path, settings: dict) -> None:
         other = {key: (before.get(key), settings[key]) for key in settings if before.get(key) != settings[key]}
         raise ValueError(f"{run} was started with other settings (then, now): {other}; remove it to start afresh")
     write_whole(file, json.dumps(settings, indent=1) + "\n")
+
+
+def add_intervals(parser: argparse.ArgumentParser, eval_every: int, save_every: int, log_every: int) -> None:
+    """Arguments for what a training does every so many steps."""
+    parser.add_argument("--eval-every", type=int, default=eval_every, help="steps")
+    parser.add_argument("--save-every", type=int, default=save_every, help="steps, a multiple of --log-every")
+    parser.add_argument("--log-every", type=int, default=log_every, help="steps")
+
+
+def parse_with_intervals(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(argv)
+    if args.save_every % args.log_every:
+        parser.error("--save-every must be a multiple of --log-every: a resumed run would log other averages")
+    return args
 
 
 def arguments(run: Path | str, learning_rate: float, seed: int, **own) -> TrainingArguments:
