@@ -51,16 +51,18 @@ def test_a_parity_is_that_of_two_coordinates_and_of_no_others(icl):
     assert len(set(fits.argmax(axis=0))) > len(pairs) // 2  # each prompt has its own
 
 
-def test_parities_start_with_few_coordinates_and_get_all_of_them(icl):
+def test_secret_coordinates_are_among_the_first_and_then_among_all(icl):
     task = icl.tasks.TASKS["sparse_parity"]
-    sizes = []
-    for share in (0, 0.5, 0.999, 1, 1.2):
-        prompts = task.sample(16, icl.tasks.generator_of(5), share * task.curriculum)
+    pairs = [(i, j) for i in range(task.dimension) for j in range(i)]
+    largest = []
+    for step in (0, task.stage_steps - 1, task.stage_steps, 4 * task.stage_steps, task.steps - 1, None):
+        prompts = task.sample(256, icl.tasks.generator_of(5), step)
         x, y = prompts.inputs[:, ::2], prompts.targets[:, ::2, 0]
-        sizes.append((x != 0).sum(dim=-1).unique().tolist())
-        used = [(x[..., i] * x[..., j] == y).all(dim=1) for i in range(task.dimension) for j in range(i)]
-        assert torch.stack(used).any(dim=0).all()  # the secret ones are never zero
-    assert sizes == [[3], [6], [9], [10], [10]]
+        fits = torch.stack([(x[..., i] * x[..., j] == y).all(dim=1) for i, j in pairs])
+        assert (fits.sum(dim=0) == 1).all() and (x != 0).all()
+        largest.append(max(i for (i, _), used in zip(pairs, fits.any(dim=1), strict=True) if used))
+    assert largest == [2, 2, 3, 6, 9, 9]
+    assert [task.stage(step) for step in (0, task.stage_steps, task.steps)] == [3, 4, 10]
 
 
 @pytest.mark.parametrize("name", ["sparse_parity", "linear_regression", "many_outlier_regression"])
@@ -220,6 +222,25 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(icl, tmp_path, few_held_out
     ]
 
 
+def test_each_stage_is_scored_at_its_end_and_all_of_the_task_in_the_end(icl, tmp_path, few_held_out):
+    options = {"dimension": 4, "examples": 8, "stage_steps": 5, "steps": 12, "rows": 4}
+    run = icl.runs.Run(replace(icl.tasks.TASKS["sparse_parity"], **options), "mamba", 0)
+    result = icl.runs.complete(run, tmp_path)
+    assert [stage for stage, _ in result["stages"]] == [3, 4]
+    assert result["stages"][-1][1] == result["score"]
+    training = icl.runs.Training(run)
+    for _ in range(5):
+        training.advance()
+    task, scores = training.task, []
+    for idx in range(icl.runs.HELD_OUT_BATCHES):
+        prompts = task.sample(16, icl.tasks.generator_of(icl.runs.HELD_OUT, idx), step=4)
+        scores += task.scores(training.learner(prompts.inputs), prompts)[prompts.counted].tolist()
+    assert result["stages"][0][1] == pytest.approx(sum(scores) / len(scores))
+    (line,) = [line for line in icl.table._stages(task, {"mamba": {0: result}}) if "Mamba" in line]
+    assert line == f"| Mamba | {result['stages'][0][1]:.4f} | {result['stages'][1][1]:.4f} |"
+    assert toy(icl).task.stage(0) is None
+
+
 def test_other_settings_are_another_run(icl, tmp_path, few_held_out):
     icl.runs.complete(toy(icl), tmp_path)
     assert toy(icl).result(tmp_path) is not None
@@ -242,7 +263,7 @@ def test_the_learning_rate_is_that_of_the_best_pilot_once_all_have_ended(icl, tm
     assert [pilot.task.steps for pilot in pilots] == [10, 10] and {pilot.seed for pilot in pilots}.isdisjoint(range(9))
     for pilot in pilots:
         assert icl.runs.with_best_rate(task, "mamba", tmp_path) is None
-        found = {"settings": pilot.settings(), "score": scores[pilot.task.learning_rate]}
+        found = {"settings": pilot.settings(), "stages": [[None, 0.5], [None, scores[pilot.task.learning_rate]]]}
         pilot.file(tmp_path, "json").write_text(json.dumps(found))
     assert icl.runs.with_best_rate(task, "mamba", tmp_path) == replace(task, learning_rate=best)
     assert icl.runs.with_best_rate(task, "transformer", tmp_path) is None

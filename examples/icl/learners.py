@@ -1,6 +1,6 @@
 """Transformer, Mamba and MambaFormer of equal depth and size, out of one configuration, between two linear maps.
 
-Depth is counted as in arXiv 2402.04248 (figure 6): two blocks out of attention, MLP and Mamba are one layer. Mamba has
+Depth is counted as in arXiv 2402.04248: two blocks out of attention, MLP and Mamba are one layer. Mamba has
 no MLP and so twice as many blocks of its own; MambaFormer's first Mamba block stands where the Transformer has its
 position encoding.
 """

@@ -61,18 +61,18 @@ class Run:
 
 
 def pilots_of(task: Task, architecture: str) -> list[Run]:
-    """The short runs that choose a learning rate: the whole schedule in a quarter of the steps."""
+    """The short runs that choose a learning rate: the whole schedule in a quarter of the steps, the first stages."""
     steps = max(1, task.steps // PILOT_PART)
     return [Run(replace(task, steps=steps, learning_rate=rate), architecture, PILOT_SEED) for rate in RATES]
 
 
 def with_best_rate(task: Task, architecture: str, folder: Path) -> Task | None:
-    """The task with the learning rate whose pilot ended best; None until all of them have ended."""
+    """The task with the learning rate whose pilot was best at the stage it came to; None until all have ended."""
     pilots = pilots_of(task, architecture)
     results = [pilot.result(folder) for pilot in pilots]
     if None in results:
         return None
-    best = (max if task.metric == ACCURACY else min)(results, key=lambda result: result["score"])
+    best = (max if task.metric == ACCURACY else min)(results, key=lambda result: result["stages"][-1][1])
     return replace(task, learning_rate=pilots[results.index(best)].task.learning_rate)
 
 
@@ -85,14 +85,14 @@ class Training:
         self.optimizer = torch.optim.Adam(self.learner.parameters())
         self.step, self.seconds = 0, 0.0
         self.curve: list[tuple[int, float]] = []
+        self.stages: list[tuple[int | None, float]] = []
 
     def advance(self) -> None:
-        """One step; the curve gets its point before it if one is due."""
+        """One step. The curve gets its point before it if one is due, `stages` theirs behind the last step of each."""
         started = time.perf_counter()
         if self.step % math.ceil(self.task.steps / RECIPE["curve_points"]) == 0:
-            self.curve.append((self.step, self.score(num_batches=1)[0]))
-        generator, progress = generator_of(self.run.seed, self.step), self.step / self.task.steps
-        prompts = self.task.sample(self.task.rows, generator, progress)
+            self.curve.append((self.step, self.score(num_batches=1, step=self.step)[0]))
+        prompts = self.task.sample(self.task.rows, generator_of(self.run.seed, self.step), self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.task.learning_rate * schedule(self.step, self.task.steps)
         loss = self.task.loss(self.learner(prompts.inputs), prompts)
@@ -100,12 +100,15 @@ class Training:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.learner.parameters(), RECIPE["largest_gradient"])
         self.optimizer.step()
+        stage = self.task.stage(self.step)
+        if self.step + 1 == self.task.steps or self.task.stage(self.step + 1) != stage:
+            self.stages.append((stage, self.score(step=self.step)[0]))
         self.step += 1
         self.seconds += time.perf_counter() - started
 
-    def score(self, num_batches: int = HELD_OUT_BATCHES) -> tuple[float, list[float]]:
-        """The metric on held-out prompts: over what is counted, and by how much stands before."""
-        return score_of(self._scores, self.task, num_batches)
+    def score(self, num_batches: int = HELD_OUT_BATCHES, step: int | None = None) -> tuple[float, list[float]]:
+        """The metric on held-out prompts (as hard as at a step): over what is counted, and by what stands before."""
+        return score_of(self._scores, self.task, num_batches, step)
 
     @torch.no_grad()
     def _scores(self, prompts: Prompts) -> Tensor:
@@ -119,6 +122,7 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,
+            "stages": self.stages,
         }
         content = io.BytesIO()
         torch.save(state, content)
@@ -131,7 +135,8 @@ class Training:
             return
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        for name in ("step", "seconds", "curve", "stages"):
+            setattr(self, name, state[name])
 
 
 def schedule(step: int, num_steps: int) -> float:
@@ -143,10 +148,10 @@ def schedule(step: int, num_steps: int) -> float:
 
 
 def score_of(
-    scores: Callable[[Prompts], Tensor], task: Task, num_batches: int = HELD_OUT_BATCHES
+    scores: Callable[[Prompts], Tensor], task: Task, num_batches: int = HELD_OUT_BATCHES, step: int | None = None
 ) -> tuple[float, list[float]]:
     """The mean of per-token scores over held-out prompts: over what is counted, and at each place that is asked."""
-    batches = [task.sample(HELD_OUT_ROWS, generator_of(HELD_OUT, idx)) for idx in range(num_batches)]
+    batches = [task.sample(HELD_OUT_ROWS, generator_of(HELD_OUT, idx), step) for idx in range(num_batches)]
     found = torch.cat([scores(prompts) for prompts in batches]).double()
     asked, counted = (torch.cat([getattr(prompts, name) for prompts in batches]) for name in ("asked", "counted"))
     by_place = torch.where(asked, found, 0.0).sum(dim=0) / asked.sum(dim=0)
@@ -190,7 +195,8 @@ def complete(
         "parameters": training.learner.num_parameters(),
         "score": score,
         "by_place": by_place,
-        "curve": [*training.curve, (training.step, training.score(num_batches=1)[0])],
+        "stages": training.stages,
+        "curve": [*training.curve, (training.step, training.score(num_batches=1, step=training.step - 1)[0])],
         "seconds": round(training.seconds, 1),
     }
     write_whole(run.file(folder, "json"), (json.dumps(result, indent=1) + "\n").encode())

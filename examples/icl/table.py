@@ -20,7 +20,9 @@ are new at every step. Each architecture has, on each task, the learning rate ou
 Figures are means over {HELD_OUT_BATCHES * HELD_OUT_ROWS:,} held-out prompts, the same for all runs; where prompts are
 of examples, their last quarter counts. First the mean over the seeds, then each seed. Accuracy: higher is better.
 Squared error: lower is better, and 1 is what answering 0 would give. Minutes are of one core."""
-CAPTION = "above: the metric on held-out prompts while training; below: at the end, by examples or questions before"
+CAPTION = (
+    "above: the metric while training, on held-out prompts of the stage; below: at the end, by what stands before"
+)
 
 
 def results_of(task: Task, architecture: str, folder: Path) -> dict[int, dict[str, Any]]:
@@ -40,7 +42,8 @@ def write_report(tasks: list[Task], folder: Path, output: Path) -> str:
     found = {task: {name: results_of(task, name, folder) for name in ARCHITECTURES} for task in tasks}
     table = "\n".join(_table(found))
     output.mkdir(parents=True, exist_ok=True)
-    parts = [INTRODUCTION, table, "\n".join(_settings(found))]
+    stages = ["\n".join(_stages(task, of_task)) for task, of_task in found.items() if task.stage(0) is not None]
+    parts = [INTRODUCTION, table, *stages, "\n".join(_settings(found))]
     if any(result for of_task in found.values() for result in of_task.values()):
         plot(found, output / "curves.png")
         parts.append(f"![{CAPTION}](curves.png)")
@@ -55,6 +58,17 @@ def _table(found: dict[Task, dict[str, dict[int, dict]]]) -> list[str]:
         baseline, _ = score_of(task.baseline, task)
         cells = [_figures([result["score"] for result in of_task[name].values()]) for name in ARCHITECTURES]
         lines.append(_row([task.title, task.metric, *cells, f"{baseline:.4f} ({task.baseline_name})"]))
+    return lines
+
+
+def _stages(task: Task, of_task: dict[str, dict[int, dict]]) -> list[str]:
+    """A line for each architecture: the mean over the seeds at the end of each stage that the training has."""
+    names = list(dict.fromkeys(task.stage(step) for step in range(task.steps)))
+    lines = [_row([f"{task.title}: {task.metric} by stage", *map(str, names)]), "|" + "---|" * (len(names) + 1)]
+    for name, results in of_task.items():
+        scores = zip(*(dict(result["stages"]).values() for result in results.values()), strict=True)
+        cells = [f"{statistics.mean(at_stage):.4f}" for at_stage in scores] or ["not run"]
+        lines.append(_row([TITLES[name], *cells]))
     return lines
 
 

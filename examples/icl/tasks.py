@@ -1,11 +1,10 @@
 """The tasks: prompts that hold a problem of their own each, so that they can only be solved from what stands in them.
 
-Recall of tokens is that of Zoology (arXiv 2312.04927, section 3); the others are those of MambaFormer (arXiv
-2402.04248, section 3), all of them smaller. Examples are fed one by one, x_1, y_1, x_2, y_2, ..., and y_i is asked for
-where x_i stands. A y that is a number is fed as the first coordinate of a vector that is zero elsewhere.
+Recall of tokens is that of Zoology (arXiv 2312.04927); the others are those of MambaFormer (arXiv 2402.04248), all of
+them smaller. Examples are fed one by one, x_1, y_1, x_2, y_2, ..., and y_i is asked for where x_i stands. A y that is
+a number is fed as the first coordinate of a vector that is zero elsewhere.
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -54,12 +53,16 @@ class Task:
     vocab_size: ClassVar[int | None] = None
 
     rows: int = 32
-    steps: int = 4000
+    steps: int = 3000
     learning_rate: float = 3e-3
 
-    def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
-        """New prompts; `progress` is the share of the training that is over, should they get harder meanwhile."""
+    def sample(self, rows: int, generator: torch.Generator, step: int | None = None) -> Prompts:
+        """New prompts, for a step of the training if they get harder meanwhile; None is for the hardest."""
         raise NotImplementedError
+
+    def stage(self, step: int) -> int | None:
+        """What makes prompts harder from step to step, if anything does."""
+        return None
 
     def baseline(self, prompts: Prompts) -> Tensor:
         """What the metric is at each token (rows, tokens) for `baseline_name`."""
@@ -116,8 +119,9 @@ def as_vectors(y: Tensor, width: int) -> Tensor:
 class SparseParity(Task):
     """y is the product of k coordinates of x in {-1, 1}^d; which ones is the prompt's secret.
 
-    Training starts with prompts where all but k + 1 coordinates are zero; their number falls evenly to none during
-    the first `curriculum` of the steps (a curriculum of dimensions, as in arXiv 2208.01066, appendix A).
+    In the first `stage_steps` of training they are among the first k + 1 coordinates, then among one more, and so on.
+    x has all coordinates from the start: where the others are zero, as in the curriculum of arXiv 2208.01066 (appendix
+    A), the same x come again in a prompt, and learners look up their y instead of finding a product.
     """
 
     name = "sparse_parity"
@@ -127,16 +131,16 @@ class SparseParity(Task):
 
     dimension: int = 10
     num_secret: int = 2
-    examples: int = 32
-    curriculum: float = 0.7
+    examples: int = 64
+    stage_steps: int = 600
+    rows: int = 16
     steps: int = 6000
 
-    def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
+    def sample(self, rows: int, generator: torch.Generator, step: int | None = None) -> Prompts:
         x = torch.randint(0, 2, (rows, self.examples, self.dimension), generator=generator).float() * 2 - 1
-        order = torch.rand(rows, self.dimension, generator=generator).argsort(dim=1)
-        secret, zero = order[:, : self.num_secret], order[:, self._num_active(progress) :]
+        num_candidates = self.dimension if step is None else self.stage(step)
+        secret = torch.rand(rows, num_candidates, generator=generator).argsort(dim=1)[:, : self.num_secret]
         y = x.gather(2, secret[:, None].expand(-1, self.examples, -1)).prod(dim=2)
-        x = x.scatter(2, zero[:, None].expand(-1, self.examples, -1), 0.0)
         return interleaved(x, y, as_vectors(y, self.dimension))
 
     def loss(self, answers: Tensor, prompts: Prompts) -> Tensor:
@@ -146,10 +150,9 @@ class SparseParity(Task):
     def scores(self, answers: Tensor, prompts: Prompts) -> Tensor:
         return ((answers > 0) == (prompts.targets > 0)).float().mean(dim=-1)
 
-    def _num_active(self, progress: float) -> int:
-        grown = 1.0 if progress >= self.curriculum else progress / self.curriculum
-        start = min(self.num_secret + 1, self.dimension)
-        return start + math.floor(grown * (self.dimension - start))
+    def stage(self, step: int) -> int:
+        """How many coordinates may be secret."""
+        return min(self.num_secret + 1 + step // self.stage_steps, self.dimension)
 
     def baseline(self, prompts: Prompts) -> Tensor:
         return torch.full(prompts.asked.shape, 0.5)
@@ -167,7 +170,7 @@ class LinearRegression(Task):
     dimension: int = 5
     examples: int = 24
 
-    def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
+    def sample(self, rows: int, generator: torch.Generator, step: int | None = None) -> Prompts:
         x, y = self._examples(rows, generator)
         return interleaved(x, y, as_vectors(y, self.dimension))
 
@@ -200,10 +203,10 @@ class ManyOutlierRegression(LinearRegression):
     baseline_name = "least squares without outliers"
 
     examples: int = 64
-    steps: int = 2500
+    steps: int = 2000
     outlier_rate: float = 0.75
 
-    def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
+    def sample(self, rows: int, generator: torch.Generator, step: int | None = None) -> Prompts:
         x, y = self._examples(rows, generator)
         is_outlier = torch.rand(rows, self.examples, generator=generator) < self.outlier_rate
         x, y = x.masked_fill(is_outlier[..., None], 1.0), y.masked_fill(is_outlier, 1.0)
@@ -246,7 +249,7 @@ class VectorRecall(Recall):
     def outputs(self) -> int:
         return self.dimension
 
-    def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
+    def sample(self, rows: int, generator: torch.Generator, step: int | None = None) -> Prompts:
         points = torch.randn(2, rows, self.pairs, self.dimension, generator=generator)
         keys, values = F.normalize(points, dim=-1) * self.dimension**0.5
         return self._prompts(keys, values, generator)
@@ -269,7 +272,7 @@ class TokenRecall(Recall):
     def outputs(self) -> int:
         return self.vocab_size
 
-    def sample(self, rows: int, generator: torch.Generator, progress: float = 1.0) -> Prompts:
+    def sample(self, rows: int, generator: torch.Generator, step: int | None = None) -> Prompts:
         half = self.vocab_size // 2
         keys = torch.rand(rows, half, generator=generator).argsort(dim=1)[:, : self.pairs]
         values = torch.randint(half, self.vocab_size, (rows, self.pairs), generator=generator)
