@@ -84,7 +84,8 @@ def test_the_saved_model_is_a_hub_folder_in_bfloat16_whose_card_has_the_figures(
     held_out = json.loads((whole / "hybrid" / "results.json").read_text())["held_out"]
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n") and all(f"{held_out[name]['bits_per_byte']:.4f}" in card for name in DOMAINS)
-    assert (whole / "curves.png").stat().st_size
+    assert "](curves.png)" in card
+    assert (whole / "curves.png").stat().st_size == (folder / "curves.png").stat().st_size > 0
 
 
 def test_a_folder_inside_the_repository_links_to_the_code_that_is_there(runs, modules, tmp_path, monkeypatch):
@@ -97,6 +98,7 @@ def test_a_folder_inside_the_repository_links_to_the_code_that_is_there(runs, mo
         assert os.readlink(output / "ops_mambaformer.py") == "../../ops_mambaformer.py"
         assert (output / "ops_mambaformer.py").read_text() == code
         assert not (output / "model.safetensors").is_symlink()
+        assert os.listdir(output.parent) == ["tiny"]
     assert not (runs[0] / "output" / "ops_mambaformer.py").is_symlink()
 
 

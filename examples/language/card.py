@@ -9,6 +9,7 @@ from texts import DOMAINS, HELD_OUT_EVERY, SOURCES
 from training import write_whole
 
 FIGURES = "figures.json"  # in a model's folder: all that its card says in numbers
+CURVES = "curves.png"
 BITS_PER_BYTE_TOLERANCE = 0.001  # other processors and threads sum in another order
 
 CARD = """
@@ -50,6 +51,8 @@ clipped at norm 1, learning rates {rates}, cosine to zero behind a warm-up of 5 
 a byte-level BPE of {vocab:,} tokens, trained on the same text.
 
 Layers: {layers}, each with a gated MLP; RoPE; embedding tied to the head.
+
+![loss and held-out bits per byte against tokens]({curves})
 
 ## Sources
 
@@ -117,6 +120,7 @@ def card_of(config, results: dict[str, dict]) -> str:
         vocab=config.vocab_size,
         layers=", ".join(f"`{kind}`" for kind in config.layer_types),
         sources="\n".join(sources),
+        curves=CURVES,
         tolerance=BITS_PER_BYTE_TOLERANCE,
         **{name: about[name] for name in ("tokens", "epochs", "length", "seed")},
     )

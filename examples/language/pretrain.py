@@ -18,7 +18,7 @@ from datasets import Dataset, load_from_disk
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 import texts
-from card import plot_curves, write_card
+from card import CURVES, plot_curves, write_card
 from mambaformer import MambaFormerConfig
 from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
@@ -64,13 +64,16 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Copies a finished folder. Inside this repository, its code is links to the code that is here anyway."""
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(folder, output)
+    """Replaces a folder by a finished one. Inside this repository, its code is links to the code that is there."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(folder, partial)
     if ROOT in output.resolve().parents:
-        for file in output.glob("*_mambaformer.py"):
+        for file in partial.glob("*_mambaformer.py"):
             file.unlink()
             file.symlink_to(os.path.relpath(ROOT / file.name, output.resolve()))
+    shutil.rmtree(output, ignore_errors=True)
+    os.rename(partial, output)
 
 
 def run(arch: str, args: argparse.Namespace) -> dict:
@@ -123,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     equal = [name for name in SETTINGS if name != "learning_rate"]
     if len({tuple(found[name] for name in equal) for found in results.values()}) > 1:
         raise ValueError(f"the runs in {args.run_dir} differ in more than the learning rate: train both alike")
-    plot_curves(args.run_dir, results, args.run_dir / "curves.png")
+    plot_curves(args.run_dir, results, args.run_dir / CURVES)
     if "hybrid" in results:
         model = args.run_dir / "hybrid" / "model"
+        shutil.copy(args.run_dir / CURVES, model)
         write_card(model, MambaFormerConfig.from_pretrained(model), results)
         if args.output:
             publish(model, args.output)
