@@ -106,3 +106,13 @@ def test_blocks_are_the_mask_without_what_no_query_of_them_sees(retention, fed):
         assert block.mask.sum() == mask[block.queries].sum()
         compared += block.mask.numel()
     assert compared < 0.55 * mask.numel()
+
+
+def test_a_plan_on_another_device_has_its_blocks_there():
+    block = mixers.QueryBlock(slice(0, 2), (slice(0, 1), slice(3, 5)), torch.ones(1, 1, 2, 3, dtype=torch.bool))
+    plan = mixers.AttentionPlan(blocks=(block,))
+    (moved,) = plan.to("meta").blocks
+    assert moved.mask.is_meta and moved.mask.shape == block.mask.shape
+    assert (moved.queries, moved.keys) == (block.queries, block.keys) and not block.mask.is_meta
+    assert mixers.AttentionPlan().to("meta").mask is None
+    assert mixers.AttentionPlan(mask=block.mask).to("meta").mask.is_meta
