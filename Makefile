@@ -38,7 +38,7 @@ bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## the two experts anew; ARGS="--model FOLDER" for those of another model
+train-experts: $(VENV)/.dev  ## the two experts anew; ARGS="--model smollm2-hybrid" for those of the hybrid
 	sh examples/language/train_experts.sh $(BIN)/python $(ARGS)
 
 experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut

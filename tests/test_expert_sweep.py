@@ -246,6 +246,25 @@ def test_the_report_has_a_line_for_each_run_and_both_figures(sweep, world):
 # ---- one expert
 
 
+def test_smollm2_is_trained_on_as_it_is_or_as_the_hybrid_that_is_shipped(modules):
+    """Put together on the fly; a sweep's results belong to the blocks too."""
+    train_expert = modules.train_expert
+    model, tokenizer = train_expert.load("smollm2-hybrid", "bfloat16")
+    windowed = [kind for kind in model.config.layer_types if kind == "hybrid_sliding"]
+    assert len(windowed) == 20 and model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size
+    assert model.model.layers[0].mamba.out_proj.weight.count_nonzero() > 0
+    plain, hybrid = (train_expert.files_of(name) for name in ("smollm2", "smollm2-hybrid"))
+    assert hybrid == [*plain, FOLDER.parent.parent / "models/smollm2-hybrid/blocks.safetensors"]
+
+
+def test_a_source_that_is_no_model_is_refused(modules, tmp_path, capsys):
+    with pytest.raises(ValueError, match="'smollm2' or 'smollm2-hybrid'"):
+        modules.train_expert.files_of(str(tmp_path))
+    with pytest.raises(SystemExit):
+        modules.sweep_experts.parse(["--model", str(tmp_path)])
+    assert "there is no model in the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["file", "domain"])
 def test_an_expert_trains_on_a_file_or_a_domain_and_goes_on_after_a_kill(modules, world, source, monkeypatch):
     """The kill comes in the middle of its second checkpoint: the weights are there, the rest is not."""

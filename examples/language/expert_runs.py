@@ -98,9 +98,9 @@ def _write(name: str, settings: dict, found: dict, folder: Path) -> dict[str, An
     return result
 
 
-def digest_of_model(folder: Path) -> str:
+def digest_of(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    for path in files:
         with open(path, "rb") as file:
             for part in iter(lambda: file.read(1 << 24), b""):
                 digest.update(part)

@@ -34,13 +34,13 @@ from expert_runs import (
     Sweep,
     chosen,
     complete,
-    digest_of_model,
+    digest_of,
     loss_of_trial,
     prepare,
     trials,
 )
 from texts import DOMAINS, collect
-from train_expert import TEXTS
+from train_expert import HYBRID, TEXTS, files_of
 from training import make_once
 from tuners import ALL, FAMILIES
 
@@ -127,7 +127,7 @@ def _rank(text: str) -> int | None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/smollm2-hybrid", help="folder of a hybrid")
+    parser.add_argument("--model", default=HYBRID, help=f"{HYBRID!r}, or a folder of a hybrid")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the frozen weights")
     parser.add_argument("--ranks", nargs="+", type=_rank, default=[None, 256, 64, 16], metavar="RANK",
                         help="scales a matrix, or 'full'")  # fmt: skip
@@ -143,8 +143,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/experts", help="where results go")
     parser.add_argument("--output", type=Path, default=FOLDER, help="where EXPERTS.md and experts.png go")
     args = parser.parse_args(argv)
-    if not (Path(args.model) / "config.json").is_file():
-        parser.error(f"there is no model in the folder {args.model}")
+    try:
+        files_of(args.model)
+    except ValueError as error:
+        parser.error(str(error))
     if args.trial_steps > args.steps:
         parser.error("--trial-steps must be at most --steps")
     for name in ("steps", "trial_steps", "held_out_blocks", "trial_blocks", "workers"):
@@ -155,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def sweep_of(args: argparse.Namespace) -> Sweep:
     same = ("dtype", "length", "steps", "trial_steps", "held_out_blocks", "trial_blocks")
-    return Sweep(digest=digest_of_model(Path(args.model)), model=args.model, **{n: getattr(args, n) for n in same})
+    return Sweep(digest=digest_of(files_of(args.model)), model=args.model, **{n: getattr(args, n) for n in same})
 
 
 def main(argv: list[str] | None = None) -> int:

