@@ -24,7 +24,7 @@ def icl():
     sys.path.insert(0, str(FOLDER))
     try:
         yield SimpleNamespace(
-            **{name: importlib.import_module(name) for name in ("tasks", "learners", "runs", "table")}
+            **{name: importlib.import_module(name) for name in ("tasks", "learners", "runs", "table", "run")}
         )
     finally:
         sys.path.remove(str(FOLDER))
@@ -254,17 +254,28 @@ def test_other_settings_are_another_run(icl, tmp_path, few_held_out):
     assert other.step == 0
 
 
-@pytest.mark.parametrize(("metric", "best"), [("accuracy", 3e-3), ("squared error", 1e-3)])
-def test_the_learning_rate_is_that_of_the_best_pilot_once_all_have_ended(icl, tmp_path, monkeypatch, metric, best):
+@pytest.mark.parametrize(
+    ("metric", "scores", "tried", "best"),
+    [
+        ("accuracy", (0.0, 0.1, 0.2, 0.7, 0.3, 0.9), [1e-3, 3e-3, 1e-2], 3e-3),
+        ("squared error", (0.1, 0.2, 0.3, 0.7, 0.0, 0.0), [1e-4, 3e-4, 1e-3, 3e-3], 1e-4),
+        ("squared error", (0.0, 0.3, 0.2, 0.7, 0.0, 0.0), [3e-4, 1e-3, 3e-3], 1e-3),
+        ("accuracy", (0.0, 0.0, 0.0, 0.1, 0.2, 0.3), [1e-3, 3e-3, 1e-2, 3e-2], 3e-2),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_best_pilot(icl, tmp_path, monkeypatch, metric, scores, tried, best):
+    """They go on beyond the better of the first two until it has a worse one on either side, or none."""
     task = toy(icl, steps=40).task
     monkeypatch.setattr(type(task), "metric", metric)
-    scores = {1e-3: 0.2, 3e-3: 0.7}
-    pilots = icl.runs.pilots_of(task, "mamba")
-    assert [pilot.task.steps for pilot in pilots] == [10, 10] and {pilot.seed for pilot in pilots}.isdisjoint(range(9))
-    for pilot in pilots:
-        assert icl.runs.with_best_rate(task, "mamba", tmp_path) is None
-        found = {"settings": pilot.settings(), "stages": [[None, 0.5], [None, scores[pilot.task.learning_rate]]]}
-        pilot.file(tmp_path, "json").write_text(json.dumps(found))
+    scores, done = dict(zip(icl.runs.RATES, scores, strict=True)), []
+    while missing := icl.run.missing_pilots([task], ["mamba"], tmp_path):
+        assert {pilot.task.steps for pilot in missing} == {10} and missing[0].seed not in range(9)
+        for pilot in missing:
+            assert icl.runs.with_best_rate(task, "mamba", tmp_path) is None
+            found = {"settings": pilot.settings(), "stages": [[None, 0.5], [None, scores[pilot.task.learning_rate]]]}
+            pilot.file(tmp_path, "json").write_text(json.dumps(found))
+            done.append(pilot.task.learning_rate)
+    assert sorted(done) == tried
     assert icl.runs.with_best_rate(task, "mamba", tmp_path) == replace(task, learning_rate=best)
     assert icl.runs.with_best_rate(task, "transformer", tmp_path) is None
 
@@ -286,8 +297,9 @@ def test_the_table_tells_what_was_run_and_what_was_not(icl, tmp_path, few_held_o
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(icl.table, "HELD_OUT_ROWS", 16)
     run = toy(icl)
-    for pilot in icl.runs.pilots_of(run.task, run.architecture):
-        icl.runs.complete(pilot, tmp_path)
+    while pilots := icl.run.missing_pilots([run.task], [run.architecture], tmp_path):
+        for pilot in pilots:
+            icl.runs.complete(pilot, tmp_path)
     best = icl.runs.with_best_rate(run.task, run.architecture, tmp_path)
     results = [icl.runs.complete(replace(run, task=best, seed=seed), tmp_path) for seed in (0, 1)]
     table = icl.table.write_report([run.task], tmp_path, tmp_path / "report")
@@ -323,7 +335,7 @@ def test_a_killed_command_goes_on_with_the_same_curve(icl, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--tasks", "token_recall", "--architectures", "mambaformer", "--seeds", "1", "--steps", "24")
     arguments += ("--checkpoint-seconds", "0")
-    name = "token_recall-mambaformer-rate0.00?-seed0"
+    name = "token_recall-mambaformer-rate*-seed0"
     killed = start(tmp_path, *arguments)
     wait_for(tmp_path, f"{name}.pt", killed)
     os.killpg(killed.pid, signal.SIGKILL)

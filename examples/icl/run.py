@@ -29,6 +29,12 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 
 
+def missing_pilots(tasks: list[Task], architectures: list[str], folder: Path) -> list[Run]:
+    """Those that are known to be needed and not done; none are left when every learning rate is chosen."""
+    pilots = [pilot for task in tasks for name in architectures for pilot in pilots_of(task, name, folder)]
+    return [pilot for pilot in pilots if pilot.result(folder) is None]
+
+
 def runs_of(tasks: list[Task], architectures: list[str], num_seeds: int, folder: Path) -> list[Run]:
     """With the rates that the pilots in `folder` chose; the runs of one seed stand before those of the next."""
     pairs = [(task, architecture) for task in tasks for architecture in architectures]
@@ -103,9 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     tasks = {name: replace(task, steps=args.steps or task.steps) for name, task in TASKS.items()}
     chosen = [tasks[name] for name in args.tasks]
-    pilots = [pilot for task in chosen for name in args.architectures for pilot in pilots_of(task, name)]
     how = (args.run_dir, args.workers, args.checkpoint_seconds)
-    succeeded = run_all(pilots, *how)
+    succeeded = True
+    while succeeded and (pilots := missing_pilots(chosen, args.architectures, args.run_dir)):
+        succeeded = run_all(pilots, *how)
     succeeded &= run_all(runs_of(chosen, args.architectures, args.seeds, args.run_dir), *how)
     print(write_report(list(tasks.values()), args.run_dir, args.output))
     return 0 if succeeded else 1

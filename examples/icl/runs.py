@@ -23,8 +23,9 @@ from tasks import ACCURACY, Prompts, Task, generator_of
 
 # Of every run; the warm-up is a share of all steps.
 RECIPE = {"optimizer": "Adam", "warmup": 0.05, "largest_gradient": 1.0, "curve_points": 25}
-# Learning rates that are tried for each task and architecture, with a seed of their own and a part of the steps.
-RATES, PILOT_SEED, PILOT_PART = (1e-3, 3e-3), 1000, 4
+# Learning rates that may be tried for each task and architecture, with a seed of their own and a part of the steps:
+# these two first, and on beyond the better one until it is no longer the best.
+RATES, FIRST_RATES, PILOT_SEED, PILOT_PART = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (1e-3, 3e-3), 1000, 4
 # Prompts that no run is trained on, the same for all runs of a task; the first batch makes the learning curve.
 HELD_OUT, HELD_OUT_BATCHES, HELD_OUT_ROWS = 1 << 40, 8, 128
 
@@ -60,20 +61,43 @@ class Run:
         return result if result is not None and result["settings"] == self.settings() else None
 
 
-def pilots_of(task: Task, architecture: str) -> list[Run]:
-    """The short runs that choose a learning rate: the whole schedule in a quarter of the steps, the first stages."""
+def pilots_of(task: Task, architecture: str, folder: Path) -> list[Run]:
+    """The short runs that choose a learning rate: the whole schedule in a quarter of the steps, the first stages.
+
+    As far as it is known from the results in `folder` which of them are needed; those are all if each has a result.
+    """
     steps = max(1, task.steps // PILOT_PART)
-    return [Run(replace(task, steps=steps, learning_rate=rate), architecture, PILOT_SEED) for rate in RATES]
+    first, end = RATES.index(FIRST_RATES[0]), RATES.index(FIRST_RATES[-1]) + 1
+    while True:
+        tried = RATES[first:end]
+        pilots = [Run(replace(task, steps=steps, learning_rate=rate), architecture, PILOT_SEED) for rate in tried]
+        best = _best(pilots, folder)
+        if best is pilots[0] and first > 0:
+            first -= 1
+        elif best is pilots[-1] and end < len(RATES):
+            end += 1
+        else:
+            return pilots
 
 
-def with_best_rate(task: Task, architecture: str, folder: Path) -> Task | None:
-    """The task with the learning rate whose pilot was best at the stage it came to; None until all have ended."""
-    pilots = pilots_of(task, architecture)
+def _best(pilots: list[Run], folder: Path) -> Run | None:
+    """The pilot that was best at the stage it came to; None until all of them have ended."""
     results = [pilot.result(folder) for pilot in pilots]
     if None in results:
         return None
-    best = (max if task.metric == ACCURACY else min)(results, key=lambda result: result["stages"][-1][1])
-    return replace(task, learning_rate=pilots[results.index(best)].task.learning_rate)
+    pick = max if pilots[0].task.metric == ACCURACY else min
+    return pilots[results.index(pick(results, key=pilot_score))]
+
+
+def pilot_score(result: dict[str, Any]) -> float:
+    """The metric at the stage that a run came to."""
+    return result["stages"][-1][1]
+
+
+def with_best_rate(task: Task, architecture: str, folder: Path) -> Task | None:
+    """The task with the learning rate of the best pilot; None until all that are needed have ended."""
+    best = _best(pilots_of(task, architecture, folder), folder)
+    return None if best is None else replace(task, learning_rate=best.task.learning_rate)
 
 
 class Training:

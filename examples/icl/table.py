@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from learners import ARCHITECTURES, DEPTH, HIDDEN_SIZE, TITLES
-from runs import HELD_OUT_BATCHES, HELD_OUT_ROWS, PILOT_PART, RATES, Run, score_of, with_best_rate
+from runs import (
+    HELD_OUT_BATCHES,
+    HELD_OUT_ROWS,
+    PILOT_PART,
+    PILOT_SEED,
+    RATES,
+    Run,
+    pilot_score,
+    pilots_of,
+    score_of,
+    with_best_rate,
+)
 from tasks import ACCURACY, Task
 
 INTRODUCTION = f"""# In-context learning: Transformer, Mamba and MambaFormer
@@ -14,12 +25,17 @@ Made by `make icl`; the tasks of [MambaFormer](https://arxiv.org/abs/2402.04248)
 tokens as in [Zoology](https://arxiv.org/abs/2312.04927). All three are built from `MambaFormerConfig`, with {DEPTH}
 layers of two blocks (MambaFormer has a Mamba block before them instead of a position encoding), hidden size
 {HIDDEN_SIZE} and the same training: see [tasks.py](tasks.py), [learners.py](learners.py), [runs.py](runs.py). Prompts
-are new at every step. Each architecture has, on each task, the learning rate out of
-{" and ".join(f"{rate:g}" for rate in RATES)} that was better with another seed in 1/{PILOT_PART} of the steps.
+are new at every step.
 
 Figures are means over {HELD_OUT_BATCHES * HELD_OUT_ROWS:,} held-out prompts, the same for all runs; where prompts are
 of examples, their last quarter counts. First the mean over the seeds, then each seed. Accuracy: higher is better.
 Squared error: lower is better, and 1 is what answering 0 would give. Minutes are of one core."""
+RATES_TEXT = f"""## How the learning rates were chosen
+
+For each architecture on each task in the same way: runs of 1/{PILOT_PART} of the steps with seed {PILOT_SEED}, two at
+first, and on until the best rate has a worse one on either side. In the table: where they came to on the same held-out
+prompts, for parity at the last of their stages. Bold: what was taken. Where all are alike, nothing was learned in so
+few steps, and the choice is one of noise."""
 CAPTION = (
     "above: the metric while training, on held-out prompts of the stage; below: at the end, by what stands before"
 )
@@ -47,6 +63,7 @@ def write_report(tasks: list[Task], folder: Path, output: Path) -> str:
     if any(result for of_task in found.values() for result in of_task.values()):
         plot(found, output / "curves.png")
         parts.append(f"![{CAPTION}](curves.png)")
+    parts += [RATES_TEXT, "\n".join(_rates(tasks, folder))]
     (output / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
     return table
 
@@ -93,6 +110,21 @@ def _cost(results: list[dict]) -> str:
         return ""
     minutes = statistics.mean(result["seconds"] for result in results) / 60
     return f"{results[0]['parameters']:,}, {results[0]['settings']['task']['learning_rate']:g}, {minutes:.1f}"
+
+
+def _rates(tasks: list[Task], folder: Path) -> list[str]:
+    """A line for each search that has been made: where the runs of each rate came to."""
+    lines = [_row(["task", "architecture", *(f"{rate:g}" for rate in RATES)]), "|" + "---|" * (len(RATES) + 2)]
+    for task in tasks:
+        for name in ARCHITECTURES:
+            best = with_best_rate(task, name, folder)
+            if best is None:
+                continue
+            pilots = {pilot.task.learning_rate: pilot for pilot in pilots_of(task, name, folder)}
+            scores = {rate: f"{pilot_score(pilot.result(folder)):.4f}" for rate, pilot in pilots.items()}
+            scores[best.learning_rate] = f"**{scores[best.learning_rate]}**"
+            lines.append(_row([task.title, TITLES[name], *(scores.get(rate, "") for rate in RATES)]))
+    return lines
 
 
 def _row(cells: list[str]) -> str:
