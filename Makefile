@@ -38,16 +38,16 @@ bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## the two experts anew; ARGS="--model smollm2-hybrid" for those of the hybrid
-	sh examples/language/train_experts.sh $(BIN)/python $(ARGS)
+train-experts: $(VENV)/.dev  ## the two experts anew; EXPERTS=FOLDER ARGS="--model smollm2-hybrid" for those of the hybrid
+	sh examples/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),experts) $(ARGS)
 
 experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut
 	$(BIN)/python examples/language/sweep_experts.py $(ARGS)
 
-pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, two hours; goes on where it was cut off
+pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, hours; goes on where it was cut off
 	$(BIN)/python examples/language/pretrain.py --output models/mambaformer-tiny $(ARGS)
 
-distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; an hour, goes on after a cut
+distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; 45 minutes, goes on after a cut
 	$(BIN)/python examples/language/distill.py --output models/smollm2-hybrid $(ARGS)
 
 measure: $(VENV)/.dev  ## the figures and the card of what `make distill` has trained; goes on after a cut

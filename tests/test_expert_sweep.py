@@ -292,5 +292,5 @@ def test_an_expert_trains_on_a_file_or_a_domain_and_goes_on_after_a_kill(modules
             trained("in-two")
     expert = trained("in-two")
     assert not expert.is_base and len(expert) == 7 + 11 + 7
-    assert expert == expected
+    assert expert == expected == trained("in-two")  # as it is when it has ended already
     assert expert.metadata["text"] == ("text.txt" if source == "file" else "python")

@@ -238,6 +238,7 @@ def test_another_text_is_told_from_a_wrong_figure(modules, world, shipped, tmp_p
     assert modules.evaluate.main(["--only", "hybrid", *arguments]) == 1
     printed = capsys.readouterr().out
     assert "python: the text here is not the one of the card" in printed and "OFF" not in printed
+    assert printed.endswith("no figure is off, but NOT all could be compared\n")
 
 
 @pytest.mark.parametrize("place", ["| all | **hybrid** |", "value: "])
@@ -249,6 +250,12 @@ def test_a_card_that_does_not_say_what_the_figures_say_is_found(modules, world, 
     card.write_text(before + place + after[:digit] + "9" + after[digit + 1 :])
     assert evaluate(modules, world, shipped) == 1
     assert capsys.readouterr().out.count(", figures.json ") == 1
+
+
+def test_facts_are_counted_over_all_domains_and_distances(modules):
+    of_bible, of_python = ({"200": {"exact": 2}, "500": {"exact": 1}}, {"200": {"exact": 3}, "500": {"exact": 0}})
+    recall = {"trained": {"bible": of_bible, "python": of_python}, "original": {"bible": of_bible}}
+    assert modules.evaluate.recalled({"recall": recall}) == {"trained": 6, "original": 3}
 
 
 def test_a_figure_that_is_not_a_number_does_not_hold(modules):

@@ -186,3 +186,11 @@ def test_a_book_is_cut_between_paragraphs_and_nothing_is_lost(modules):
     chapters = list(modules.texts._chapters("\n\n".join(paragraphs)))
     assert len(chapters) > 1 and all(len(chapter) < 18_000 for chapter in chapters)
     assert "\n\n".join(chapter.removesuffix("\n") for chapter in chapters) == "\n\n".join(paragraphs)
+
+
+def test_a_folder_that_is_something_else_is_not_replaced(modules, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    with pytest.raises(SystemExit):
+        modules.pretrain.parse(["--output", str(tmp_path / "models")])
+    assert "exists and is not what this has written before" in capsys.readouterr().err
+    assert modules.pretrain.parse(["--output", str(tmp_path / "new")]).output == tmp_path / "new"

@@ -1,4 +1,4 @@
-"""In-context learning of Transformer, Mamba and MambaFormer, as in arXiv 2402.04248, on two cores of a laptop.
+"""In-context learning of Transformer, Mamba and MambaFormer, as in arXiv 2402.04248, on two cores.
 
     python examples/icl/run.py                                        # all: about two hours
     python examples/icl/run.py --tasks sparse_parity --seeds 1        # some of it

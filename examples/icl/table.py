@@ -21,7 +21,7 @@ from tasks import ACCURACY, Task
 
 INTRODUCTION = f"""# In-context learning: Transformer, Mamba and MambaFormer
 
-Made by `make icl`; the tasks of [MambaFormer](https://arxiv.org/abs/2402.04248) at the size of a laptop, and recall of
+Made by `make icl`; the tasks of [MambaFormer](https://arxiv.org/abs/2402.04248) at a size for two cores, and recall of
 tokens as in [Zoology](https://arxiv.org/abs/2312.04927). All three are built from `MambaFormerConfig`, with {DEPTH}
 layers of two blocks (MambaFormer has a Mamba block before them instead of a position encoding), hidden size
 {HIDDEN_SIZE} and the same training: see [tasks.py](tasks.py), [learners.py](learners.py), [runs.py](runs.py). Prompts

@@ -2,11 +2,11 @@
 
     python examples/language/distill.py --output models/smollm2-hybrid
 
-First every block learns, beside the teacher's own hidden states, what attention loses in its layer; then all of them
-together learn the teacher's logits. Only the blocks are trained, and `blocks.safetensors` holds nothing else. Text,
-checkpoints and curves go to `runs/distill`. Needs the extra `train` and the Debian packages that it names if they are
-missing. A run that was cut off goes on from its last complete checkpoint when it is started again with the same
-arguments.
+All blocks together learn the teacher's logits. With `--layers-steps`, each of them first learns, beside the teacher's
+own hidden states, what attention loses in its layer. Only the blocks are trained, and `blocks.safetensors` holds
+nothing else. Text, checkpoints and curves go to `runs/distill`. Needs the extra `train` and the Debian packages that
+it names if they are missing. A run that was cut off goes on from its last complete checkpoint when it is started again
+with the same arguments.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from training import (
     Checkpoints,
     add_intervals,
     arguments,
+    digest,
     go_on,
     keep_settings,
     last_complete_checkpoint,
@@ -54,11 +55,15 @@ def _blocks(tokenizer, length: int, texts: Path) -> DatasetDict:
     return DatasetDict(zip(("train", "held_out"), map(concatenate_datasets, splits), strict=True))
 
 
+def _made_from(args: argparse.Namespace) -> dict[str, str]:
+    return {name: str(getattr(args, name)) for name in ("source", "texts")}
+
+
 def train_stage(stage: str, module: Distillation, blocks: DatasetDict, args: argparse.Namespace) -> None:
     """Trains, or goes on, or takes what has been trained."""
     run = args.run_dir / stage
     steps, rate = getattr(args, f"{stage}_steps"), getattr(args, f"{stage}_rate")
-    keep_settings(run, {"steps": steps, "rate": rate, **{name: getattr(args, name) for name in SETTINGS}})
+    keep_settings(run, {"steps": steps, "rate": rate, **_made_from(args), **{n: getattr(args, n) for n in SETTINGS}})
     finished = run / f"checkpoint-{steps}"
     if last_complete_checkpoint(run) != finished:
         module.stage = stage
@@ -154,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     model, tokenizer = build(args)
     module = Distillation(model, args.logits_every)
-    blocks = prepare(args.run_dir / f"blocks-{args.length}", tokenizer, args.length, args.texts)
+    of_text = args.run_dir / f"blocks-{args.length}-{digest(_made_from(args))}"
+    blocks = prepare(of_text, tokenizer, args.length, args.texts)
     steps = {stage: getattr(args, f"{stage}_steps") for stage in STAGES}
     stages = [stage for stage in STAGES if steps[stage]]
     for stage in stages:

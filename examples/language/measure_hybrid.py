@@ -72,7 +72,8 @@ class Plan:
 
 
 class Parts:
-    """Results that are computed once, each in a file that is named by what it is and by all that it depends on."""
+    """Results that are computed once, each in a file that is named by what it is and by all that it depends on, but
+    for the code: remove the folder when that has changed."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -119,7 +120,7 @@ def held_out(texts: Path, domain: str, tokenizer, length: int, count: int) -> Te
 def measure(source: Path, blocks: Path, texts: Path, plan: Plan, parts: Parts) -> dict:
     """All figures; see `hybrid_card` for what they look like."""
     models, tokenizer = models_of(source, blocks)
-    keys = {name: [*model.weights_fingerprint()[1:], model.config.layer_types] for name, model in models.items()}
+    keys = {name: [*model.weights_fingerprint()[1:], model.config.to_json_string()] for name, model in models.items()}
     windows, stories = {}, {}
     for domain in DOMAINS:
         windows[domain] = held_out(texts, domain, tokenizer, max(plan.lengths), plan.windows)
@@ -155,12 +156,13 @@ def of_loss(parts: Parts, name: str, model, key: list, domain: str, windows: Ten
 
 def of_recall(parts: Parts, name: str, model, key: list, domain: str, texts: Tensor, tokenizer, plan: Plan) -> dict:
     """{distance: {"exact", "asked", "answer_nats"}} of one model on one domain."""
+    facts = [make_facts(tokenizer, len(plan.distances), number) for number in range(len(texts))]
+    depends_on = [key, texts.tolist(), plan.distances, [[fact.tokens for fact in of_text] for of_text in facts]]
 
     def compute(bar) -> dict:
         found = []
-        for number, text in enumerate(texts):
-            facts = make_facts(tokenizer, len(plan.distances), number)
-            found.append(recall(model, text, facts, plan.distances))
+        for text, of_text in zip(texts, facts, strict=True):
+            found.append(recall(model, text, of_text, plan.distances))
             bar(len(text))
         return {
             distance: {
@@ -171,7 +173,7 @@ def of_recall(parts: Parts, name: str, model, key: list, domain: str, texts: Ten
             for distance in plan.distances
         }
 
-    return parts(f"recall-{name}-{domain}", [key, texts.tolist(), plan.distances], texts.numel(), compute)
+    return parts(f"recall-{name}-{domain}", depends_on, texts.numel(), compute)
 
 
 def of_cache(parts: Parts, models: dict, keys: dict, text: Tensor, plan: Plan) -> dict:

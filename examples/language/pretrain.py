@@ -18,7 +18,7 @@ from datasets import Dataset, load_from_disk
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 import texts
-from card import CURVES, plot_curves, write_card
+from card import CURVES, FIGURES, plot_curves, write_card
 from mambaformer import MambaFormerConfig
 from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
@@ -72,8 +72,12 @@ def publish(folder: Path, output: Path) -> None:
         for file in partial.glob("*_mambaformer.py"):
             file.unlink()
             file.symlink_to(os.path.relpath(ROOT / file.name, output.resolve()))
-    shutil.rmtree(output, ignore_errors=True)
+    replaced = output.with_name(output.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        os.rename(output, replaced)
     os.rename(partial, output)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def run(arch: str, args: argparse.Namespace) -> dict:
@@ -114,7 +118,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out-bytes", type=int, default=120_000, help="of each domain")
     add_intervals(parser, eval_every=250, save_every=100, log_every=10)
     parser.add_argument("--seed", type=int, default=0)
-    return parse_with_intervals(parser, argv)
+    args = parse_with_intervals(parser, argv)
+    if args.output and args.output.exists() and not (args.output / FIGURES).is_file():
+        parser.error(
+            f"--output {args.output} exists and is not what this has written before: remove it, or take another"
+        )
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 
 ARCHITECTURES = ("hybrid", "llama")
-# Mamba first, as in the paper (arXiv 2402.04248); then every kind of layer.
+# Mamba first, as in the paper (arXiv 2402.04248); then the others, but for windows.
 PATTERN = ("linear_attention", "hybrid", "linear_attention", "full_attention", "linear_attention", "hybrid")
 LAYERS_OF_LLAMA = 8
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, Trainer, set_seed
+from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
 from mambaformer.convert_mambaformer import find_smollm2
@@ -112,7 +112,6 @@ def train(args: argparse.Namespace) -> ExpertVector:
         eval_steps=args.eval_every,
         save_steps=args.eval_every,
         save_total_limit=2,
-        load_best_model_at_end=True,
         logging_steps=5,
     )
     model.to(of_run.device)  # the trainer moves only what it trains
@@ -122,11 +121,11 @@ def train(args: argparse.Namespace) -> ExpertVector:
         train_dataset=training,
         eval_dataset=held_out,
         data_collator=lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")},
-        callbacks=[Checkpoints(), EarlyStoppingCallback(early_stopping_patience=args.patience)],
+        callbacks=[Checkpoints()],
     )
     module.eval()
     with torch.no_grad():
-        before = sum(model(**_batch(row)).loss.item() for row in held_out) / len(held_out)
+        before = sum(model(**_batch(row, of_run.device)).loss.item() for row in held_out) / len(held_out)
     go_on(trainer)
     after = trainer.evaluate()["eval_loss"]
     metadata = {
@@ -149,8 +148,8 @@ def blocks(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Dataset]:
     return blocks_of_domain(args.texts, args.domain, tokenizer, args.length)
 
 
-def _batch(row: dict) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}
+def _batch(row: dict, device: torch.device) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor([row[key]], device=device) for key in ("input_ids", "labels")}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -170,11 +169,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens of a block")
     parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--eval-every", type=int, default=25)
-    parser.add_argument("--patience", type=int, default=3, help="evaluations without gain before it stops")
     parser.add_argument("--held-out-blocks", type=int, default=32)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/experts"), help="where checkpoints go")
+    parser.add_argument("--run-dir", type=Path, help="where checkpoints go; default: runs/experts/MODEL")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    args.run_dir = args.run_dir or Path("runs/experts") / Path(args.model).name
     if args.text is not None and not args.text.is_file():
         parser.error(f"there is no file {args.text}")
     return args

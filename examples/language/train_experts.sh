@@ -1,12 +1,14 @@
 #!/bin/sh
 # Trains the two experts that the repo ships, on texts that Debian and Python bring. Resumes what was cut off.
-#   sh examples/language/train_experts.sh [python] [arguments of train_expert.py, such as --model FOLDER]
+#   sh examples/language/train_experts.sh [python] [folder] [arguments of train_expert.py, such as --model FOLDER]
 set -eu
 python=${1:-python}
 [ $# -eq 0 ] || shift
-mkdir -p experts
+folder=${1:-experts}
+[ $# -eq 0 ] || shift
+mkdir -p "$folder"
 for job in king_james:bible:240 python:python:120; do
     name=${job%%:*} rest=${job#*:}
     "$python" examples/language/train_expert.py --domain "${rest%:*}" --name "$name" \
-        --output "experts/$name.safetensors" --steps "${rest#*:}" --eval-every 40 --held-out-blocks 16 "$@"
+        --output "$folder/$name.safetensors" --steps "${rest#*:}" --eval-every 40 --held-out-blocks 16 "$@"
 done
