@@ -194,3 +194,17 @@ def test_a_folder_that_is_something_else_is_not_replaced(modules, tmp_path, caps
         modules.pretrain.parse(["--output", str(tmp_path / "models")])
     assert "exists and is not what this has written before" in capsys.readouterr().err
     assert modules.pretrain.parse(["--output", str(tmp_path / "new")]).output == tmp_path / "new"
+
+
+def test_an_architecture_that_was_trained_otherwise_is_no_comparison(runs, modules, tmp_path):
+    """Said before anything is trained; another learning rate is no objection."""
+    found = json.loads((runs[0] / "hybrid" / "results.json").read_text())
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "results.json").write_text(json.dumps(found | {"max_steps": 999, "learning_rate": 1.0}))
+    arguments = [*TOY, "--run-dir", str(tmp_path), "--arch", "hybrid"]
+    with pytest.raises(ValueError, match=r"the llama in .* was trained with another max_steps: train both alike"):
+        modules.pretrain.main(arguments)
+    assert os.listdir(tmp_path) == ["llama"]
+    assert modules.pretrain.results_beside(modules.pretrain.parse([*arguments, "--max-steps", "999"])).keys() == {
+        "llama"
+    }

@@ -126,15 +126,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def results_beside(args: argparse.Namespace) -> dict[str, dict]:
+    """Those of the architectures that are not to be trained now.
+
+    Raises:
+        ValueError: they were trained otherwise, so that there would be nothing to compare.
+    """
+    files = {arch: args.run_dir / arch / "results.json" for arch in ARCHITECTURES if arch not in args.arch}
+    results = {arch: json.loads(file.read_text()) for arch, file in files.items() if file.exists()}
+    for arch, found in results.items():
+        other = [name for name in SETTINGS if name != "learning_rate" and found[name] != getattr(args, name)]
+        if other:
+            raise ValueError(
+                f"the {arch} in {args.run_dir} was trained with another {', '.join(other)}: train both alike, in one "
+                "command, or take another --run-dir"
+            )
+    return results
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    results = results_beside(args)
     for arch in args.arch:
         run(arch, args)
-    found = {arch: args.run_dir / arch / "results.json" for arch in ARCHITECTURES}
-    results = {arch: json.loads(file.read_text()) for arch, file in found.items() if file.exists()}
-    equal = [name for name in SETTINGS if name != "learning_rate"]
-    if len({tuple(found[name] for name in equal) for found in results.values()}) > 1:
-        raise ValueError(f"the runs in {args.run_dir} differ in more than the learning rate: train both alike")
+    results |= {arch: json.loads((args.run_dir / arch / "results.json").read_text()) for arch in args.arch}
+    results = {arch: results[arch] for arch in ARCHITECTURES if arch in results}
     plot_curves(args.run_dir, results, args.run_dir / CURVES)
     if "hybrid" in results:
         model = args.run_dir / "hybrid" / "model"
