@@ -39,11 +39,15 @@ def cache_folder(kind: str) -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Puts a safetensors file at `path`, which holds its old content or all of the new, whatever fails in between.
+    """Puts a safetensors file at `path`, as `write_whole` does."""
+    write_whole(path, to_safetensors(dict(tensors), dict(header)))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Puts a file at `path`, which holds its old content or all of the new, whatever fails in between.
 
     A process that is killed leaves a hidden temporary file; the next write to the same path removes it.
     """
-    data = to_safetensors(dict(tensors), dict(header))
     with temporary_beside(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)

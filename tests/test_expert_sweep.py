@@ -17,7 +17,17 @@ from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*activation_checkpointing:FutureWarning")  # peft asks for it
 
-NAMES = ("texts", "tokens", "training", "tuners", "train_expert", "expert_runs", "expert_report", "sweep_experts")
+NAMES = (
+    "texts",
+    "tokens",
+    "training",
+    "tuners",
+    "train_expert",
+    "expert_runs",
+    "expert_report",
+    "sweep_experts",
+    "sweeps",
+)
 RANKS = (None, 4)
 TOY = ["--dtype", "float32", "--ranks", "full", "4", "--steps", "3", "--trial-steps", "2", "--length", "16"]
 TOY += ["--held-out-blocks", "3", "--trial-blocks", "2", "--workers", "1"]
@@ -136,6 +146,13 @@ def test_a_rate_is_looked_for_until_both_neighbours_are_worse(modules, best):
     assert len(losses) <= 3 + abs(best - 4)
 
 
+def test_a_rate_that_diverges_is_not_chosen(modules):
+    template = modules.expert_runs.Run("lora", "all", 4, "python", 0.0)
+    losses = modules.expert_runs.trials(template, lambda run: float("nan") if run.rate > 3e-3 else -run.rate)
+    assert losses == {1e-3: -1e-3, 3e-3: -3e-3, 1e-2: float("inf"), 3e-2: float("inf")}
+    assert modules.sweeps.best_rate(losses) == 3e-3
+
+
 # ---- the sweep
 
 
@@ -183,14 +200,14 @@ KILLED = """if True:
     import os, signal
     import expert_runs, sweep_experts
 
-    def write_whole(path, text):
+    def write_json(path, value):
         if len(list(path.parent.glob("*.json"))) == 4:
-            path.with_name(path.name + ".partial").write_text(text[: len(text) // 2])
+            path.with_name("." + path.name + ".tmp").write_text("{")
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        whole(path, text)
+        whole(path, value)
 
-    whole, expert_runs.write_whole = expert_runs.write_whole, write_whole
+    whole, expert_runs.write_json = expert_runs.write_json, write_json
     if __name__ == "__main__":
         sweep_experts.main()
 """

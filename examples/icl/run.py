@@ -11,17 +11,16 @@ every half minute. Needs the extra `train`.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-from tqdm.auto import tqdm
-
 from learners import ARCHITECTURES
-from runs import Run, Training, complete, pilots_of, with_best_rate
+from runs import Run, complete, pilots_of, with_best_rate
+from sweeps import Progress, run_all
 from table import write_report
 from tasks import TASKS, Task
 
@@ -31,7 +30,7 @@ ROOT = FOLDER.parent.parent
 
 def missing_pilots(tasks: list[Task], architectures: list[str], folder: Path) -> list[Run]:
     """Those that are known to be needed and not done; none are left when every learning rate is chosen."""
-    pilots = [pilot for task in tasks for name in architectures for pilot in pilots_of(task, name, folder)]
+    pilots = [pilot for task in tasks for name in architectures for pilot in pilots_of(task, name, folder).values()]
     return [pilot for pilot in pilots if pilot.result(folder) is None]
 
 
@@ -42,48 +41,20 @@ def runs_of(tasks: list[Task], architectures: list[str], num_seeds: int, folder:
     return [Run(task, architecture, seed) for seed in range(num_seeds) for task, architecture in best if task]
 
 
-def work(place: int, runs: list[Run], next_run, folder: Path, checkpoint_seconds: float, lock) -> None:
-    """A process: takes one run after the other until none is left."""
-    torch.set_num_threads(1)
-    tqdm.set_lock(lock)
-    while True:
-        with next_run.get_lock():
-            idx, next_run.value = next_run.value, next_run.value + 1
-        if idx >= len(runs):
-            return
-        complete_with_bar(runs[idx], folder, checkpoint_seconds, place)
+def worker(folder: Path, checkpoint_seconds: float) -> Callable[[Run, Progress], None]:
+    """What a process does with a run: completes it, and shows how far it is and the last point of the curve."""
 
+    def do(run: Run, progress: Progress) -> None:
+        metric = run.task.metric
+        progress.begin(f"{run.task.name} {run.architecture} {run.seed}", run.task.steps)
+        complete(
+            run,
+            folder,
+            checkpoint_seconds,
+            lambda training: progress.at(training.step, f"{metric}={training.curve[-1][1]:.3f}"),
+        )
 
-def complete_with_bar(run: Run, folder: Path, checkpoint_seconds: float, place: int) -> None:
-    """Shows how far it is and the last point of the curve; ends the process if the one that started it is gone."""
-    starter = multiprocessing.parent_process()
-    name = f"{run.task.name} {run.architecture} {run.seed}"
-    with tqdm(total=run.task.steps, desc=f"{name:40s}", position=place, leave=False, mininterval=1.0) as bar:
-
-        def report(training: Training) -> None:
-            if not starter.is_alive():
-                sys.exit(1)
-            bar.set_postfix({run.task.metric: f"{training.curve[-1][1]:.3f}"}, refresh=False)
-            bar.update(training.step - bar.n)
-
-        complete(run, folder, checkpoint_seconds, report)
-
-
-def run_all(runs: list[Run], folder: Path, num_workers: int, checkpoint_seconds: float) -> bool:
-    """Completes all runs in so many processes; whether all of them succeeded."""
-    runs = [run for run in runs if run.result(folder) is None]
-    print(f"{len(runs)} runs to be done", flush=True)
-    context = multiprocessing.get_context("spawn")
-    next_run, lock = context.Value("i", 0), context.RLock()
-    workers = [
-        context.Process(target=work, args=(place, runs, next_run, folder, checkpoint_seconds, lock), daemon=True)
-        for place in range(min(num_workers, len(runs)))
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return all(worker.exitcode == 0 for worker in workers)
+    return do
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -109,11 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     tasks = {name: replace(task, steps=args.steps or task.steps) for name, task in TASKS.items()}
     chosen = [tasks[name] for name in args.tasks]
-    how = (args.run_dir, args.workers, args.checkpoint_seconds)
+    start = partial(worker, args.run_dir, args.checkpoint_seconds)
     succeeded = True
     while succeeded and (pilots := missing_pilots(chosen, args.architectures, args.run_dir)):
-        succeeded = run_all(pilots, *how)
-    succeeded &= run_all(runs_of(chosen, args.architectures, args.seeds, args.run_dir), *how)
+        print(f"learning rates: {len(pilots)} short runs to be done", flush=True)
+        succeeded = run_all(pilots, start, args.workers)
+    runs = runs_of(chosen, args.architectures, args.seeds, args.run_dir)
+    missing = [run for run in runs if run.result(args.run_dir) is None]
+    print(f"{len(runs)} runs, {len(missing)} of them to be done", flush=True)
+    succeeded &= run_all(missing, start, args.workers)
     print(write_report(list(tasks.values()), args.run_dir, args.output))
     return 0 if succeeded else 1
 

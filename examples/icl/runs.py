@@ -6,7 +6,6 @@ Nothing is random but the first weights, which the seed decides, and the prompts
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from learners import InContextLearner, options_of
 from mambaformer import MambaFormerConfig
-from mambaformer.files_mambaformer import temporary_beside
+from mambaformer.files_mambaformer import write_whole
+from sweeps import best_rate, losses_by_rate
 from tasks import ACCURACY, Prompts, Task, generator_of
 
 # Of every run; the warm-up is a share of all steps.
@@ -61,32 +61,27 @@ class Run:
         return result if result is not None and result["settings"] == self.settings() else None
 
 
-def pilots_of(task: Task, architecture: str, folder: Path) -> list[Run]:
-    """The short runs that choose a learning rate: the whole schedule in a quarter of the steps, the first stages.
+def pilots_of(task: Task, architecture: str, folder: Path) -> dict[float, Run]:
+    """{learning rate: the short run that tries it}: the whole schedule in a quarter of the steps, the first stages.
 
     As far as it is known from the results in `folder` which of them are needed; those are all if each has a result.
     """
+    return {rate: _pilot(task, architecture, rate) for rate in sorted(_pilot_losses(task, architecture, folder))}
+
+
+def _pilot(task: Task, architecture: str, rate: float) -> Run:
     steps = max(1, task.steps // PILOT_PART)
-    first, end = RATES.index(FIRST_RATES[0]), RATES.index(FIRST_RATES[-1]) + 1
-    while True:
-        tried = RATES[first:end]
-        pilots = [Run(replace(task, steps=steps, learning_rate=rate), architecture, PILOT_SEED) for rate in tried]
-        best = _best(pilots, folder)
-        if best is pilots[0] and first > 0:
-            first -= 1
-        elif best is pilots[-1] and end < len(RATES):
-            end += 1
-        else:
-            return pilots
+    return Run(replace(task, steps=steps, learning_rate=rate), architecture, PILOT_SEED)
 
 
-def _best(pilots: list[Run], folder: Path) -> Run | None:
-    """The pilot that was best at the stage it came to; None until all of them have ended."""
-    results = [pilot.result(folder) for pilot in pilots]
-    if None in results:
-        return None
-    pick = max if pilots[0].task.metric == ACCURACY else min
-    return pilots[results.index(pick(results, key=pilot_score))]
+def _pilot_losses(task: Task, architecture: str, folder: Path) -> dict[float, float | None]:
+    def loss(rate: float) -> float | None:
+        result = _pilot(task, architecture, rate).result(folder)
+        if result is None:
+            return None
+        return -pilot_score(result) if task.metric == ACCURACY else pilot_score(result)
+
+    return losses_by_rate(RATES, FIRST_RATES, loss)
 
 
 def pilot_score(result: dict[str, Any]) -> float:
@@ -96,8 +91,8 @@ def pilot_score(result: dict[str, Any]) -> float:
 
 def with_best_rate(task: Task, architecture: str, folder: Path) -> Task | None:
     """The task with the learning rate of the best pilot; None until all that are needed have ended."""
-    best = _best(pilots_of(task, architecture, folder), folder)
-    return None if best is None else replace(task, learning_rate=best.task.learning_rate)
+    losses = _pilot_losses(task, architecture, folder)
+    return None if None in losses.values() else replace(task, learning_rate=best_rate(losses))
 
 
 class Training:
@@ -180,16 +175,6 @@ def score_of(
     asked, counted = (torch.cat([getattr(prompts, name) for prompts in batches]) for name in ("asked", "counted"))
     by_place = torch.where(asked, found, 0.0).sum(dim=0) / asked.sum(dim=0)
     return found[counted].mean().item(), by_place[asked.any(dim=0)].tolist()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that holds its old content or all of the new, whenever the process ends."""
-    with temporary_beside(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
 
 def complete(

@@ -120,7 +120,7 @@ def _rates(tasks: list[Task], folder: Path) -> list[str]:
             best = with_best_rate(task, name, folder)
             if best is None:
                 continue
-            pilots = {pilot.task.learning_rate: pilot for pilot in pilots_of(task, name, folder)}
+            pilots = pilots_of(task, name, folder)
             scores = {rate: f"{pilot_score(pilot.result(folder)):.4f}" for rate, pilot in pilots.items()}
             scores[best.learning_rate] = f"**{scores[best.learning_rate]}**"
             lines.append(_row([task.title, TITLES[name], *(scores.get(rate, "") for rate in RATES)]))

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from texts import DOMAINS, HELD_OUT_EVERY, SOURCES
-from training import write_whole
+from training import write_json, write_text
 
 FIGURES = "figures.json"  # in a model's folder: all that its card says in numbers
 CURVES = "curves.png"
@@ -91,8 +91,8 @@ def plot_curves(runs: Path, results: dict[str, dict], path: Path) -> None:
 
 def write_card(folder: Path, config, results: dict[str, dict]) -> None:
     """The README.md of the hybrid, with the figures of every architecture in `results`, which are put beside it."""
-    write_whole(folder / FIGURES, json.dumps(results, indent=1) + "\n")
-    write_whole(folder / "README.md", card_of(config, results))
+    write_json(folder / FIGURES, results)
+    write_text(folder / "README.md", card_of(config, results))
 
 
 def card_of(config, results: dict[str, dict]) -> str:

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from expert_runs import EXPERT, LORA, RATES, SEED, TRIAL_SEED, Run, Sweep, loss_of_trial
+from expert_runs import EXPERT, FIRST_RATES, LORA, RATES, SEED, TRIAL_SEED, Run, Sweep, loss_of_trial
 from texts import DOMAINS
 from tuners import ALL, FAMILIES
 
@@ -125,7 +125,7 @@ def _rates(runs: list[Run], sweep: Sweep, folder: Path, base: float, domain: str
         lines.append(_row([title, "full" if rank is None else str(rank), *cells]))
     text = RATES_TEXT.format(
         trial_steps=sweep.trial_steps, trial_blocks=sweep.trial_blocks, domain=domain, seed=TRIAL_SEED, base=base,
-        middle=RATES[len(RATES) // 2], low=RATES[0], high=RATES[-1],
+        middle=FIRST_RATES[1], low=RATES[0], high=RATES[-1],
     )  # fmt: skip
     return f"{text}\n\n" + "\n".join(lines)
 

@@ -20,14 +20,16 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
+from sweeps import losses_by_rate
 from texts import DOMAINS
 from train_expert import blocks_of_domain, load
-from training import arguments, make_once, write_whole
+from training import arguments, make_once, write_json
 from tuners import ALL, ExpertTuner, LoraTuner, bytes_of, lora_of_numbers, modules_of, numbers_of, projections_of
 
 EXPERT, LORA = "expert", "lora"
 # Learning rates that may be chosen; both methods start to look in the middle.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+FIRST_RATES = RATES[3:6]
 # Where a LoRA is put: both are tried, and the better one is taken, for each size.
 LORA_FAMILIES = ("attention", ALL)
 TRIAL_SEED, SEED = 1, 0
@@ -95,7 +97,7 @@ def _result(name: str, settings: dict, folder: Path) -> dict[str, Any] | None:
 
 def _write(name: str, settings: dict, found: dict, folder: Path) -> dict[str, Any]:
     result = {"settings": settings, **found}
-    write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / f"{name}.json", result)
     return result
 
 
@@ -239,32 +241,13 @@ def _saved(tuner: ExpertTuner | LoraTuner, path: Path) -> dict[str, int]:
 # ---- learning rates
 
 
-def trials(run: Run, score: Callable[[Run], float]) -> dict[float, float]:
-    """{rate: loss} of trials of this run: the middle rate and its neighbours, and on to where the loss rises again.
-
-    The same search for experts and LoRAs; it ends early only at the ends of `RATES`.
-    """
-    middle = len(RATES) // 2
-    losses: dict[float, float] = {}
-
-    def look(idx: int) -> None:
-        if RATES[idx] not in losses:
-            losses[RATES[idx]] = score(replace(run, rate=RATES[idx], is_trial=True))
-
-    for idx in (middle - 1, middle, middle + 1):
-        look(idx)
-    while True:
-        best = RATES.index(min(losses, key=losses.__getitem__))
-        neighbours = [idx for idx in (best - 1, best + 1) if 0 <= idx < len(RATES) and RATES[idx] not in losses]
-        if not neighbours:
-            return losses
-        for idx in neighbours:
-            look(idx)
+def trials(run: Run, loss: Callable[[Run], float]) -> dict[float, float]:
+    """{rate: loss} of the trials of this run, searched in the same way for experts and LoRAs."""
+    return losses_by_rate(RATES, FIRST_RATES, lambda rate: loss(replace(run, rate=rate, is_trial=True)))
 
 
 def loss_of_trial(result: dict[str, Any]) -> float:
-    loss = statistics.fmean(result["nats"][result["settings"]["domain"]])
-    return loss if loss == loss else float("inf")  # one that diverged to NaN is the worst
+    return statistics.fmean(result["nats"][result["settings"]["domain"]])
 
 
 def chosen(run: Run, sweep: Sweep, folder: Path) -> Run:

@@ -7,7 +7,7 @@ from pathlib import Path
 from card import front_matter, score
 from measures import BEFORE, DIGITS
 from texts import DOMAINS
-from training import write_whole
+from training import write_text
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TITLES = {"original": "SmolLM2", "untrained": "windows, blocks silent", "trained": "**hybrid**"}
@@ -95,7 +95,7 @@ Greedy, with a repetition penalty of 1.1, cut off after {sample_tokens} tokens.
 
 
 def write_hybrid_card(folder: Path, figures: dict) -> None:
-    write_whole(folder / "README.md", hybrid_card(figures))
+    write_text(folder / "README.md", hybrid_card(figures))
 
 
 def hybrid_card(figures: dict) -> str:

@@ -37,7 +37,7 @@ from measures import (
 )
 from texts import DOMAINS, collect
 from train_expert import TEXTS, blocks_of_split
-from training import digest, make_once, write_whole
+from training import digest, make_once, write_json
 
 MODELS = ("original", "untrained", "trained")
 QUESTIONS = (
@@ -84,7 +84,7 @@ class Parts:
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             with tqdm(total=total, desc=name, unit="token") as bar:
-                write_whole(path, json.dumps(compute(bar.update)) + "\n")
+                write_json(path, compute(bar.update))
         return json.loads(path.read_text())
 
 
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> None:
         make_once(args.texts, collect)
         source = args.source or find_smollm2()
         figures = measure(source, args.folder / BLOCKS, args.texts, plan or Plan(), Parts(args.run_dir))
-        write_whole(path, json.dumps(figures, indent=1) + "\n")
+        write_json(path, figures)
     write_hybrid_card(args.folder, json.loads(path.read_text()))
     print(f"wrote {path} and {args.folder / 'README.md'}")
 

@@ -22,7 +22,7 @@ from card import CURVES, FIGURES, plot_curves, write_card
 from mambaformer import MambaFormerConfig
 from shapes import ARCHITECTURES, build
 from tokens import blocks_to_train_on, held_out_windows, train_tokenizer
-from training import add_intervals, evaluate, keep_settings, make_once, parse_with_intervals, train, write_whole
+from training import add_intervals, evaluate, keep_settings, make_once, parse_with_intervals, train, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 # What both architectures share; it is kept with each run, which cannot go on with other settings.
@@ -100,7 +100,7 @@ def run(arch: str, args: argparse.Namespace) -> dict:
     export(model, tokenizer, folder / "model")
     saved = type(model).from_pretrained(folder / "model", dtype=torch.float32)
     results = {**about, "held_out": evaluate(saved, folder, held_out, tokenizer, args)}
-    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(folder / "results.json", results)
     return results
 
 

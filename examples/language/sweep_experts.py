@@ -12,16 +12,15 @@ when it is started again: finished runs are kept. Needs the extra `train`.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
-import torch
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from expert_report import write_report
@@ -39,6 +38,7 @@ from expert_runs import (
     prepare,
     trials,
 )
+from sweeps import Progress, run_all
 from texts import DOMAINS, collect
 from train_expert import HYBRID, TEXTS, files_of
 from training import make_once
@@ -66,59 +66,28 @@ def finals(ranks: list[int | None], domains: list[str], families_on: list[str]) 
     return [Run(method, family, rank, domain, UNKNOWN) for rank in ranks for method, family, domain in whole + single]
 
 
-def work(place: int, jobs: list[Job], next_job, sweep: Sweep, folder: Path, lock) -> None:
-    """A process: takes one job after the other until none is left."""
-    torch.set_num_threads(1)
+def worker(sweep: Sweep, folder: Path) -> Callable[[Job, Progress], None]:
+    """What a process does with a job, on a model that it loads once; it shows how far each run is."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", ".*activation_checkpointing", FutureWarning)  # peft asks for the old name
-    tqdm.set_lock(lock)
     bench = Bench(sweep, folder)
-    while True:
-        with next_job.get_lock():
-            idx, next_job.value = next_job.value, next_job.value + 1
-        if idx >= len(jobs):
-            return
-        complete_with_bar(jobs[idx], bench, place)
 
-
-def complete_with_bar(job: Job, bench: Bench, place: int) -> None:
-    """Shows how far each run is; ends the process if the one that started it is gone."""
-    starter = multiprocessing.parent_process()
-    with tqdm(desc="base", position=place, leave=False, mininterval=1.0) as bar:
-
-        def report(step: int) -> None:
-            if not starter.is_alive():
-                sys.exit(1)
-            bar.update(step - bar.n)
-
-        def run(run: Run) -> dict:
-            bar.set_description_str(f"{run.name:40s}", refresh=False)
-            bar.reset(bench.sweep.trial_steps if run.is_trial else bench.sweep.steps)
-            return complete(run, bench, report)
+    def do(job: Job, progress: Progress) -> None:
+        def result(run: Run) -> dict:
+            progress.begin(run.name, sweep.trial_steps if run.is_trial else sweep.steps)
+            return complete(run, bench, progress.at)
 
         if job is None:
+            progress.begin("base")
             bench.base()
         elif job.is_trial:
-            trials(job, lambda trial: loss_of_trial(run(trial)))
+            trials(job, lambda trial: loss_of_trial(result(trial)))
         else:
-            run(job)
+            result(job)
 
-
-def run_all(jobs: list[Job], sweep: Sweep, folder: Path, num_workers: int) -> bool:
-    """Does all jobs in so many processes; whether all of them succeeded."""
-    context = multiprocessing.get_context("spawn")
-    next_job, lock = context.Value("i", 0), context.RLock()
-    workers = [
-        context.Process(target=work, args=(place, jobs, next_job, sweep, folder, lock), daemon=True)
-        for place in range(min(num_workers, len(jobs)))
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return all(worker.exitcode == 0 for worker in workers)
+    return do
 
 
 def _rank(text: str) -> int | None:
@@ -167,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     prepare(sweep, args.texts, folder)
     first = args.domains[0]
     print(f"learning rates: {3 * len(args.ranks)} searches of runs of {sweep.trial_steps} steps", flush=True)
-    if not run_all(searches(args.ranks, first), sweep, folder, args.workers):
+    start = partial(worker, sweep, folder)
+    if not run_all(searches(args.ranks, first), start, args.workers):
         return 1
     runs = [
         replace(chosen(replace(run, domain=first), sweep, folder), domain=run.domain)
@@ -175,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     missing = [run for run in runs if run.result(sweep, folder) is None]
     print(f"{len(runs)} runs of {sweep.tokens:,} tokens, {len(missing)} of them to be done", flush=True)
-    succeeded = run_all(missing, sweep, folder, args.workers)
+    succeeded = run_all(missing, start, args.workers)
     print(write_report(runs, sweep, folder, args.output))
     return 0 if succeeded else 1
 

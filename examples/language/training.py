@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from mambaformer.files_mambaformer import write_whole
 from tokens import BitsPerByte, nats_of_labels
 
 COMPLETE = "complete"  # an empty file, written last into a checkpoint
@@ -33,14 +34,16 @@ class Checkpoints(TrainerCallback):
         Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
     def on_log(self, args, state, control, **kwargs):
-        write_whole(Path(args.output_dir, "log.json"), json.dumps(state.log_history, indent=1) + "\n")
+        write_json(Path(args.output_dir, "log.json"), state.log_history)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """A kill leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_whole(path, text.encode())
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def digest(value) -> str:
@@ -84,7 +87,7 @@ def keep_settings(run: Path, settings: dict) -> None:
     if before != settings:
         other = {key: (before.get(key), settings[key]) for key in settings if before.get(key) != settings[key]}
         raise ValueError(f"{run} was started with other settings (then, now): {other}; remove it to start afresh")
-    write_whole(file, json.dumps(settings, indent=1) + "\n")
+    write_json(file, settings)
 
 
 def add_intervals(parser: argparse.ArgumentParser, eval_every: int, save_every: int, log_every: int) -> None:
