@@ -544,7 +544,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the new blocks' initial weights")
     for name, meaning in (("state", "N"), ("conv", "K")):
         parser.add_argument(f"--mamba-d-{name}", type=int, metavar=meaning, help=f"{meaning} of the new blocks")
-    parser.add_argument("--mamba-expand", type=float, metavar="E", help="E of the new blocks")
+    parser.add_argument("--mamba-expand", type=_whole_or_not, metavar="E", help="E of the new blocks")
     parser.add_argument("--mamba-dt-rank", type=int, metavar="R", help="R of the new blocks")
     return parser
 
@@ -555,6 +555,10 @@ def _upcycle(text: str) -> str | list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor layer indices such as 0,2,5")
     return [int(part) for part in text.split(",")]
+
+
+def _whole_or_not(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
 
 
 def _summary(model: MambaFormerForCausalLM, output: str) -> str:

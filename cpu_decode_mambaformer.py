@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, nn
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .compiler_mambaformer import are_readable, cpu_library
 from .cpu_decode_source_mambaformer import DECODE_SOURCE
@@ -254,7 +254,8 @@ def is_only_a_product(module: nn.Module) -> bool:
     """Whether a product is all that happens when `module` is called: no hook and no wrapper does anything."""
     if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks or _global_forward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    return not any(hooks)
 
 
 def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:

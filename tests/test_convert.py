@@ -386,7 +386,7 @@ def test_a_directory_of_an_unknown_family_is_refused_before_it_is_loaded(tmp_pat
 
 def test_the_command_converts_a_directory(tmp_path, capsys):
     source("llama").save_pretrained(tmp_path / "source")
-    arguments = ["--upcycle", "0,2", "--mamba-d-state", "4", "--dtype", "float64"]
+    arguments = ["--upcycle", "0,2", "--mamba-d-state", "4", "--mamba-expand", "1", "--dtype", "float64"]
     assert main([str(tmp_path / "source"), str(tmp_path / "out"), *arguments]) == 0
     said = capsys.readouterr().out
     assert "3 layers (1 full_attention, 2 hybrid)" in said
@@ -394,6 +394,7 @@ def test_the_command_converts_a_directory(tmp_path, capsys):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.dtype == torch.float64
     assert loaded.model.layers[2].mamba.A_log.shape[1] == 4
+    assert '"mamba_expand": 1,' in (tmp_path / "out/config.json").read_text()
     assert_same_logits(all_logits(loaded, some_ids()).float(), all_logits(source("llama"), some_ids()), 1e-5)
 
 
