@@ -64,7 +64,13 @@ def toy_model(vocab_size: int = 50) -> MambaFormerForCausalLM:
 def sweep(modules, world):
     """A finished sweep."""
     assert modules.sweep_experts.main(arguments(world, "whole")) == 0
-    return world / "whole"
+    return folder_of(world, "whole")
+
+
+def folder_of(world: Path, name: str) -> Path:
+    """Where the only sweep in the run-dir of this name has its results."""
+    (folder,) = (world / name).iterdir()
+    return folder
 
 
 def arguments(world: Path, name: str, *more: str) -> list[str]:
@@ -215,13 +221,14 @@ KILLED = """if True:
 
 def test_a_sweep_that_was_killed_ends_as_one_that_was_not(modules, sweep, world):
     """Killed in the middle of writing its fifth result, the worker too."""
-    script, cut = world / "killed.py", world / "cut"
+    script = world / "killed.py"
     some = arguments(world, "cut", "--ranks", "4", "--domains", "python", "--families-on")
     script.write_text(KILLED)
     paths = os.pathsep.join([str(FOLDER), *sys.path])
     command = [sys.executable, script, *some]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONPATH": paths})
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    cut = folder_of(world, "cut")
     before = {path.name: path.stat().st_mtime_ns for path in cut.glob("*.json")}
     assert len(before) == 4
     assert modules.sweep_experts.main(some) == 0
@@ -233,11 +240,16 @@ def test_a_sweep_that_was_killed_ends_as_one_that_was_not(modules, sweep, world)
 
 def test_results_of_other_settings_do_not_count(modules, sweep, world):
     runs = modules.expert_runs
-    settings = modules.sweep_experts.sweep_of(modules.sweep_experts.parse(arguments(world, "whole")))
+    parsed = modules.sweep_experts.parse(arguments(world, "whole"))
+    settings = modules.sweep_experts.sweep_of(parsed)
     run = runs.chosen(runs.Run("expert", "all", 4, "python", 0.0), settings, sweep)
     assert run.result(settings, sweep) is not None
     other = modules.sweep_experts.parse(arguments(world, "whole", "--steps", "4"))
+    write_texts(world / "other-texts", 29, 8)
+    texts = modules.sweep_experts.parse(arguments(world, "whole", "--texts", str(world / "other-texts")))
     assert run.result(modules.sweep_experts.sweep_of(other), sweep) is None
+    folders = {modules.sweep_experts.sweep_of(args).folder(world / "whole") for args in (other, parsed, texts)}
+    assert len(folders) == 3 and sweep in folders
 
 
 def test_too_little_text_is_refused(modules, world):

@@ -218,7 +218,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(icl, tmp_path, few_held_out
     assert steps[0] == 7  # step 7 itself was not in the checkpoint
     assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
     assert [path.name for path in (tmp_path / "cut").iterdir()] == [
-        "linear_regression-mambaformer-rate0.003-seed0.json"
+        "linear_regression-mambaformer-steps12-rate0.003-seed0.json"
     ]
 
 
@@ -335,7 +335,7 @@ def test_a_killed_command_goes_on_with_the_same_curve(icl, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--tasks", "token_recall", "--architectures", "mambaformer", "--seeds", "1", "--steps", "24")
     arguments += ("--checkpoint-seconds", "0")
-    name = "token_recall-mambaformer-rate*-seed0"
+    name = "token_recall-mambaformer-steps24-rate*-seed0"
     killed = start(tmp_path, *arguments)
     wait_for(tmp_path, f"{name}.pt", killed)
     os.killpg(killed.pid, signal.SIGKILL)

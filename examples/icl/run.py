@@ -2,7 +2,7 @@
 
     python examples/icl/run.py                                        # all: about two hours
     python examples/icl/run.py --tasks sparse_parity --seeds 1        # some of it
-    python examples/icl/run.py --steps 20 --output /tmp/try --run-dir /tmp/try    # whether it runs
+    python examples/icl/run.py --steps 20 --run-dir /tmp/try          # whether it runs
 
 Short runs choose a learning rate for each architecture on each task. Then every architecture is trained on every task
 with every seed, several runs at a time with one thread each, and RESULTS.md and curves.png are written out of all
@@ -68,11 +68,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, with one thread each")
     parser.add_argument("--checkpoint-seconds", type=float, default=30.0, help="what a cut may cost")
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/icl", help="where results and checkpoints go")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="where RESULTS.md and curves.png go")
+    parser.add_argument(
+        "--output", type=Path, help="where RESULTS.md and curves.png go; default: here, with --steps the run-dir"
+    )
     args = parser.parse_args(argv)
     for name in ("seeds", "steps", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    args.output = args.output or (FOLDER if args.steps is None else args.run_dir)
     return args
 
 

@@ -51,8 +51,8 @@ class Run:
         return InContextLearner(MambaFormerConfig(**options_of(self.architecture, self.task)), self.task)
 
     def file(self, folder: Path, ending: str) -> Path:
-        rate = f"{self.task.learning_rate:g}"
-        return folder / f"{self.task.name}-{self.architecture}-rate{rate}-seed{self.seed}.{ending}"
+        training = f"steps{self.task.steps}-rate{self.task.learning_rate:g}-seed{self.seed}"
+        return folder / f"{self.task.name}-{self.architecture}-{training}.{ending}"
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """What was found when it was run with these settings, if it was."""

@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from sweeps import losses_by_rate
 from texts import DOMAINS
 from train_expert import blocks_of_domain, load
-from training import arguments, make_once, write_json
+from training import arguments, digest, make_once, write_json
 from tuners import ALL, ExpertTuner, LoraTuner, bytes_of, lora_of_numbers, modules_of, numbers_of, projections_of
 
 EXPERT, LORA = "expert", "lora"
@@ -33,6 +33,7 @@ FIRST_RATES = RATES[3:6]
 # Where a LoRA is put: both are tried, and the better one is taken, for each size.
 LORA_FAMILIES = ("attention", ALL)
 TRIAL_SEED, SEED = 1, 0
+BLOCKS = "blocks"  # the folder of what all runs of a sweep are trained and scored on
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,16 @@ class Sweep:
     trial_steps: int
     held_out_blocks: int  # of each domain
     trial_blocks: int  # of the text to train on, kept back to choose rates by
-    digest: str  # of the model's files
+    weights: str  # digest of the model's files
+    text: str  # digest of the documents
 
     @property
     def tokens(self) -> int:
         return self.steps * self.length
+
+    def folder(self, run_dir: Path) -> Path:
+        """Where its results go: those of other settings are left alone."""
+        return run_dir / f"sweep-{digest(asdict(self))}"
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,13 @@ def _write(name: str, settings: dict, found: dict, folder: Path) -> dict[str, An
 
 
 def digest_of(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    """Names files by their content, whatever they are called."""
+    found = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
             for part in iter(lambda: file.read(1 << 24), b""):
-                digest.update(part)
-    return digest.hexdigest()
+                found.update(part)
+    return found.hexdigest()
 
 
 # ---- what runs are made on
@@ -116,13 +123,8 @@ def digest_of(files: list[Path]) -> str:
 def prepare(sweep: Sweep, texts: Path, folder: Path) -> None:
     """Writes what workers only read: blocks of all domains, and the singular bases into their cache."""
     model, tokenizer = load(sweep.model, sweep.dtype)
-    make_once(_data(sweep, folder), lambda path: _write_blocks(sweep, texts, tokenizer, path))
+    make_once(folder / BLOCKS, lambda path: _write_blocks(sweep, texts, tokenizer, path))
     model.prepare_experts(list(modules_of(model)))
-
-
-def _data(sweep: Sweep, folder: Path) -> Path:
-    kind = f"{sweep.length}-{sweep.steps}-{sweep.trial_blocks}-{sweep.held_out_blocks}"
-    return folder / f"blocks-{kind}-{hashlib.sha256(sweep.model.encode()).hexdigest()[:8]}"
 
 
 def _write_blocks(sweep: Sweep, texts: Path, tokenizer, path: Path) -> None:
@@ -149,7 +151,7 @@ class Bench:
         self.sweep, self.folder = sweep, folder
         self.model, _ = load(sweep.model, sweep.dtype)
         self.model.eval().requires_grad_(False)
-        self.blocks = {domain: load_from_disk(_data(sweep, folder) / domain) for domain in DOMAINS}
+        self.blocks = {domain: load_from_disk(folder / BLOCKS / domain) for domain in DOMAINS}
 
     def base(self) -> dict[str, Any]:
         """Nats a token of each block under the model as it is: {"held_out" or "trial": {domain: [...]}}."""

@@ -109,7 +109,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trial-blocks", type=int, default=4, help="kept back from training to choose rates by")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, with one thread each")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
-    parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/experts", help="where results go")
+    parser.add_argument(
+        "--run-dir", type=Path, default=ROOT / "runs/experts", help="where results go, a folder for each sweep"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help="where EXPERTS.md and experts.png go")
     args = parser.parse_args(argv)
     try:
@@ -126,13 +128,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def sweep_of(args: argparse.Namespace) -> Sweep:
     same = ("dtype", "length", "steps", "trial_steps", "held_out_blocks", "trial_blocks")
-    return Sweep(digest=digest_of(files_of(args.model)), model=args.model, **{n: getattr(args, n) for n in same})
+    contents = {"weights": digest_of(files_of(args.model)), "text": digest_of(sorted(args.texts.glob("*.jsonl")))}
+    return Sweep(model=args.model, **contents, **{name: getattr(args, name) for name in same})
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    sweep, folder = sweep_of(args), args.run_dir
     make_once(args.texts, collect)
+    sweep = sweep_of(args)
+    folder = sweep.folder(args.run_dir)
     prepare(sweep, args.texts, folder)
     first = args.domains[0]
     print(f"learning rates: {3 * len(args.ranks)} searches of runs of {sweep.trial_steps} steps", flush=True)
