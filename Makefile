@@ -38,7 +38,7 @@ bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## the two experts anew; EXPERTS=FOLDER ARGS="--model smollm2-hybrid" for those of the hybrid
+train-experts: $(VENV)/.dev  ## the two experts of SmolLM2's hybrid anew; EXPERTS=FOLDER ARGS="--model smollm2" for those of SmolLM2
 	sh examples/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),experts) $(ARGS)
 
 experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Trains the two experts that the repo ships, on texts that Debian and Python bring. Resumes what was cut off.
+# Trains the two experts that the repo ships, for SmolLM2's hybrid, on texts that Debian and Python bring. Resumes what
+# was cut off.
 #   sh examples/language/train_experts.sh [python] [folder] [arguments of train_expert.py, such as --model FOLDER]
 set -eu
 python=${1:-python}
@@ -9,6 +10,6 @@ folder=${1:-experts}
 mkdir -p "$folder"
 for job in king_james:bible:240 python:python:120; do
     name=${job%%:*} rest=${job#*:}
-    "$python" examples/language/train_expert.py --domain "${rest%:*}" --name "$name" \
+    "$python" examples/language/train_expert.py --model smollm2-hybrid --domain "${rest%:*}" --name "$name" \
         --output "$folder/$name.safetensors" --steps "${rest#*:}" --eval-every 40 --held-out-blocks 16 "$@"
 done
