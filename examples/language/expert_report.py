@@ -23,15 +23,15 @@ standard error over {held_out_blocks} blocks of {length} tokens, the same for al
 frozen, in {dtype}; what is trained is float32. Every run sees {tokens:,} tokens of its domain: {steps} steps of one
 block, in the same order, AdamW without weight decay, gradients clipped at norm 1, a tenth of the steps to warm up,
 then half a cosine to zero, seed {seed}. Seconds are of one core, training alone.{left_out}"""
-LEFT_OUT = " To save time, single families were trained on {some} alone."
+LEFT_OUT = "\nTo save time, single families were trained on {some} alone."
 RATES_TEXT = """## How the learning rates were chosen
 
 For both methods in the same way: runs of {trial_steps} steps on `{domain}` with seed {seed}, their loss measured on
 {trial_blocks} blocks that are neither trained on nor held out. The search starts at {middle:g} and its two neighbours
 on a grid with about three to the decade ({low:g} to {high:g}), and goes on until the best rate has a worse one on
 either side, or the grid ends. A LoRA is tried both on attention and on all modules, and the better place is taken.
-Experts of a single family take the rate of the expert of all modules of their rank. In brackets the loss of the base:
-{base:.4f}. Bold: what was taken."""
+Experts of a single family take the rate of the expert of all modules of their rank. The base's loss on the same blocks
+is {base:.4f}. Bold: what was taken."""
 CAPTION = "held-out gain on the own domain, by rank and by bytes; bars are standard errors over blocks"
 
 
@@ -135,7 +135,7 @@ def plot(found: dict[Run, dict], domains: list[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     sizes = sorted({run.rank for run in found}, key=_size)
     figure, axes = pyplot.subplots(2, len(domains), figsize=(5.5 * len(domains), 8), squeeze=False)
@@ -153,6 +153,7 @@ def plot(found: dict[Run, dict], domains: list[str], path: Path) -> None:
         by_rank.set_xticks(range(len(sizes)), ["full" if rank is None else str(rank) for rank in sizes])
         by_rank.set(title=f"trained on {domain}", xlabel="rank of the expert")
         by_bytes.set(xscale="log", xlabel="bytes of what was trained")
+        by_bytes.xaxis.set_minor_formatter(ticker.NullFormatter())
         for axis in (by_rank, by_bytes):
             axis.set_ylabel("held-out gain (nats a token)")
             axis.grid(alpha=0.3)

@@ -11,5 +11,6 @@ mkdir -p "$folder"
 for job in king_james:bible:240 python:python:120; do
     name=${job%%:*} rest=${job#*:}
     "$python" examples/language/train_expert.py --model smollm2-hybrid --domain "${rest%:*}" --name "$name" \
-        --output "$folder/$name.safetensors" --steps "${rest#*:}" --eval-every 40 --held-out-blocks 16 "$@"
+        --output "$folder/$name.safetensors" --steps "${rest#*:}" --learning-rate 1e-2 --eval-every 40 \
+        --held-out-blocks 16 "$@"
 done
