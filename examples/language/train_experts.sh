@@ -8,9 +8,9 @@ python=${1:-python}
 folder=${1:-experts}
 [ $# -eq 0 ] || shift
 mkdir -p "$folder"
-for job in king_james:bible:240 python:python:120; do
-    name=${job%%:*} rest=${job#*:}
-    "$python" examples/language/train_expert.py --model smollm2-hybrid --domain "${rest%:*}" --name "$name" \
-        --output "$folder/$name.safetensors" --steps "${rest#*:}" --learning-rate 1e-2 --eval-every 40 \
+for job in king_james:bible python:python; do
+    name=${job%%:*}
+    "$python" examples/language/train_expert.py --model smollm2-hybrid --domain "${job#*:}" --name "$name" \
+        --output "$folder/$name.safetensors" --steps 120 --learning-rate 1e-2 --eval-every 40 \
         --held-out-blocks 16 "$@"
 done
