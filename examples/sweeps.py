@@ -42,7 +42,7 @@ class Progress:
 Start = Callable[[], Callable[[Job, Progress], object]]
 
 
-def run_all(jobs: Sequence[Job], start: Start, num_workers: int) -> bool:
+def run_all(jobs: Sequence[Job], start: Start[Job], num_workers: int) -> bool:
     """Does all jobs in so many processes of one thread each; whether all of them succeeded."""
     context = multiprocessing.get_context("spawn")
     next_job, lock = context.Value("i", 0), context.RLock()
@@ -57,7 +57,7 @@ def run_all(jobs: Sequence[Job], start: Start, num_workers: int) -> bool:
     return all(worker.exitcode == 0 for worker in workers)
 
 
-def _work(place: int, jobs: Sequence[Job], next_job, start: Start, lock) -> None:
+def _work(place: int, jobs: Sequence[Job], next_job, start: Start[Job], lock) -> None:
     """A process: takes one job after the other until none is left."""
     torch.set_num_threads(1)
     tqdm.set_lock(lock)

@@ -204,16 +204,16 @@ def test_a_rate_is_the_best_of_its_trials(sweep):
 
 KILLED = """if True:
     import os, signal
-    import expert_runs, sweep_experts
+    from pathlib import Path
+    import sweep_experts
 
-    def write_json(path, value):
-        if len(list(path.parent.glob("*.json"))) == 4:
-            path.with_name("." + path.name + ".tmp").write_text("{")
+    def replace(source, target):
+        if Path(target).suffix == ".json" and len(list(Path(target).parent.glob("*.json"))) == 4:
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        whole(path, value)
+        whole(source, target)
 
-    whole, expert_runs.write_json = expert_runs.write_json, write_json
+    whole, os.replace = os.replace, replace
     if __name__ == "__main__":
         sweep_experts.main()
 """
@@ -230,8 +230,9 @@ def test_a_sweep_that_was_killed_ends_as_one_that_was_not(modules, sweep, world)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     cut = folder_of(world, "cut")
     before = {path.name: path.stat().st_mtime_ns for path in cut.glob("*.json")}
-    assert len(before) == 4
+    assert len(before) == 4 and len(list(cut.glob(".*.tmp"))) == 1
     assert modules.sweep_experts.main(some) == 0
+    assert not list(cut.glob(".*.tmp"))
     assert {name: (cut / name).stat().st_mtime_ns for name in before} == before, "finished runs are kept"
     found, expected = results(cut), results(sweep)
     assert sum(name.endswith("final") for name in found) == 2
