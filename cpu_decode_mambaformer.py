@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .compiler_mambaformer import are_readable, cpu_library
+from .compiler_mambaformer import are_readable, cpu_library, held
 from .cpu_decode_source_mambaformer import DECODE_SOURCE
 from .cpu_scan_source_mambaformer import SCAN_SOURCE
 from .cpu_stack_source_mambaformer import STACK_SOURCE
+from .own_modules_mambaformer import is_replaceable
 from .quantized_mambaformer import PackedWeight, packed_weight
 
 # Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
@@ -40,6 +40,12 @@ _ARGUMENTS = {
     "run_blocks": "pppnpp",
 }
 _SOURCE = SCAN_SOURCE + DECODE_SOURCE + STACK_SOURCE
+_FUNCTIONS = (
+    "rows_of_block",
+    "fits",
+    *(f"{name}_{stored}" for name in _ARGUMENTS if name != "unpack_int4" for stored in STORED.values()),
+    *(f"unpack_int4_{stored}_{scale}" for stored in ("float32", "bfloat16") for scale in ("float32", "bfloat16")),
+)
 
 
 def structure(name: str, integers: str, **others: Any) -> type[ctypes.Structure]:
@@ -61,7 +67,7 @@ _Shape = ctypes.c_int64 * 17
 @lru_cache
 def kernel_of(name: str, *stored: torch.dtype) -> Any:
     """The C function for activations (and scales) stored so; `None` where there is none."""
-    library = cpu_library(_SOURCE) if all(dtype in STORED for dtype in stored) else None
+    library = cpu_library(_SOURCE, _FUNCTIONS) if all(dtype in STORED for dtype in stored) else None
     function = getattr(library, "_".join((name, *(STORED.get(dtype, "") for dtype in stored))), None)
     if function is not None:
         function.argtypes = [*(_KINDS[kind] for kind in _ARGUMENTS[name]), ctypes.c_int]
@@ -82,16 +88,30 @@ def takes(*tensors: Tensor | None) -> bool:
 
 def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a plain weight (out, in), for few rows."""
-    if not takes(states, weight, bias) or not (weight.is_contiguous() and (bias is None or bias.is_contiguous())):
+    if not takes(states, weight, bias):
         return None
-    bias = 0 if bias is None else bias.data_ptr()
-    return _product(states, Weight(_PLAIN, weight.data_ptr(), 0, bias, *weight.shape))
+    weight, bias = held(weight), held(bias)
+    if weight.ndim != 2 or not weight.is_contiguous():
+        return None
+    if bias is not None and not _is_bias(bias, weight.shape[0]):
+        return None
+    if not weight.data_ptr():
+        return None  # its memory is freed, as PyTorch says
+    address_of_bias = 0 if bias is None else bias.data_ptr()
+    return _product(states, Weight(_PLAIN, weight.data_ptr(), 0, address_of_bias, *weight.shape))
+
+
+def _is_bias(bias: Tensor, outputs: int) -> bool:
+    return bias.shape == (outputs,) and bias.is_contiguous()
 
 
 def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
     described = _describe_packed(packed, states.dtype) if takes(states, bias) else None
-    if described is None or states.shape[-1] != described.inputs or not (bias is None or bias.is_contiguous()):
+    if described is None or states.shape[-1] != described.inputs:
+        return None
+    bias = held(bias)
+    if bias is not None and not _is_bias(bias, described.outputs):
         return None
     if described.kind == _INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
         weight, scales = states.new_empty(packed.shape[::-1]), packed.scale_and_zero
@@ -104,8 +124,8 @@ def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = No
 
 def _product(states: Tensor, weight: Weight) -> Tensor | None:
     width, dtype = states.shape[-1], states.dtype
-    rows, kernel = states.numel() // width, kernel_of("linear", dtype)
-    if kernel is None or weight.inputs != width or rows > MOST_ROWS[dtype]:
+    rows, kernel = states.numel() // max(width, 1), kernel_of("linear", dtype)
+    if kernel is None or weight.inputs != width or rows > MOST_ROWS[dtype] or not (weight.data and rows):
         return None
     states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], weight.outputs))
     kernel(states.data_ptr(), rows, ctypes.addressof(weight), outputs.data_ptr(), get_num_threads())
@@ -113,13 +133,13 @@ def _product(states: Tensor, weight: Weight) -> Tensor | None:
 
 
 def _describe_packed(packed: PackedWeight, dtype: torch.dtype) -> Weight | None:
-    if dtype not in MOST_ROWS or dtype is torch.float64 or not are_readable(packed.qdata):
+    scale = packed.scale if packed.kind == "int8" else packed.scale_and_zero
+    if dtype not in MOST_ROWS or dtype is torch.float64 or not (are_readable(packed.qdata, scale) and packed.fits()):
         return None
     if packed.kind == "int8":
-        is_known, scale = packed.scale.dtype is torch.float32, packed.scale
+        is_known = scale.dtype is torch.float32
         described = Weight(_INT8, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape)
     else:
-        scale = packed.scale_and_zero
         is_known = _has_our_blocks(packed) and scale.dtype in (torch.float32, torch.bfloat16)
         described = Weight(_INT4, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape, packed.group_size,
                            scale.dtype is torch.bfloat16)  # fmt: skip
@@ -133,7 +153,15 @@ def _has_our_blocks(packed: PackedWeight) -> bool:
 
 @lru_cache
 def _rows_of_block() -> int:
-    return getattr(cpu_library(_SOURCE), "rows_of_block", lambda: 0)()
+    return getattr(cpu_library(_SOURCE, _FUNCTIONS), "rows_of_block", lambda: 0)()
+
+
+@lru_cache
+def fits_kernel() -> Any:
+    """The C function that says whether blocks read and write keys within their capacity."""
+    function = cpu_library(_SOURCE, _FUNCTIONS).fits
+    function.argtypes, function.restype = [*(_KINDS[kind] for kind in "ppnp")], ctypes.c_int
+    return function
 
 
 def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
@@ -156,7 +184,7 @@ def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[i
     """Adds Q (n, r) and delta (r,) or (rows, 1, r) to `weight`, for states of this shape; false for other ones."""
     (rows, tokens, _), (_, rank) = shape if len(shape) == 3 else (0, 0, 0), basis.shape
     is_shared = delta.shape == (rank,)
-    fits = is_shared or (delta.shape == (rows, 1, rank) and tokens == 1)
+    fits = rank > 0 and (is_shared or (delta.shape == (rows, 1, rank) and tokens == 1))
     wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
     if not (fits and takes(basis) and takes(delta) and delta.dtype is wide):
         return False
@@ -167,8 +195,11 @@ def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[i
 
 def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """weight * states / sqrt(mean(states^2) + eps) over the last dimension."""
-    kernel = kernel_of("rms_norm", states.dtype) if takes(states, weight) else None
-    if kernel is None or weight.shape != states.shape[-1:] or not weight.is_contiguous():
+    kernel = kernel_of("rms_norm", states.dtype) if takes(states, weight) and states.numel() else None
+    if kernel is None:
+        return None
+    weight = held(weight)
+    if weight.shape != states.shape[-1:] or not weight.is_contiguous():
         return None
     states, width = states.contiguous(), states.shape[-1]
     outputs = torch.empty_like(states)
@@ -228,8 +259,15 @@ def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not takes(query, key, value):
         return None
     key_rows, key_heads, num_keys, key_width = key.shape
-    fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape and heads % key_heads == 0
-    if not fits or query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+    fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape
+    if (
+        not fits
+        or not key_heads
+        or heads % key_heads
+        or query.stride(3) != 1
+        or key.stride(3) != 1
+        or value.stride(3) != 1
+    ):
         return None
     if mask is not None and not takes_mask(mask, rows, queries, num_keys):
         return None
@@ -252,19 +290,24 @@ def takes_mask(mask: Tensor, rows: int, queries: int, keys: int) -> bool:
 
 def is_only_a_product(module: nn.Module) -> bool:
     """Whether a product is all that happens when `module` is called: no hook and no wrapper does anything."""
-    if type(module) is not nn.Linear or "weight" not in module._parameters or "forward" in module.__dict__:
-        return False
-    hooks = (module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
-    return not any(hooks)
+    return type(module) is nn.Linear and _has_parameters(module) and is_replaceable(module)
+
+
+def _has_parameters(module: nn.Linear) -> bool:
+    """Whether weight and bias are parameters: pruning, for one, makes masked attributes of them."""
+    return "weight" in module._parameters and "bias" in module._parameters
 
 
 def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
-    """What kernels that record no graph have to know of a linear module; `None` if it is no plain product."""
-    if not is_only_a_product(module):
+    """What kernels that record no graph have to know of a linear module; `None` if they cannot compute it.
+
+    Whether it is hooked or patched is asked at every step, by who uses the description.
+    """
+    if type(module) is not nn.Linear or not _has_parameters(module):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is nn.Parameter:
-        is_known = is_stored(weight, dtype)
+        is_known = is_stored(weight, dtype, weight.shape) and weight.ndim == 2
         described = Weight(_PLAIN, weight.data_ptr(), 0, 0, *weight.shape) if is_known else None
     else:
         packed = packed_weight(weight)
@@ -272,13 +315,20 @@ def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
     if described is None or bias is None:
         return described
     described.bias = bias.data_ptr()
-    return described if is_stored(bias, dtype) else None
+    return described if is_stored(bias, dtype, (described.outputs,)) else None
 
 
-def is_stored(parameter: nn.Parameter, dtype: torch.dtype) -> bool:
-    """Whether a parameter is where and how kernels read it."""
+def is_stored(parameter: nn.Parameter, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is where and how kernels read it, and has this shape."""
     is_plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is dtype
-    return is_plain and parameter.is_contiguous()
+    is_like = is_plain and parameter.shape == shape and parameter.is_contiguous() and not parameter.is_neg()
+    return is_like and has_memory(parameter)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether all of a tensor is inside of its storage, which others may have shrunk or freed."""
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0
 
 
 __all__ = [

@@ -435,8 +435,11 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
                 scores[line][i] = !masks[line] || masks[line][start + i] ? sum<A>(totals[line]) : (A)-INFINITY;
         }
         for (int line = 0; line < LINES; line++) {
-            A highest = most[line];
-            for (int i = 0; i < count; i++) highest = scores[line][i] > highest ? scores[line][i] : highest;
+            A highest = most[line];  // NaN from the first score on that is NaN
+            for (int i = 0; i < count; i++) {
+                A score = scores[line][i];
+                highest = score > highest || score != score ? score : highest;
+            }
             for (int i = count; i < KEYS_AT_A_TIME; i++) scores[line][i] = -INFINITY;
             if (highest == (A)-INFINITY) {
                 memset(scores[line], 0, sizeof scores[line]);
@@ -446,8 +449,8 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
             for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
                 Vec<A> exponent = load<A>(scores[line] + i) - highest;
                 Vec<A> share = exp2_of(exponent);
-                typename Lanes<A>::Int is_seen = exponent > (A)-INFINITY;
-                share = is_seen ? share : Vec<A>{};
+                typename Lanes<A>::Int is_unseen = exponent == (A)-INFINITY;
+                share = is_unseen ? Vec<A>{} : share;
                 total += share;
                 store<A>(share, scores[line] + i);
             }
@@ -542,7 +545,7 @@ TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *m
                     const A *here = found + (head * parts + part) * lines * size;
                     total += shares[part] * here[2 * lines + line * width + c];
                 }
-                to[c] = as_stored<T>(weight > 0 ? total / weight : (A)0);
+                to[c] = as_stored<T>(weight == 0 ? (A)0 : total / weight);
             }
         }
 }

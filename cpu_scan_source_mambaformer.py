@@ -24,12 +24,19 @@ template <typename T> static ALWAYS_INLINE T *at(const View &view, Long row, Lon
 
 // Rows are cut into `splits` shares of whole vectors of channels, more than there are threads: another program that
 // takes one of the processors away then holds up one share and not half of the work.
-struct Shares { const Long *lengths; Long rows, length, channels, splits, threads; };
+struct Shares {
+    const Long *lengths; Long rows, length, channels, splits, threads;
+    const Long *positions;  // (B, L), of each token in its own sequence; null where every row is one
+};
 
 static Long length_of(const Shares &shares, Long row) {
     if (!shares.lengths) return shares.length;
     Long length = shares.lengths[row];
     return length < 0 ? 0 : length < shares.length ? length : shares.length;
+}
+
+static Long position_of(const Shares &shares, Long row, Long token) {
+    return shares.positions ? shares.positions[row * shares.length + token] : token;
 }
 
 template <typename R, typename Work> static void for_each_share(const Shares &shares, Work work) {
@@ -106,9 +113,17 @@ static ALWAYS_INLINE void load_inputs(
     }
 }
 
-template <typename R> static ALWAYS_INLINE Vec<R> convolve(const Taps<R> &taps, int count, const Vec<R> *inputs) {
+// The first tap of a token that meets an input of its own sequence.
+static ALWAYS_INLINE int first_tap(const Convolution &conv, Long row, Long token) {
+    if (!conv.shares.positions) return 0;
+    Long missing = conv.taps - 1 - position_of(conv.shares, row, token);
+    return missing > 0 ? (int)missing : 0;
+}
+
+template <typename R>
+static ALWAYS_INLINE Vec<R> convolve(const Taps<R> &taps, int first, int count, const Vec<R> *inputs) {
     Vec<R> total = taps.bias;
-    for (int tap = 0; tap < count; tap++) total += taps.weight[tap] * inputs[tap];
+    for (int tap = first; tap < count; tap++) total += taps.weight[tap] * inputs[tap];
     return total;
 }
 
@@ -122,7 +137,7 @@ static ALWAYS_INLINE void convolve_chunk(
     load_taps<R>(conv, channel, lanes, taps);
     load_inputs<T, R>(conv, row, channel, lanes, start, tokens + conv.taps - 1, inputs);
     for (int token = 0; token < tokens; token++) {
-        Vec<R> total = convolve<R>(taps, conv.taps, inputs + token);
+        Vec<R> total = convolve<R>(taps, first_tap(conv, row, start + token), conv.taps, inputs + token);
         store_some<R>(total * sigmoid<R>(total), at<T>(conv.y, row, start + token) + channel, lanes);
     }
 }
@@ -153,23 +168,26 @@ static ALWAYS_INLINE void convolve_chunk_back(
     const T *dfinal_state = gradient.dfinal_state ? (const T *)gradient.dfinal_state + row * kept * channels : 0;
     Taps<R> taps, dtaps = {};
     Vec<R> inputs[CHUNK + 2 * MOST_TAPS], dtotal[CHUNK + MOST_TAPS];
+    int first[CHUNK + MOST_TAPS];
     load_taps<R>(conv, channel, lanes, taps);
     load_inputs<T, R>(conv, row, channel, lanes, start - kept, count + 2 * kept, inputs);
     for (int each = 0; each < count + kept; each++) {
         Long token = start - kept + each;
-        dtotal[each] = Vec<R>{};
+        dtotal[each] = Vec<R>{}, first[each] = 0;
         if (token < 0 || token >= length || !gradient.dy.data) continue;
-        Vec<R> total = convolve<R>(taps, conv.taps, inputs + each);
+        first[each] = first_tap(conv, row, token);
+        Vec<R> total = convolve<R>(taps, first[each], conv.taps, inputs + each);
         Vec<R> dy = load_some<R>(at<const T>(gradient.dy, row, token) + channel, lanes);
         dtotal[each] = dy * silu_slope<R>(total);
         if (each < kept) continue;
         dtaps.bias += dtotal[each];
-        for (int tap = 0; tap < conv.taps; tap++) dtaps.weight[tap] += dtotal[each] * inputs[each + tap];
+        for (int tap = first[each]; tap < conv.taps; tap++) dtaps.weight[tap] += dtotal[each] * inputs[each + tap];
     }
     for (int each = 0; each < count; each++) {
         Long input = start + each;
         Vec<R> dinput = {};
-        for (int tap = 0; tap < conv.taps; tap++) dinput += taps.weight[tap] * dtotal[each + kept - tap];
+        for (int tap = 0; tap < conv.taps; tap++)
+            if (tap >= first[each + kept - tap]) dinput += taps.weight[tap] * dtotal[each + kept - tap];
         if (dfinal_state && input >= length)
             dinput += load_some<R>(dfinal_state + (input - length) * channels + channel, lanes);
         T *to = input >= kept ? at<T>(gradient.dx, row, input - kept)
@@ -218,6 +236,7 @@ struct ScanGradient {
 template <typename R> struct Chunk {
     Long row, start, channel;
     int tokens, lanes;
+    bool is_first[CHUNK + 1];  // whether a sequence starts at this token; the last is whether one does in the chunk
     Vec<R> B[CHUNK], C[CHUNK], u[CHUNK], dt[CHUNK], dt_u[CHUNK], y[CHUNK], elapsed;
 };
 
@@ -246,8 +265,11 @@ static ALWAYS_INLINE void fetch_next_channels(const View &view, const Chunk<R> &
 
 template <typename T, typename R> static ALWAYS_INLINE void load_tokens(const Scan &scan, Chunk<R> &chunk) {
     Vec<R> D = scan.D ? load_some<R>((const R *)scan.D + chunk.channel, chunk.lanes) : Vec<R>{};
-    chunk.elapsed = Vec<R>{};
+    chunk.elapsed = Vec<R>{}, chunk.is_first[chunk.tokens] = false;
     for (int token = 0; token < chunk.tokens; token++) {
+        chunk.is_first[token] =
+            scan.shares.positions && position_of(scan.shares, chunk.row, chunk.start + token) == 0;
+        chunk.is_first[chunk.tokens] |= chunk.is_first[token];
         Vec<R> dt = channels_of<T, R>(scan.dt, chunk, token), u = channels_of<T, R>(scan.u, chunk, token);
         for (const View *view = &scan.u; view <= &scan.y; view++) fetch_next_channels<T, R>(*view, chunk, token);
         if (scan.dt_softplus) dt = softplus<R>(dt);
@@ -284,11 +306,12 @@ static ALWAYS_INLINE Vec<R> advance(Vec<R> before, const Vec<R> *decays, int lan
     Vec<R> h = before, written = {};
     for (int token = 0; token < chunk.tokens; token++) {
         Vec<R> write = chunk.dt_u[token][lane] * chunk.B[token];
+        if (chunk.is_first[token]) h = written = Vec<R>{};  // not a decay of 0, which times NaN is NaN
         h = decays[token] * h + write;
         written = decays[token] * written + write;
         chunk.y[token][lane] += sum<R>(h * chunk.C[token]);
     }
-    return decays[chunk.tokens] * before + written;
+    return chunk.is_first[chunk.tokens] ? written : decays[chunk.tokens] * before + written;
 }
 
 template <typename T, typename R> static ALWAYS_INLINE void store_outputs(const Scan &scan, const Chunk<R> &chunk) {
@@ -373,6 +396,7 @@ static ALWAYS_INLINE void advance_back(
     decay<R>(A, lane, chunk, decays);
     states[0] = h;
     for (int token = 0; token < chunk.tokens; token++) {
+        if (chunk.is_first[token]) h = Vec<R>{};
         h = decays[token] * h + chunk.dt_u[token][lane] * chunk.B[token];
         states[token + 1] = h;
         chunk.y[token][lane] += sum<R>(h * chunk.C[token]);
@@ -382,6 +406,10 @@ static ALWAYS_INLINE void advance_back(
         dh += back.dy[token][lane] * chunk.C[token];
         back.dB[token] += chunk.dt_u[token][lane] * dh;
         back.written[token][lane] += sum<R>(dh * chunk.B[token]);
+        if (chunk.is_first[token]) {
+            dh = Vec<R>{};
+            continue;
+        }
         dh *= decays[token];
         Vec<R> kept = dh * states[token];
         back.decayed[token][lane] += sum<R>(kept * A);

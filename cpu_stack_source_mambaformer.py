@@ -221,6 +221,23 @@ template <typename T, typename A> TEAM void mamba(const Block &b, const Tokens &
     project<T>(b.weights + 3, y, rows, outputs, room, room.x);
 }
 
+// Whether all keys that are read, and all slots that are written, lie within the capacity of their blocks.
+static bool fits(const Tokens &t, const Block *blocks, Long count, const Plan *plans) {
+    for (const Block *b = blocks; b < blocks + count; b++) {
+        if (b->kind != ATTENTION) continue;
+        const Plan &p = plans[b->plan];
+        const Long *slots = (const Long *)p.slots;
+        if (p.keys < 0 || p.keys > b->capacity) return false;
+        if (!slots && (p.first_slot < 0 || p.first_slot + t.count > b->capacity)) return false;
+        for (Long row = 0; slots && row < (p.slots_row ? t.rows : 1); row++)
+            for (Long token = 0; token < t.count; token++) {
+                const Long slot = slots[row * p.slots_row + token];
+                if (slot < 0 || slot >= b->capacity) return false;
+            }
+    }
+    return true;
+}
+
 // Blocks, one after the other, for x (rows, tokens, width); y has what comes out of the last one.
 template <typename T>
 static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans, T *y,
@@ -248,6 +265,10 @@ static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Lo
 FOR_BLOCKS(float32, float)
 FOR_BLOCKS(bfloat16, bfloat16)
 FOR_BLOCKS(float64, double)
+
+extern "C" int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans) {
+    return fits(*tokens, blocks, count, plans);
+}
 """
 
 __all__ = ["STACK_SOURCE"]

@@ -36,26 +36,33 @@ class ExpertSchedule:
         return ExpertSchedule({n: repeat_rows(e, repeats) for n, e in self.entries.items()}, self.prompt_length)
 
 
-class DraftsUnderOneExpert:
-    """A candidate generator of Transformers that drafts no further than the expert in force reaches.
+class BoundedDrafts:
+    """A candidate generator of Transformers whose drafts end where the expert changes or the cache is full.
 
-    One forward verifies a draft and predicts the token behind it, all under one expert.
+    One forward verifies a draft and predicts the token after it, all under one expert and in one cache.
+
+    Args:
+        max_columns: columns that a static cache holds; `None` for one that grows.
     """
 
-    def __init__(self, candidate_generator: Any, schedule: ExpertSchedule):
-        self.candidate_generator, self.schedule = candidate_generator, schedule
+    def __init__(self, candidate_generator: Any, schedule: ExpertSchedule | None, max_columns: int | None = None):
+        self.candidate_generator, self.schedule, self.max_columns = candidate_generator, schedule, max_columns
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.candidate_generator, name)
 
     def get_candidates(self, input_ids: torch.LongTensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The text with its draft behind it (rows, columns), and the draft's logits if there are any."""
+        """The sequence with its draft, (rows, columns), and the draft's logits if there are any."""
         drafted, logits = self.candidate_generator.get_candidates(input_ids, *args, **kwargs)
-        num_left = self.schedule.num_left(input_ids.shape[1] - self.schedule.prompt_length)
-        if num_left is None or drafted.shape[1] - input_ids.shape[1] < num_left:
+        num_kept = self._most_drafted(input_ids.shape[1])
+        if drafted.shape[1] - input_ids.shape[1] <= num_kept:
             return drafted, logits
-        num_kept = num_left - 1
         return drafted[:, : input_ids.shape[1] + num_kept], None if logits is None else logits[:, :num_kept]
+
+    def _most_drafted(self, length: int) -> float:
+        most = float("inf") if self.max_columns is None else max(self.max_columns - length, 0)
+        num_left = None if self.schedule is None else self.schedule.num_left(length - self.schedule.prompt_length)
+        return most if num_left is None else min(most, num_left - 1)
 
 
 class ExpertSwitchLogitsProcessor(LogitsProcessor):
@@ -65,7 +72,7 @@ class ExpertSwitchLogitsProcessor(LogitsProcessor):
     The expert of token 0 is the one the cache has when generation starts. One processor serves one call of `generate`.
 
     Args:
-        cache: the `past_key_values` that generation runs on (`model.make_cache()`).
+        cache: the cache that generation runs on (`model.make_cache()`).
         schedule: {n: expert}, the expert in force from new token n (0-based, n >= 1) on.
         choose: called with `(input_ids, scores)`, (rows, columns) and (rows, vocabulary), after each prediction;
             returns the expert for the next one, in any form that `cache.set_expert` takes.
@@ -97,6 +104,68 @@ class ExpertSwitchLogitsProcessor(LogitsProcessor):
 def repeat_rows(expert: Any, repeats: int) -> Any:
     """A list of experts, one a row, for a batch whose rows were each repeated; anything else stays as it is."""
     return [row for row in expert for _ in range(repeats)] if isinstance(expert, (list, tuple)) else expert
+
+
+def names_experts(generation_config: Any) -> tuple[Any, Any]:
+    """`(expert_vector, expert_schedule)` of a `GenerationConfig`; `...` and `None` for what it does not name.
+
+    JSON turns the keys of a schedule into strings; such keys count as the integers that they spell.
+    """
+    named = getattr(generation_config, "__dict__", {})
+    schedule = named.get("expert_schedule")
+    if isinstance(schedule, Mapping):
+        given, schedule = schedule, {_counted(n): expert for n, expert in schedule.items()}
+        if len(schedule) < len(given):
+            raise ValueError(f"`expert_schedule` names a new token twice: {list(given)}.")
+    return named.get("expert_vector", ...), schedule
+
+
+def _counted(n: Any) -> Any:
+    return int(n) if isinstance(n, str) and n.isdecimal() else n
+
+
+def first_schedule(*levels: tuple[Any, Any]) -> dict[int, Any]:
+    """The entries of a schedule from `(expert_vector, expert_schedule)` pairs, the pair that wins first.
+
+    The first pair that names an expert for new token 0 ends the search. A schedule without an entry for it starts
+    from the `expert_vector` of a later pair. Empty if no pair names anything.
+
+    Raises:
+        TypeError, ValueError: an invalid schedule, or a pair that names the first expert twice.
+    """
+    entries: dict[int, Any] = {}
+    for expert_vector, schedule in levels:
+        own = {} if schedule is None else _checked_entries(schedule)
+        if expert_vector is not ... and 0 in own:
+            raise ValueError("`expert_vector` and `expert_schedule[0]` both name the first expert: give one.")
+        entries = entries or own
+        if expert_vector is not ...:
+            entries.setdefault(0, expert_vector)
+        if 0 in entries:
+            return entries
+    return entries
+
+
+def prepare_to_save(generation_config: Any) -> None:
+    """Makes sure that the experts of a `GenerationConfig` are in its file and are read from it.
+
+    Raises:
+        ValueError: experts that are not given by name, which a JSON file cannot hold.
+    """
+    expert_vector, schedule = names_experts(generation_config)
+    given = {"expert_vector": None if expert_vector is ... else expert_vector}
+    given |= {f"expert_schedule[{n}]": expert for n, expert in (schedule or {}).items()}
+    for where, expert in given.items():
+        rows = expert if isinstance(expert, (list, tuple)) else [expert]
+        unnamed = [row for row in rows if row is not None and not isinstance(row, str)]
+        if unnamed:
+            raise ValueError(
+                f"`generation_config.{where}` is a {type(unnamed[0]).__name__}, and generation_config.json holds "
+                "names only: add the expert to the model's library and set its name there before saving."
+            )
+    if expert_vector is not ... or schedule is not None:
+        # The library's mark of a configuration that nobody has edited: from its file only known fields are read.
+        generation_config._from_model_config = False
 
 
 def _checked_entries(entries: Mapping[int, Any]) -> dict[int, Any]:

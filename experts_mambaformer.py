@@ -16,35 +16,61 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .configuration_mambaformer import FILE_NAME
 from .files_mambaformer import read_tensors, write_tensors
-from .placement_mambaformer import version_of
+from .header_mambaformer import json_of
+from .stamps_mambaformer import version_of
 from .svd_mambaformer import SingularBasis, at_least_float32
 
 EXPERT_FORMAT = "mambaformer.expert_vector"
 FORMAT_VERSION = 1
 SPECTRUM_LENGTH = 4
 SPECTRUM_TOLERANCE = 0.05
+MOST_MISSPELT = 5  # an expert with more unknown modules is another model's
+# A gated MLP multiplies three scaled modules and the next norm squares the result: MAX_SCALE**6 = 1e24, times weights
+# and activations, stays within the 3.4e38 of float32.
+MAX_SCALE = 1e4
 
 
 def _copy_of_vector(vector: Tensor) -> Tensor:
     return vector.detach().to("cpu", at_least_float32(vector.dtype), copy=True).contiguous()
 
 
-def _check_vector(name: Any, vector: Any):
+def _as_tensor(name: Any, value: Any) -> Tensor:
+    """A tensor as it is; numbers in a list or an array as a tensor."""
+    try:
+        if isinstance(value, (list, tuple)):
+            return torch.tensor(value, dtype=torch.float64, device="cpu").float()
+        if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            array = np.array(value, order="C")
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"The vector of `{name}` must be numbers, in a tensor, an array or a list: {error}") from error
+    if not isinstance(value, Tensor):
+        raise TypeError(f"The vector of `{name}` must be a tensor, an array or a list, got {type(value).__name__}.")
+    return value
+
+
+def _check_vector(name: Any, vector: Tensor):
     if not isinstance(name, str) or not name:
         raise ValueError(f"An expert vector's keys are names of linear modules, got {name!r}.")
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"The vector of `{name}` must be a tensor, got {type(vector).__name__}.")
     if vector.ndim != 1 or not vector.numel() or not vector.is_floating_point():
         raise ValueError(
             f"The vector of `{name}` must be floating point, of shape (rank,) with rank >= 1, got {vector.dtype} of "
             f"shape {tuple(vector.shape)}: give one scale per singular value."
         )
-    if not torch.isfinite(vector.detach().to(at_least_float32(vector.dtype))).all():
+    values = vector.detach().to(at_least_float32(vector.dtype))
+    if not torch.isfinite(values).all():
         raise ValueError(f"The vector of `{name}` has NaN or infinite entries: it cannot scale a weight.")
+    if (values.abs() > MAX_SCALE).any():
+        raise ValueError(
+            f"The vector of `{name}` has the scale {values.abs().max():.3g}, and {MAX_SCALE:.0e} is the largest whose "
+            "products stay finite: 1 leaves a singular value as it is."
+        )
 
 
 def _fingerprint(vectors: Mapping[str, Tensor]) -> str:
@@ -69,13 +95,14 @@ class ExpertVector:
     Source: SVF (arXiv 2501.06252). Its identity is its content: see `fingerprint`.
 
     Args:
-        vectors: module name (`"model.layers.0.self_attn.q_proj"`) -> `z` of shape (rank,), for the singular values
-            in descending order; those beyond `rank` keep scale 1, as do the modules that are left out. Stored as
-            float32 (float64 if given) copies on the CPU; tensors that require grad are kept as they are.
+        vectors: module name (`"model.layers.0.self_attn.q_proj"`) -> `z` of shape (rank,), a tensor, array or list,
+            for the singular values in descending order; those beyond `rank` keep scale 1, as do the modules that are
+            left out. Stored as float32 (float64 if given as a tensor or array) copies on the CPU; tensors that
+            require grad are kept as they are.
         name, metadata: labels (`metadata` as JSON can hold it), no part of the identity.
 
     Raises:
-        TypeError, ValueError: a vector that is not a finite floating-point tensor of shape (rank,), rank >= 1.
+        TypeError, ValueError: a vector that is not finite, floating-point and of shape (rank,), rank >= 1.
     """
 
     def __init__(self, vectors: Mapping[str, Tensor], name: str | None = None, metadata: dict | None = None):
@@ -83,6 +110,7 @@ class ExpertVector:
             raise TypeError(f"`vectors` must map module names to tensors, got {type(vectors).__name__}.")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"`name` must be a string, got {type(name).__name__}.")
+        vectors = {key: _as_tensor(key, vector) for key, vector in vectors.items()}
         for key, vector in vectors.items():
             _check_vector(key, vector)
         self._vectors = {key: z if z.requires_grad else _copy_of_vector(z) for key, z in vectors.items()}
@@ -173,7 +201,7 @@ class ExpertVector:
             raise ValueError(f"{path} is a folder: load it into an `ExpertLibrary`, or pass one of its files.")
         vectors, header = read_tensors(path, EXPERT_FORMAT, FORMAT_VERSION, "`ExpertVector(vectors).save(path)`")
         try:
-            expert = cls(vectors, json.loads(header["name"]), json.loads(header["metadata"]))
+            expert = cls(vectors, json_of(header["name"]), json_of(header["metadata"]))
             expected = header["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid expert: {error}") from error
@@ -191,19 +219,34 @@ class ExpertVector:
         Source: the linear mixing of Transformer-squared (arXiv 2501.06252), taken around the base; it is the
         paper's own wherever the weights add up to 1.
         """
-        parts = list(parts)
-        if not parts:
-            raise ValueError("There is nothing to blend: give a list of (weight, expert).")
-        for weight, expert in parts:
+        parts = _checked_parts(parts)
+        for _, expert in parts:
+            if isinstance(expert, str):
+                raise TypeError(f"{expert!r} is a name: blend by name with `model.expert_vectors.blend`.")
             if not is_expert(expert):
                 raise TypeError(f"`blend` takes pairs (weight, expert), got {type(expert).__name__} for an expert.")
-            if not math.isfinite(weight):
-                raise ValueError(f"Weights of a blend must be finite, got {weight}.")
         parts = [(weight, expert) for weight, expert in parts if weight != 0]
         if [weight for weight, _ in parts] == [1]:
             return cls(parts[0][1].vectors, name)  # exact, where 1 + (z - 1) would round
         keys = dict.fromkeys(key for _, expert in parts for key in expert.vectors)
         return cls({key: _blend([(w, e.vectors[key]) for w, e in parts if key in e.vectors]) for key in keys}, name)
+
+
+def _checked_parts(parts: Iterable[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """The pairs of a blend, with weights that are finite numbers."""
+    parts = list(parts)
+    if not parts:
+        raise ValueError("There is nothing to blend: give a list of (weight, expert).")
+    for part in parts:
+        if not isinstance(part, (tuple, list)) or len(part) != 2:
+            raise TypeError(f"`blend` takes pairs (weight, expert), got {part!r}.")
+        try:
+            is_finite = math.isfinite(part[0])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"`blend` takes pairs (weight, expert), got {part[0]!r} for a weight.") from error
+        if not is_finite:
+            raise ValueError(f"Weights of a blend must be finite, got {part[0]}.")
+    return [tuple(part) for part in parts]
 
 
 def _digest_of_labels(header: Mapping[str, str]) -> str:
@@ -214,9 +257,24 @@ def _checked_metadata(metadata: dict | None) -> dict:
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"`metadata` must be a dict, got {type(metadata).__name__}.")
     try:
-        return json.loads(json.dumps(metadata or {}, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        copy = json_of(json.dumps(metadata or {}, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"`metadata` must be what JSON can hold: {error}.") from error
+    _check_spectra(copy.get("spectrum", {}))
+    return copy
+
+
+def _check_spectra(spectra: Any):
+    is_map = isinstance(spectra, dict)
+    if not is_map or not all(isinstance(values, list) and all(map(_is_size, values)) for values in spectra.values()):
+        raise ValueError(
+            "`metadata['spectrum']` must map names of modules to lists of their first singular values (finite numbers "
+            "of at least 0), as `model.spectrum(names)` returns them: leave it out, or use another key."
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e300
 
 
 def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
@@ -233,19 +291,28 @@ def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
 def check_expert(expert: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
     """Refuse an expert that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
     unknown = [name for name in expert.vectors if name not in sizes]
+    if len(unknown) > MOST_MISSPELT:
+        raise ValueError(
+            f"{_named(expert)} has vectors for {len(unknown)} modules that this model does not have, such as "
+            f"{unknown[0]!r}: it was made for another model."
+        )
     if unknown:
         close = sorted({hint for name in unknown for hint in difflib.get_close_matches(name, sizes, n=2)})
         hint = f" Did you mean {close}?" if close else f" Some that exist: {list(sizes)[:3]}."
         raise ValueError(
-            f"The expert {expert.name!r} has vectors for modules that this model does not have: {unknown[:5]}"
-            f"{' and more' if len(unknown) > 5 else ''}.{hint} It may belong to another model."
+            f"{_named(expert)} has vectors for modules that this model does not have: {unknown}.{hint} It may belong "
+            "to another model."
         )
     for name, vector in expert.vectors.items():
         if vector.numel() > min(sizes[name]):
             raise ValueError(
-                f"The expert {expert.name!r} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
+                f"{_named(expert)} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
                 f"only {min(sizes[name])} singular values: it was made for another model."
             )
+
+
+def _named(expert: ExpertVector) -> str:
+    return "The expert vector" if expert.name is None else f"The expert {expert.name!r}"
 
 
 def spectrum_of(bases: Mapping[str, SingularBasis]) -> dict[str, list[float]]:
@@ -258,7 +325,9 @@ def check_spectrum(expert: ExpertVector, name: str, values: Tensor):
 
     A relative deviation of more than 5% in the first values counts as other weights. Without a spectrum, no check.
     """
-    expected = expert.metadata.get("spectrum", {}).get(name)
+    spectra = expert.metadata.get("spectrum", {})
+    _check_spectra(spectra)  # metadata may have been written since they were checked
+    expected = spectra.get(name)
     if not expected:
         return
     found = values[:SPECTRUM_LENGTH].tolist()
@@ -266,7 +335,7 @@ def check_spectrum(expert: ExpertVector, name: str, values: Tensor):
     floor = 1e-3 * abs(expected[0])
     if any(not abs(a - b) <= max(SPECTRUM_TOLERANCE * abs(b), floor) for a, b in zip(found, expected, strict=False)):
         raise ValueError(
-            f"The expert {expert.name!r} was trained on other weights: the singular values of `{name}` start with "
+            f"{_named(expert)} was trained on other weights: the singular values of `{name}` start with "
             f"{found}, those it was trained on with {expected}. Use it with the model that it was trained on."
         )
 
@@ -297,18 +366,42 @@ class ExpertLibrary:
     def names(self) -> list[str]:
         return list(self._entries)
 
-    def add(self, expert: ExpertVector, name: str | None = None):
-        """Keep `expert` under `name` (default: its own), replacing what was there."""
-        if not is_expert(expert):
-            raise TypeError(f"An `ExpertVector` is needed, got {type(expert).__name__}.")
-        name = _checked_name(expert.name if name is None else name)
+    def add(self, name: str | ExpertVector, expert_vector: ExpertVector | Mapping[str, Any] | None = None):
+        """Keeps an expert under a name, replacing the one that had it, and returns it.
+
+        `add("bold", {"model.layers.0.mlp.down_proj": [1.5, 0.5]})` with the vectors of some modules, as a dict or an
+        `ExpertVector`; `add(expert)` under the expert's own name.
+        """
+        if isinstance(expert_vector, str):
+            raise TypeError(f"The name comes first: `add({expert_vector!r}, ...)`.")
+        if expert_vector is None:
+            name, expert_vector = getattr(name, "name", None), name
+        if isinstance(expert_vector, Mapping):
+            expert_vector = ExpertVector(expert_vector)
+        if not is_expert(expert_vector):
+            raise TypeError(f"An `ExpertVector` or a dict is needed, got {type(expert_vector).__name__}.")
+        name = checked_name(name)
+        expert = expert_vector if expert_vector.name == name else _with_name(expert_vector, name)
         with self._lock:
-            self._entries[name] = expert if expert.name == name else _with_name(expert, name)
+            self._entries[name] = expert
+        return expert
+
+    def blend(self, parts: Iterable[tuple[float, Any]], name: str | None = None) -> ExpertVector:
+        """`ExpertVector.blend` of whatever `expert_vector=` takes for a row: names too, dicts, None for the base."""
+        experts = [(weight, self._vectors_of(value)) for weight, value in _checked_parts(parts)]
+        return ExpertVector.blend(experts, name)
+
+    def _vectors_of(self, value: Any) -> ExpertVector:
+        if value is None:
+            return ExpertVector({})
+        if isinstance(value, str):
+            return self[value]
+        return ExpertVector(value) if isinstance(value, Mapping) else value
 
     def add_lazy(self, name: str, loader: Callable[[], str | os.PathLike]):
         """Keep `loader`, which returns the path of an expert's file, and call it when `name` is first used."""
         with self._lock:
-            self._entries[_checked_name(name)] = loader
+            self._entries[checked_name(name)] = loader
 
     def load(self, path: str | os.PathLike, name: str | None = None) -> list[str]:
         """Add a file, or every `*.safetensors` of a folder, all or none. Returns their names.
@@ -324,19 +417,25 @@ class ExpertLibrary:
         experts: dict[str, ExpertVector] = {}
         for file in files:
             expert = ExpertVector.load(file)
-            key = _checked_name(name or expert.name or file.stem)
+            key = checked_name(name or expert.name or file.stem)
             if key in experts:
                 raise ValueError(f"{path} holds two experts named {key!r}: load them one by one with `name=`.")
             experts[key] = expert
         for key, expert in experts.items():
-            self.add(expert, key)
+            self.add(key, expert)
         return list(experts)
 
     def save(self, folder: str | os.PathLike):
-        """Write every expert as `{name}.safetensors`."""
-        folder = Path(folder)
+        """Write every expert as `{name}.safetensors`.
+
+        Errors: ValueError for names that some file systems take for one.
+        """
+        folder, names = Path(folder), self.names
+        twins = [name for name in names if [other.lower() for other in names].count(name.lower()) > 1]
+        if twins:
+            raise ValueError(f"{twins} differ in case alone, which Windows and macOS do not see: rename all but one.")
         folder.mkdir(parents=True, exist_ok=True)
-        for name in self.names:
+        for name in names:
             self[name].save(folder / f"{name}.safetensors")
 
     def __getitem__(self, name: str) -> ExpertVector:
@@ -373,13 +472,14 @@ class ExpertLibrary:
             raise ValueError(f"There is no expert named {name!r}; {known}. Add it with `load` or `add`.")
 
 
-def _checked_name(name: str | None) -> str:
+def checked_name(name: str | None) -> str:
+    """`name`, if it can name an expert and its file. Errors: ValueError."""
     if name is None:
-        raise ValueError("The expert has no name: pass `name=`.")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise ValueError("The expert has no name: give one, as in `add(name, expert)`.")
+    if not isinstance(name, str) or not re.fullmatch(FILE_NAME, name):
         raise ValueError(
             f"{name!r} cannot name an expert, as it becomes a file name: use letters, digits, '-', '_' and '.' "
-            "(not at the start), and pass it as `name=`."
+            "(not at the start). `load(file, name=...)` gives a file another one."
         )
     return name
 
@@ -448,6 +548,7 @@ __all__ = [
     "ExpertVector",
     "check_expert",
     "check_spectrum",
+    "checked_name",
     "collapsed_key",
     "expert_key",
     "is_expert",

@@ -38,7 +38,7 @@ class DecodeStep(nn.Module):
         """Token ids (rows, 1) -> logits (rows, 1, vocab_size)."""
         for name, holder, key in self._places():
             holder[key] = getattr(self, name)
-        logits = self.model(input_ids, past_key_values=self.cache).logits
+        logits = self.model(input_ids, cache=self.cache).logits
         for name, holder, key in self._places():
             if holder[key] is not getattr(self, name):
                 getattr(self, name).copy_(holder[key])

@@ -3,10 +3,12 @@
 Experts, singular bases and sessions are such files: safetensors with a header that names format and version.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from .header_mambaformer import check_table, json_of, strings_of
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -27,12 +31,112 @@ except ImportError:  # not a POSIX system
 
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MOST_LINKS = 40  # that a path may pass, as Linux has it
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: `$MAMBAFORMER_CACHE/{kind}`, by default in Hugging Face's home."""
+    """Where what can be made again is kept: `$MAMBAFORMER_CACHE/{kind}`, by default in Hugging Face's home.
+
+    Raises:
+        FileNotFoundError: it is in the home of a user whom the system does not know.
+    """
     root = os.environ.get("MAMBAFORMER_CACHE") or Path(hub_constants.HF_HOME, "mambaformer")
-    return Path(root, kind).expanduser()
+    try:
+        return Path(root, kind).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "the system knows no such user", str(root)) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- trust
+
+
+@contextmanager
+def private_folder(folder: Path, is_made: bool = True) -> Iterator[Path]:
+    """A folder that nobody but this user and root can write, by a path that stays valid when its name is given away.
+
+    A missing folder is made for this user alone (0700) if `is_made`; one that exists is never changed. Systems without
+    POSIX owners check nothing.
+
+    Raises:
+        PermissionError: other users could put files into it, or could do so when they were put there; the message says
+            what to change. Nothing was written.
+        OSError: it is missing or cannot be made.
+    """
+    if not hasattr(os, "geteuid"):
+        if is_made:
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    if is_made:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _check_folder(folder, os.fstat(descriptor))
+        # By its descriptor it is the folder that was checked, whatever its name leads to by now.
+        pinned = Path(f"/proc/self/fd/{descriptor}")
+        yield pinned if pinned.is_dir() else folder
+    finally:
+        os.close(descriptor)
+
+
+def check_private_file(path: Path, about: os.stat_result) -> None:
+    """Raises `PermissionError` unless a file is this user's or root's, and nobody else can write it.
+
+    `about` is what `os.fstat` says of the opened file; a name can lead elsewhere the next time.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    if not stat.S_ISREG(about.st_mode):
+        raise PermissionError(f"{path} is not a regular file: remove it.")
+    _check_owner(path, about)
+
+
+def _check_folder(folder: Path, about: os.stat_result) -> None:
+    _check_owner(folder, about)
+    for passed in _passed_on_the_way(folder):
+        mode = passed.lstat().st_mode
+        # Others can rename what is in such a folder, unless it has the sticky bit, as /tmp has.
+        if stat.S_ISDIR(mode) and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(
+                f"every user can replace what is in {passed}, so {folder} is not trusted: run `chmod o-w {passed}`, "
+                "or set MAMBAFORMER_CACHE to a folder of your own"
+            )
+
+
+def _check_owner(path: Path, about: os.stat_result) -> None:
+    if about.st_uid not in (0, os.geteuid()):
+        raise PermissionError(
+            f"{path} belongs to another user (id {about.st_uid}), so what is in it is not trusted: remove it, or set "
+            "MAMBAFORMER_CACHE to a folder of your own"
+        )
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"other users can write {path} (mode {stat.S_IMODE(about.st_mode):o}), so what is in it is not trusted: "
+            f"remove it and it is made again, or set MAMBAFORMER_CACHE to a folder of your own"
+        )
+
+
+def _passed_on_the_way(path: Path) -> Iterator[Path]:
+    """Every folder and link that a look-up of `path` passes, from the root on, and `path` itself."""
+    at = Path(path.absolute().anchor)
+    parts, links = list(reversed(path.absolute().parts[1:])), 0
+    yield at
+    while parts:
+        part = parts.pop()
+        if part == "..":
+            at = at.parent
+            continue
+        at = at / part
+        yield at
+        if at.is_symlink():
+            links += 1
+            if links > MOST_LINKS:
+                raise PermissionError(f"{path} passes more than {MOST_LINKS} symbolic links")
+            target = Path(os.readlink(at))
+            at = Path(target.anchor) if target.is_absolute() else at.parent
+            parts += reversed(target.parts[1:] if target.is_absolute() else target.parts)
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -47,8 +151,15 @@ def write_whole(path: Path, data: bytes) -> None:
     """Puts a file at `path`, which holds its old content or all of the new, whatever fails in between.
 
     A process that is killed leaves a hidden temporary file; the next write to the same path removes it.
+
+    Raises:
+        OSError: it names `path`, or the folder that is missing.
     """
-    with temporary_beside(path) as temporary:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "There is no such folder, make it first", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a folder, give the name of a file in it", str(path))
+    with _failing_as(path), temporary_beside(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -57,6 +168,17 @@ def write_whole(path: Path, data: bytes) -> None:
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def _failing_as(path: Path) -> Iterator[None]:
+    """Errors of the system name `path`: a full disk names no file, and a temporary file means nothing to a user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -71,6 +193,12 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes the temporary files of writers that were killed, whatever they were writing."""
+    for left in folder.glob(f".{'?' * 16}-*.tmp"):
+        _remove_if_abandoned(left)
 
 
 def _locked_file(folder: Path, mark: str) -> tuple[Path, int]:
@@ -113,7 +241,7 @@ def read_tensors(path: Path, file_format: str, version: int, save_again: str) ->
     """Tensors (copies, on the CPU) and header of a file of `file_format`, up to `version`.
 
     Args:
-        save_again: how a file of this format is written, for the message about a pickle.
+        save_again: how a file of this format is written, for the messages about other files.
 
     Raises:
         ValueError: anything else than a whole file of this format and version.
@@ -123,30 +251,39 @@ def read_tensors(path: Path, file_format: str, version: int, save_again: str) ->
         raise ValueError(f"{path} is a folder: pass one file.")
     try:
         with open(path, "rb") as file:  # opened once: it may be replaced while it is read
-            header = _read_header(file)
-            _check_header(path, header, file_format, version)
+            table, header, start = _read_header(file)
+            _check_header(path, header, file_format, version, save_again)
+            _check_sizes(table, os.fstat(file.fileno()).st_size - start)
             file.seek(0)
             return from_safetensors(file.read()), header
-    except (SafetensorError, _NotSafetensors, KeyError) as error:  # KeyError: a dtype that PyTorch does not have
+    except (SafetensorError, _NotSafetensors) as error:
         raise _described(path, error, save_again) from error
+    except MemoryError as error:
+        raise ValueError(f"{path} does not fit into memory: pass a file that was saved here.") from error
 
 
 class _NotSafetensors(Exception):
     """A file that does not begin as a safetensors file does."""
 
 
-def _read_header(file: BinaryIO) -> dict[str, str]:
+def _read_header(file: BinaryIO) -> tuple[dict, dict[str, str], int]:
+    """The table of tensors, the strings beside it, and the byte where the tensors start."""
     start = file.read(8)
     size = int.from_bytes(start, "little")
     if len(start) < 8 or size > MAX_HEADER_BYTES:
         raise _NotSafetensors("it has no header")
     try:
-        found = json.loads(file.read(size)).get("__metadata__", {})
-        if not all(isinstance(value, str) for value in found.values()):
-            raise _NotSafetensors("its header is not one of strings")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise _NotSafetensors(f"its header is no JSON object: {error}") from error
-    return found
+        table = json_of(file.read(size))
+        return table, strings_of(table), 8 + size
+    except ValueError as error:
+        raise _NotSafetensors(f"its header cannot be read: {error}") from error
+
+
+def _check_sizes(table: dict, num_bytes: int) -> None:
+    try:
+        check_table(table, num_bytes)
+    except ValueError as error:
+        raise _NotSafetensors(str(error)) from error
 
 
 def _described(path: Path, error: Exception, save_again: str) -> ValueError:
@@ -162,14 +299,15 @@ def _described(path: Path, error: Exception, save_again: str) -> ValueError:
     )
 
 
-def _check_header(path: Path, header: Mapping[str, str], file_format: str, newest: int) -> None:
+def _check_header(path: Path, header: Mapping[str, str], file_format: str, newest: int, save_again: str) -> None:
     if header.get("format") != file_format:
         raise ValueError(
             f"{path} is a safetensors file, but not of format {file_format!r} (its header says "
-            f"{header.get('format')!r}): pass a file that {file_format!r} names."
+            f"{header.get('format')!r}): pass a file that {save_again} wrote."
         )
     version = header.get("version", "")
-    if version.isdecimal() and int(version) > newest:
+    is_number = version.isdecimal() and len(version) < 10
+    if is_number and int(version) > newest:
         raise ValueError(
             f"{path} has version {version} of format {file_format!r}, newer than {newest}, the newest that is "
             "understood here: upgrade mambaformer."
@@ -213,4 +351,13 @@ def is_sealed(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
     return header.get("checksum") == digest_of(tensors, header)
 
 
-__all__ = ["digest_of", "is_sealed", "read_tensors", "sealed", "write_tensors"]
+__all__ = [
+    "check_private_file",
+    "digest_of",
+    "is_sealed",
+    "private_folder",
+    "read_tensors",
+    "remove_abandoned",
+    "sealed",
+    "write_tensors",
+]

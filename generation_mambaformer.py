@@ -1,4 +1,4 @@
-"""`generate` with experts: what of it is ours, and the hooks of Transformers that it hangs on.
+"""`generate` with experts. The private hooks of Transformers are in `library_mambaformer`.
 
 Everything becomes a schedule of experts, and the cache does the rest: it encodes again what a change of expert asks
 for, and takes back what a draft got wrong.
@@ -8,100 +8,110 @@ import copy
 from typing import Any
 
 import torch
-from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
-from .dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule, ExpertSwitchLogitsProcessor
+from .cache_use_mambaformer import Owning
+from .dispatch_mambaformer import (
+    BoundedDrafts,
+    ExpertSchedule,
+    ExpertSwitchLogitsProcessor,
+    first_schedule,
+    names_experts,
+)
 from .experts_mambaformer import resolve_expert
-from .feed_mambaformer import check_is_ours
-from .placement_mambaformer import weights_stamp
+from .feed_mambaformer import check_is_ours, without_borders
+from .inputs_mambaformer import EXPERT_FIELDS, check_fields_of_config, check_keywords_of_generate, check_token_ids
+from .inputs_prompt_mambaformer import num_columns_again
+from .library_mambaformer import GenerationHooks, cache_of, take_cache
+from .stamps_mambaformer import weights_stamp
 
-# What this model's `generate` tells its own hooks, and no assistant.
-OWN_GENERATION_KWARGS = ("expert_schedule", "is_speculative")
+# What this model's `generate` tells its own hooks, and no assistant. No field of a `GenerationConfig` may have such a
+# name: the library would take the argument for the field.
+OWN_GENERATION_KWARGS = ("resolved_schedule", "is_speculative", "num_embeds_cached")
 
 
-class MambaFormerGenerationMixin(GenerationMixin):
+class MambaFormerGenerationMixin(GenerationHooks):
     """Generation of a model that makes its own caches and knows experts by name."""
 
     @torch.no_grad()
-    def generate(self, inputs=None, *args, expert_vector: Any = ..., expert_schedule=None, **kwargs):
+    def generate(
+        self, inputs=None, generation_config=None, *args, expert_vector: Any = ..., expert_schedule=None, **kwargs
+    ):
         """`generate` of Transformers, with experts.
 
+        An expert may be named here, in `generation_config` or in `model.generation_config`, in this order; a schedule
+        without an entry for token 0 starts from the next `expert_vector` in that order. Without any, the expert in
+        force is the cache's.
+
         Args:
-            expert_vector: the expert in force, in the forms of `forward`; not given, it is the cache's.
+            expert_vector: the expert in force, in the forms of `forward`.
             expert_schedule: {n: expert}, the expert in force when new token n (0-based) is predicted.
 
         Raises:
-            ValueError, TypeError: an expert that does not fit, or both arguments for token 0; nothing has run then.
+            ValueError, TypeError: an expert that does not fit, both arguments for token 0, or a prompt of several
+                sequences packed into a row; nothing has run then.
         """
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        self._check_goes_on(prompt, **kwargs)
-        entries = dict(expert_schedule) if expert_schedule is not None else {}
-        if expert_vector is not ...:
-            if 0 in entries:
-                raise ValueError("`expert_vector` and `expert_schedule[0]` both name the first expert: give one.")
-            entries[0] = expert_vector
-        if expert_schedule is not None or entries:
+        if "custom_generate" not in kwargs:  # which has arguments of its own
+            functions = [self.generate, self.library_arguments, self.prepare_inputs_for_generation, self.forward]
+            check_keywords_of_generate(functions, vars(self.generation_config), kwargs)
+        cache, prompt = take_cache(kwargs), inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            check_token_ids(prompt, self.config.vocab_size)
+        kwargs = without_borders(prompt, kwargs)
+        check_is_ours(cache)
+        embed_tokens = self.get_input_embeddings()
+        again = num_columns_again(cache, embed_tokens, prompt, generation_config=generation_config, **kwargs)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        for config in configs:
+            check_fields_of_config(config)
+        of_configs = [names_experts(config) for config in configs]
+        entries = first_schedule((expert_vector, expert_schedule), *of_configs)
+        if entries:
             for expert in entries.values():
                 self._plan(expert, None)
             entries = {n: resolve_expert(expert, self._expert_library) for n, expert in entries.items()}
             has_embeds = kwargs.get("inputs_embeds") is not None
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
-            kwargs["expert_schedule"] = ExpertSchedule(entries, length)
-        return super().generate(inputs, *args, **kwargs)
+            kwargs["resolved_schedule"] = ExpertSchedule(entries, length)
+        if again:
+            kwargs["num_embeds_cached"] = again
+        with Owning(cache):
+            return self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
 
-    def get_compiled_call(self, compile_config):
-        """The compiled forward that `generate` decodes with; a step that must encode a text again runs as it is."""
-        compiled = super().get_compiled_call(compile_config)
-
-        def call(*args, past_key_values: MambaFormerCache | None = None, **kwargs):
-            cache = past_key_values
-            has_plan = cache is not None and (cache.expert_vector is None or cache.expert_plan is not None)
-            is_ready = has_plan and cache.is_settled and cache.in_force.weights == weights_stamp(self.base_model)
-            return (compiled if is_ready else self)(*args, past_key_values=cache, **kwargs)
-
-        return call
-
-    @staticmethod
-    def _check_goes_on(
-        prompt, past_key_values=None, attention_mask=None, inputs_embeds=None, generation_config=None, **kwargs
-    ) -> None:
-        """Refuses a prompt that `generate` would take for the text in the cache and more, and is not."""
-        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        is_draft = getattr(generation_config, "is_assistant", False)  # wrong drafts are only slow
-        if num_cached == 0 or is_draft or prompt is None or inputs_embeds is not None:
-            return
-        check_is_ours(past_key_values)
-        if attention_mask is not None and attention_mask.shape[1] != prompt.shape[1]:
-            return  # the new part of the text, with a mask of all of it
-        if not _starts_with(prompt, past_key_values):
-            raise ValueError(
-                f"`input_ids` of {prompt.shape[1]} columns must be the {num_cached} columns of the cache and new ones"
-                " behind them: give the whole text, or only its new part with an `attention_mask` of all of it."
-            )
+    def can_run_compiled(self, cache: MambaFormerCache | None) -> bool:
+        """Whether the next decoding step may run compiled; one that encodes a sequence again may not."""
+        if cache is None or not (cache.expert_vector is None or cache.expert_plan is not None):
+            return False
+        return cache.is_settled and cache.in_force.weights == weights_stamp(self.base_model)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
-        expert_schedule: ExpertSchedule | None = None,
+        resolved_schedule: ExpertSchedule | None = None,
         is_speculative: bool = False,
+        num_embeds_cached: int = 0,
+        past_key_values: MambaFormerCache | None = None,
         **kwargs,
     ) -> dict[str, Any]:
         """What the next forward is fed: the new tokens, or all of them when a change of expert dropped the cache."""
-        num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if expert_schedule is not None:
-            num_new_tokens = max(input_ids.shape[1] - expert_schedule.prompt_length, 0)
-            expert = expert_schedule.in_force(num_new_tokens)
-            if past_key_values is None:
+        cache = cache_of(cache, past_key_values)
+        num_cached = 0 if cache is None else cache.get_seq_length()
+        if resolved_schedule is not None:
+            num_new_tokens = max(input_ids.shape[1] - resolved_schedule.prompt_length, 0)
+            expert = resolved_schedule.in_force(num_new_tokens)
+            if cache is None:
                 kwargs["expert_vector"] = expert
             elif expert is not ...:
-                past_key_values.set_expert(expert)
-        was_dropped = past_key_values is not None and not past_key_values.has_previous_state()
+                cache.set_expert(expert)
+        if inputs_embeds is not None and is_first_iteration:
+            # The library takes the columns of the cache away from embeddings that may not repeat them.
+            inputs_embeds, next_sequence_length = inputs_embeds[:, num_embeds_cached:], None
+        was_dropped = cache is not None and not cache.has_previous_state()
         if was_dropped and (num_cached or not is_first_iteration):
             next_sequence_length = None
             self._check_whole_text(input_ids, inputs_embeds, num_cached)
@@ -110,10 +120,10 @@ class MambaFormerGenerationMixin(GenerationMixin):
         elif is_speculative and is_first_iteration and num_cached:
             # The library's speculative loop would feed the cached text a second time.
             next_sequence_length = input_ids.shape[1] - num_cached
-        return super().prepare_inputs_for_generation(
+        return self.library_inputs(
             input_ids,
+            cache,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -147,46 +157,58 @@ class MambaFormerGenerationMixin(GenerationMixin):
         stack._modules = {**self.model._modules, "layers": self.model.layers[:num_layers]}
         model._modules = {**self._modules, "model": stack}
         model.config = stack.config = config
+        model.generation_config = _without_experts(self.generation_config)  # they may scale layers that it lacks
         return model
 
-    # Hooks of `GenerationMixin` that have no public name. Nothing else in the project rests on private ones of it.
+    # What `GenerationHooks` asks for.
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        """Puts a cache under `past_key_values`; for a name like ours the library would say `cache_params`."""
+    def cache_for_generation(
+        self, cache: MambaFormerCache | None, generation_config, is_speculative: bool, batch_size: int, max_length: int
+    ) -> MambaFormerCache | None:
+        """The cache that generation runs on: the user's, or a new one; `None` where `use_cache` is false."""
         implementation = generation_config.cache_implementation
-        cache = model_kwargs.get("past_key_values")
         if implementation == "offloaded" and self.device.type == "cpu":
             implementation = None  # the cache is where it would be offloaded to
+        is_assistant = getattr(generation_config, "is_assistant", False)
         if cache is not None:
             if implementation is not None:
-                raise ValueError("Give either `past_key_values` or `cache_implementation`, not both.")
+                raise ValueError("Give either `cache` or `cache_implementation`, not both.")
             check_is_ours(cache)
             cache._is_user_defined = True
         elif generation_config.use_cache is False:
-            return
+            if is_speculative:
+                raise ValueError("Speculative decoding takes wrong drafts back from a cache: pass `use_cache=True`.")
+            return None
         elif implementation in (None, "dynamic"):
-            model_kwargs["past_key_values"] = self.make_cache()
+            cache = self.make_cache()
         elif implementation == "static":
-            size = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-            model_kwargs["past_key_values"] = self.make_cache("static", max_cache_len=size)
+            size = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
+            cache = self.make_cache("static", max_cache_len=size)
         else:
             raise ValueError(
                 f"`cache_implementation` {implementation!r} is not supported on {self.device.type!r}: choose 'dynamic'"
-                " or 'static', or pass a cache of `model.make_cache()` as `past_key_values`."
+                " or 'static', or pass a cache of `model.make_cache()` as `cache`."
             )
-        if generation_mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
+        if is_speculative or is_assistant:
             if batch_size > 1:
                 raise ValueError(
                     f"Speculative decoding takes one row at a time, and there are {batch_size}: call `generate` for "
                     "each, or leave it out."
                 )
             drafted = generation_config.prompt_lookup_num_tokens or 0
-            model_kwargs["is_speculative"] = generation_mode == GenerationMode.ASSISTED_GENERATION
-            model_kwargs["past_key_values"].activate_past_recording(max(drafted + 1, DEFAULT_REACH))
+            cache.activate_past_recording(max(drafted + 1, DEFAULT_REACH))
+        return cache
 
-    def _get_candidate_generator(self, *, generation_config, model_kwargs, assistant_model=None, **kwargs):
+    def candidate_generator(
+        self,
+        make_generator,
+        cache: MambaFormerCache,
+        model_kwargs,
+        *,
+        generation_config,
+        assistant_model=None,
+        **kwargs,
+    ):
         """What drafts tokens when decoding is speculative; an assistant knows nothing of this model's experts."""
         processors = kwargs.get("logits_processor") or ()
         if any(type(processor).__name__ == ExpertSwitchLogitsProcessor.__name__ for processor in processors):
@@ -194,29 +216,29 @@ class MambaFormerGenerationMixin(GenerationMixin):
                 "`ExpertSwitchLogitsProcessor` changes the expert after tokens that were drafted under the old one: "
                 "pass `expert_schedule` to `generate` instead, or leave speculative decoding out."
             )
-        self._check_can_draft(generation_config, model_kwargs, kwargs["input_ids"])
-        schedule = model_kwargs.get("expert_schedule")
+        self._check_can_draft(generation_config, cache, model_kwargs, kwargs["input_ids"])
+        schedule = model_kwargs.get("resolved_schedule")
+        generation_config = _without_experts(generation_config)
         if generation_config.assistant_early_exit is not None:
-            generation_config = copy.copy(generation_config)
             assistant_model = self.first_layers(generation_config.assistant_early_exit)
             generation_config.assistant_early_exit = None
-        drafter = super()._get_candidate_generator(
+        drafter = make_generator(
             generation_config=generation_config,
             model_kwargs={key: value for key, value in model_kwargs.items() if key not in OWN_GENERATION_KWARGS},
             assistant_model=assistant_model,
             **kwargs,
         )
-        return drafter if schedule is None else DraftsUnderOneExpert(drafter, schedule)
+        return BoundedDrafts(drafter, schedule, cache.max_columns)
 
     @staticmethod
-    def _check_can_draft(generation_config, model_kwargs, input_ids) -> None:
+    def _check_can_draft(generation_config, cache: MambaFormerCache, model_kwargs, input_ids) -> None:
         """Drafts are looked up in all of the text, or an assistant is fed all of it; so there has to be one."""
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
                 "Speculative decoding drafts from token ids, and the library would neither feed the first draft behind"
                 " `inputs_embeds` nor keep their mask: give the prompt as `input_ids`."
             )
-        num_cached, length = model_kwargs["past_key_values"].get_seq_length(), input_ids.shape[1]
+        num_cached, length = cache.get_seq_length(), input_ids.shape[1]
         mask = model_kwargs.get("attention_mask")
         mask_length = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
         if num_cached and (length <= num_cached or mask_length != length):
@@ -225,34 +247,25 @@ class MambaFormerGenerationMixin(GenerationMixin):
                 f"only, cached and new: `generate` was given {length} columns, with a mask of {mask_length}."
             )
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
-        """No positions: the cache counts the real tokens of each row itself, over all turns."""
-
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
         """The new tokens' part of the 2-D mask, whose shape stays the same from token to token."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        schedule = model_kwargs.get("expert_schedule")
+    def expanded_kwargs(self, expand_size: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of `generate` for a batch whose rows are repeated, as beams and several answers are."""
+        schedule = model_kwargs.get("resolved_schedule")
         if schedule is not None and expand_size > 1:
-            model_kwargs["expert_schedule"] = schedule.repeat_rows(expand_size)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
+            model_kwargs["resolved_schedule"] = schedule.repeat_rows(expand_size)
+        return model_kwargs
 
 
-def _starts_with(prompt: torch.Tensor, cache: MambaFormerCache) -> bool:
-    """Whether token ids (rows, columns) are what is cached, with more behind it; pads may be any token."""
-    cached = cache.token_ids.to(prompt.device)
-    num_cached = cached.shape[1]
-    if prompt.shape[1] <= num_cached:
-        return False
-    if prompt.shape[0] != cached.shape[0]:
-        return True  # the forward says what is wrong with the rows
-    is_same = (prompt[:, :num_cached] == cached) | (cached < 0)
-    mask = cache.log.mask.tensor
-    return bool((is_same if mask is None else is_same | ~mask[:, :num_cached].to(prompt.device)).all())
+def _without_experts(generation_config):
+    """A copy for a model that drafts, which has other experts or none."""
+    generation_config = copy.copy(generation_config)
+    for name in EXPERT_FIELDS:
+        vars(generation_config).pop(name, None)
+    return generation_config
 
 
 __all__ = ["MambaFormerGenerationMixin"]

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .recurrent_mambaformer import RecurrentStore
+from .stack_mambaformer import Facts
 from .storage_mambaformer import Buffer, IdBuffer, KeyValueStore, Retention, counted_positions, usable
 
 
@@ -72,10 +73,14 @@ class CacheLayer:
 
     def _set_up(self, clock: Clock, stores: dict[str, Any], max_cache_len: int | None) -> None:
         self.clock, self.stores, self.max_columns = clock, stores, max_cache_len
-        self.is_compileable = max_cache_len is not None
         self.attention: KeyValueStore | None = stores.get("attention")
         self.recurrent: RecurrentStore | None = stores.get("mamba")
         self.is_sliding = self.attention is not None and self.attention.retention.window is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the storage has a fixed size and fixed addresses."""
+        return self.max_columns is not None
 
     def each_store(self, method: str, *args) -> None:
         for store in self.stores.values():
@@ -179,21 +184,30 @@ class HybridCacheLayer(RecurrentCacheLayer, AttentionCacheLayer):
     """Both, for a layer of attention and Mamba."""
 
 
+class StatelessCacheLayer(AttentionCacheLayer):
+    """Nothing, for a layer that a user put in and that keeps nothing from token to token."""
+
+    keys = values = None
+    is_initialized = True
+
+
 LAYER_CLASSES = {
+    (): StatelessCacheLayer,
     ("attention",): AttentionCacheLayer,
     ("mamba",): RecurrentCacheLayer,
     ("attention", "mamba"): HybridCacheLayer,
 }
 
 
-def make_layer(config, layer_idx: int, clock: Clock, max_columns: int | None = None) -> CacheLayer:
-    """An empty cache layer for layer `layer_idx`; its storage is fixed if there is a number of columns at most."""
-    mixers, retention = config.mixers(layer_idx), Retention.of(config, layer_idx)
-    stores = {
-        "attention": lambda: KeyValueStore(retention, max_columns),
-        "mamba": lambda: RecurrentStore(is_fixed=max_columns is not None),
-    }
-    return LAYER_CLASSES[mixers](clock, {name: stores[name]() for name in mixers}, max_columns)
+def make_layer(config, facts: Facts, clock: Clock, max_columns: int | None = None) -> CacheLayer:
+    """An empty cache layer for a layer of these facts; its storage is fixed if `max_columns` is given."""
+    has_attention, has_mamba, window = facts
+    stores: dict[str, Any] = {}
+    if has_attention:
+        stores["attention"] = KeyValueStore(Retention.of(config, window), max_columns)
+    if has_mamba:
+        stores["mamba"] = RecurrentStore(is_fixed=max_columns is not None)
+    return LAYER_CLASSES[tuple(stores)](clock, stores, max_columns)
 
 
 class TokenLog:
@@ -205,10 +219,11 @@ class TokenLog:
             Buffer(1, fixed_size),
             Buffer(1, fixed_size),
         )
+        self.embedding_marks = Buffer(1, fixed_size)
         self.has_embeddings = False
 
-    def append(self, columns, token_ids, mask=None, position_ids=None) -> None:
-        """Remembers (rows, tokens) behind `columns`; a mask or own positions are kept from their first use on."""
+    def append(self, columns, token_ids, mask=None, position_ids=None, embedding_marks=None) -> None:
+        """Remembers (rows, tokens) behind `columns`; a mask, positions or marks are kept from their first use on."""
         size = columns + token_ids.shape[1] if isinstance(columns, int) else self.token_ids.fixed_size
         if isinstance(columns, int):
             slots = columns
@@ -223,6 +238,10 @@ class TokenLog:
         if position_ids is not None:
             self._start(self.position_ids, position_ids, size, self._counted_positions)
             self.position_ids.write(slots, position_ids)
+        if embedding_marks is not None or self.embedding_marks.tensor is not None:
+            marks = torch.zeros_like(token_ids) if embedding_marks is None else embedding_marks
+            self._start(self.embedding_marks, marks, size, lambda like: torch.zeros_like(like))
+            self.embedding_marks.write(slots, marks)
 
     def _start(self, buffer: Buffer, like: torch.Tensor, size: int, earlier: Callable) -> None:
         is_new = buffer.tensor is None
@@ -241,7 +260,8 @@ class TokenLog:
         self.mask.write(0, self.mask.view(pads.shape[1]) & ~pads)
 
     def buffers(self) -> dict[str, Buffer]:
-        return {"token_ids": self.token_ids, "mask": self.mask, "position_ids": self.position_ids}
+        names = ("token_ids", "mask", "position_ids", "embedding_marks")
+        return {name: getattr(self, name) for name in names}
 
     def fork(self) -> "TokenLog":
         other = TokenLog(self.token_ids.config)

@@ -26,9 +26,12 @@ from .cpu_decode_mambaformer import (
 )
 from .feed_mambaformer import Packing
 from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
+from .own_modules_mambaformer import is_own_attention, is_replaceable, is_silu, replaceable_by_kernels
+from .packed_mambaformer import Sequences
 from .placement_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
 from .recurrent_mambaformer import Passage, split_at_reach
-from .storage_mambaformer import Layout, Retention, Span, plan_layout
+from .stack_mambaformer import Place
+from .storage_mambaformer import Layout, Retention, Span, plan_uncached
 from .svd_mambaformer import ScaledBasis, at_least_float32, project
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
@@ -36,6 +39,7 @@ CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_att
 SMALLEST_BLOCK = 128  # queries of a layer with a window that are computed at a time; fewer are not worth the calls
 
 
+@replaceable_by_kernels
 class MambaFormerRMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467, equation 4), computed in float32 at least."""
 
@@ -138,16 +142,22 @@ class AttentionPlan:
     """What attention layers that retain alike share in one forward: the mask and the implementation that takes it.
 
     `packing` is the way back to the order of the tokens, given when the weights are to be returned. `blocks` stand for
-    the mask where there are many more tokens than a window has.
+    the mask where there are many more tokens than a window has. `sequences` are those of packed rows, with one plan in
+    `of_groups` for each of their groups.
     """
 
     mask: Any = None
     implementation: str = "sdpa"
     packing: Packing | None = None
     blocks: tuple[QueryBlock, ...] = ()
+    sequences: Sequences | None = None
+    of_groups: tuple["AttentionPlan", ...] = ()
 
     def to(self, device, non_blocking: bool = False) -> "AttentionPlan":
         """The same for a layer on `device`; Accelerate asks for it where layers are on several."""
+        if self.of_groups:
+            of_groups = tuple(plan.to(device, non_blocking) for plan in self.of_groups)
+            return replace(self, sequences=self.sequences.to(device, non_blocking), of_groups=of_groups)
         if self.mask is None and not self.blocks:
             return self
         blocks = tuple(replace(block, mask=block.mask.to(device, non_blocking=non_blocking)) for block in self.blocks)
@@ -155,8 +165,11 @@ class AttentionPlan:
         return replace(self, mask=mask, blocks=blocks)
 
 
+@replaceable_by_kernels
 class MambaFormerAttention(CountsReplacements):
     """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
+
+    read_by_kernels = ("head_dim",)
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
@@ -177,7 +190,7 @@ class MambaFormerAttention(CountsReplacements):
         attention: AttentionPlan,
         experts: dict[str, ScaledBasis],
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Packed (rows, tokens, hidden) -> the same shape, and the attention weights where they are computed."""
@@ -187,16 +200,18 @@ class MambaFormerAttention(CountsReplacements):
         value = project(self.v_proj, hidden_states, experts.get("v_proj")).view(heads).transpose(1, 2)
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
+        if cache is not None:
             is_recorded = any(states.requires_grad for states in (query, key, value))
-            key, value = past_key_values.update(key, value, self.layer_idx, is_recorded=is_recorded)
+            key, value = cache.update(key, value, self.layer_idx, is_recorded=is_recorded)
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
 
     def attend(self, query, key, value, attention: AttentionPlan, **kwargs):
         """Attention of (rows, heads, tokens, head_dim): (rows, tokens, heads, head_dim), and its weights."""
+        if attention.of_groups:
+            return self._attend_groups(query, key, value, attention, **kwargs), None
         dropout = self.attention_dropout if self.training else 0.0
-        if attention.implementation == "sdpa" and dropout == 0.0:
+        if dropout == 0.0 and not torch.compiler.is_compiling() and is_own_attention(attention.implementation):
             mixed = few_queries_attention(query, key, value, attention.mask, self.scaling)
             if mixed is not None:
                 return mixed, None
@@ -212,18 +227,37 @@ class MambaFormerAttention(CountsReplacements):
         ]
         return torch.cat(mixed, dim=1), None
 
+    def _attend_groups(self, query, key, value, attention: AttentionPlan, **kwargs) -> torch.Tensor:
+        """`attend` of packed rows: sequences of similar length are the rows of a batch."""
+        shape = (query.shape[0], query.shape[2])
+        flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+        groups = zip(*(attention.sequences.group(states) for states in flat), attention.of_groups, strict=True)
+        mixed = [
+            self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan, **kwargs)[0]
+            for q, k, v, plan in groups
+        ]
+        return attention.sequences.ungroup(mixed).unflatten(0, shape)
 
+
+@replaceable_by_kernels
 class MambaFormerConv1d(nn.Conv1d):
     """The causal convolution of `causal_conv1d`, as a module, so that whoever moves or splits weights sees it run."""
 
     def forward(
-        self, inputs: torch.Tensor, initial_state: torch.Tensor | None = None, lengths: torch.Tensor | None = None
+        self,
+        inputs: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return causal_conv1d(inputs, self.weight[:, 0], self.bias, initial_state, lengths)
+        return causal_conv1d(inputs, self.weight[:, 0], self.bias, initial_state, lengths, positions)
 
 
+@replaceable_by_kernels
 class MambaFormerMambaMixer(CountsReplacements):
     """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), with Jamba's inner norms if asked for."""
+
+    read_by_kernels = ("has_inner_norms", "rank", "state_size")
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
@@ -252,15 +286,19 @@ class MambaFormerMambaMixer(CountsReplacements):
         self,
         hidden_states: torch.Tensor,
         experts: dict[str, ScaledBasis],
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         lengths: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Packed (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape."""
+        """Left-aligned (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape.
+
+        `positions` (rows, tokens) are those of tokens in their own sequences, where a row without a cache has several.
+        """
         inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
-        if past_key_values is None:
-            mixed, _, _ = self.advance({}, inputs, gate, experts, lengths)
+        if cache is None:
+            mixed, _, _ = self.advance({}, inputs, gate, experts, lengths, positions=positions)
         else:
-            mixed = self._advance_cache(past_key_values, inputs, gate, lengths, experts)
+            mixed = self._advance_cache(cache, inputs, gate, lengths, experts)
         return project(self.out_proj, mixed, experts.get("out_proj"))
 
     def _advance_cache(self, cache: MambaFormerCache, inputs, gate, lengths, experts) -> torch.Tensor:
@@ -282,14 +320,15 @@ class MambaFormerMambaMixer(CountsReplacements):
         experts: dict[str, ScaledBasis],
         lengths: torch.Tensor | None = None,
         is_recorded: bool = False,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Passage | None]:
         """Convolution and scan from `states` ({} at first): output, states, and what they took if recorded."""
-        mixed, window = self.conv1d(inputs, states.get("conv"), lengths)
+        mixed, window = self.conv1d(inputs, states.get("conv"), lengths, positions)
         dt, B, C = self.selection(mixed, experts)
-        options = {"lengths": lengths, "dt_softplus": True, "A_is_log": True}
+        options = {"lengths": lengths, "dt_softplus": True, "A_is_log": True, "positions": positions}
         y, state = selective_scan(mixed, dt, self.A_log, B, C, self.D, gate, states.get("ssm"), **options)
         passage = None
-        if is_recorded:
+        if is_recorded and is_replaceable(self.conv1d):  # tokens are run again without a call of the module
             # A view would keep the inputs of a whole prompt in memory.
             recorded = {"x": inputs.clone(), "u": mixed, "dt": dt, "B": B}
             A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))  # as it is now, should it be trained
@@ -329,6 +368,7 @@ def _advance_states(
     return {"conv": window, "ssm": state}
 
 
+@replaceable_by_kernels
 class MambaFormerMLP(CountsReplacements):
     """Gated MLP (arXiv 2002.05202, equation 6)."""
 
@@ -337,56 +377,110 @@ class MambaFormerMLP(CountsReplacements):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act == "silu"
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, experts: dict[str, ScaledBasis]) -> torch.Tensor:
         gates = project(self.gate_proj, hidden_states, experts.get("gate_proj"))
         states = project(self.up_proj, hidden_states, experts.get("up_proj"))
-        inner = gated(gates, states) if self.is_silu else None
+        inner = gated(gates, states) if is_silu(self.act_fn) else None
         inner = self.act_fn(gates) * states if inner is None else inner
         return project(self.down_proj, inner, experts.get("down_proj"))
 
 
 def plan_attention(
-    layers, config, span: Span, cache, hidden_states: torch.Tensor, packing: Packing | None
+    places: list[Place],
+    config,
+    span: Span,
+    cache,
+    hidden_states: torch.Tensor,
+    packing: Packing | None,
+    sequences: Sequences | None = None,
 ) -> dict[int | None, AttentionPlan]:
-    """One plan for each retention of these layers, by its window.
+    """One plan for each retention of the layers in these places, by its window.
 
     `packing` is given when the attention weights are to be returned, which only written-out attention can.
     """
     found = {}
     packing = packing if config._attn_implementation == "eager" else None
-    for layer in layers:
-        if layer.has_attention and layer.window not in found:
-            retention, device = Retention.of(config, layer.layer_idx), hidden_states.device
-            layout = plan_layout(retention, span, device) if cache is None else cache.layout(layer.layer_idx)
-            plan = _attention_plan(config, retention, layout, span, hidden_states)
-            found[layer.window] = replace(plan, packing=packing)
+    for place in places:
+        has_attention, _, window = place.facts
+        if has_attention and window not in found:
+            retention, device = Retention.of(config, window), hidden_states.device
+            layout = plan_uncached(retention, span, device) if cache is None else cache.layout(place.position)
+            if sequences is None:
+                plan = _attention_plan(config, retention, layout, span, hidden_states)
+            else:
+                plan = _packed_attention_plan(config, retention, sequences, hidden_states)
+            found[window] = replace(plan, packing=packing)
     return found
+
+
+def can_group(config, output_attentions: bool | None) -> bool:
+    """Whether attention of packed rows may look at their borders, and need not return its weights."""
+    implementation = config._attn_implementation
+    is_shown = config.output_attentions if output_attentions is None else output_attentions
+    is_shown = is_shown and implementation == "eager"
+    return not (torch.compiler.is_compiling() or implementation == "flex_attention" or is_shown)
+
+
+def _packed_attention_plan(config, retention: Retention, sequences: Sequences, hidden_states) -> AttentionPlan:
+    if not sequences.groups:
+        implementation, positions, numbers = config._attn_implementation, sequences.positions, sequences.numbers
+        implementation = "sdpa" if implementation.startswith("flash") else implementation
+        return _masked_plan(config, retention, implementation, positions, positions, hidden_states, numbers)
+    device, of_groups = hidden_states.device, []
+    for group in sequences.groups:
+        span = Span(group.length)
+        of_groups.append(
+            _attention_plan(config, retention, plan_uncached(retention, span, device), span, hidden_states)
+        )
+    return AttentionPlan(sequences=sequences, of_groups=tuple(of_groups))
 
 
 def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hidden_states) -> AttentionPlan:
     implementation, device = config._attn_implementation, hidden_states.device
     key_positions = layout.key_positions
-    if key_positions is None and (span.num_tokens == 1 or implementation in CAUSAL_BY_ITSELF):
+    if key_positions is None and (implementation in CAUSAL_BY_ITSELF or span.num_tokens == 1):
         return AttentionPlan(None, implementation)
     if implementation.startswith("flash"):
         implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
     query_positions = span.positions(device)
     key_positions = query_positions if key_positions is None else key_positions
-    num_queries, num_keys = query_positions.shape[1], key_positions.shape[1]
+    num_queries = query_positions.shape[1]
+    rows = max(query_positions.shape[0], key_positions.shape[0])
+    is_cut = implementation == "sdpa" and retention.window is not None and not isinstance(num_queries, torch.SymInt)
+    if is_cut and num_queries > _block_size(retention):
+        query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
+        blocks = _query_blocks(retention, layout.num_stored, query_positions, key_positions)
+        return AttentionPlan(None, implementation, blocks=tuple(blocks))
+    return _masked_plan(config, retention, implementation, query_positions, key_positions, hidden_states)
+
+
+def _masked_plan(
+    config,
+    retention: Retention,
+    implementation: str,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    sequences: torch.Tensor | None = None,
+) -> AttentionPlan:
+    """A mask from positions (rows or 1, queries) and (rows or 1, keys), for the implementation's own kind.
+
+    `sequences` (rows, tokens) tells the sequence of each token, of queries and keys alike, where a row has several.
+    """
+    num_queries, num_keys, device = query_positions.shape[1], key_positions.shape[1], hidden_states.device
     rows = max(query_positions.shape[0], key_positions.shape[0])
     if implementation == "flex_attention":
         # It asks about every row of the batch, and about whole blocks, also beyond the last query and key.
         rows = hidden_states.shape[0]
         query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
+        sequences = None if sequences is None else _whole_blocks(sequences)
     query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
-    if implementation == "sdpa" and retention.window is not None and num_queries > _block_size(retention):
-        blocks = _query_blocks(retention, layout.num_stored, query_positions, key_positions)
-        return AttentionPlan(None, implementation, blocks=tuple(blocks))
 
     def is_visible(row, head, query, key):
-        return retention.is_visible(query_positions[row, query], key_positions[row, key])
+        visible = retention.is_visible(query_positions[row, query], key_positions[row, key])
+        return visible if sequences is None else visible & (sequences[row, query] == sequences[row, key])
 
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     mask = make_mask(

@@ -5,7 +5,8 @@ Reads from the inside out: a layer, what all models share, the stack, and what s
 """
 
 import functools
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,20 +14,16 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.hub import cached_file
 
 from .cache_mambaformer import UNCHANGED, MambaFormerCache, Transition
+from .cache_use_mambaformer import feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
 from .cpu_stack_mambaformer import FewTokens
-from .dispatch_mambaformer import ExpertSwitchLogitsProcessor
+from .dispatch_mambaformer import ExpertSwitchLogitsProcessor, prepare_to_save
+from .expert_files_mambaformer import load_named_experts, save_experts
 from .experts_mambaformer import (
     ExpertLibrary,
     ExpertVector,
@@ -45,10 +42,25 @@ from .feed_mambaformer import (
     check_feed,
     check_is_ours,
     check_output_request,
-    labels_of_real_tokens,
+    packed_sequences,
+    refuse_classified,
+    starts_as_given,
 )
 from .files_mambaformer import digest_of
+from .folders_mambaformer import staged_folder
 from .generation_mambaformer import MambaFormerGenerationMixin
+from .inputs_mambaformer import check_keywords, check_token_ids
+from .inputs_prompt_mambaformer import embedding_marks
+from .library_mambaformer import (
+    CACHE_NAMES,
+    MambaFormerCausalLMOutput,
+    MambaFormerModelOutput,
+    MambaFormerSequenceClassifierOutput,
+    UploadsFolders,
+    cache_of,
+    name_causal_model,
+)
+from .losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
 from .mixers_mambaformer import (
     AttentionPlan,
     MambaFormerAttention,
@@ -56,19 +68,21 @@ from .mixers_mambaformer import (
     MambaFormerMLP,
     MambaFormerRMSNorm,
     MambaFormerRotaryEmbedding,
+    can_group,
     plan_attention,
 )
+from .own_modules_mambaformer import replaceable_by_kernels
+from .packed_mambaformer import Sequences, split_borders
 from .placement_mambaformer import (
     CountsReplacements,
     adapters_of,
     agreed,
     base_linear,
+    is_shard,
     mesh_of,
     num_shards,
     placed_like,
-    version_of,
     weight_of,
-    weights_stamp,
     writes_stamp,
 )
 from .quantized_mambaformer import (
@@ -78,15 +92,15 @@ from .quantized_mambaformer import (
     quantized_activations,
     saved_as_quantized,
 )
+from .quantized_modules_mambaformer import check_can_be_read, keep_codes_in_order, matrix_of, shape_of
+from .stack_mambaformer import Place, check_cache_fits, places_of_model, without_wrappers
+from .stamps_mambaformer import SeenWeights, version_of, weights_stamp, without_counted_forwards
 from .storage_mambaformer import Span
-from .svd_mambaformer import ScaledBasis, SingularBases, merged_weight, project, scale_basis
+from .svd_mambaformer import ScaledBasis, SingularBases, SingularBasis, merged_weight, project, scale_basis
 
 logger = logging.get_logger(__name__)
 
-EXPERTS_FOLDER = "experts"
 NO_EXPERTS: dict[str, Any] = {}
-# Arguments of `from_pretrained` that say where on the Hub a file is.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Which class of the saved folder each Auto class finds there.
 AUTO_MAP = {
     "AutoConfig": "configuration_mambaformer.MambaFormerConfig",
@@ -96,8 +110,12 @@ AUTO_MAP = {
 }
 
 
+@replaceable_by_kernels
 class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
     """The mixers of one layer type and, if configured, an MLP, each behind a norm and beside a residual."""
+
+    _is_replayed = False
+    read_by_kernels = ("has_attention", "has_mamba", "has_mlp", "window")
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
@@ -117,14 +135,24 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
             self.mlp_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = MambaFormerMLP(config)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether a backward pass replays this layer. Without gradients none does, and the layer may use a cache."""
+        return self._is_replayed and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, is_replayed: bool) -> None:
+        self._is_replayed = is_replayed
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention: AttentionPlan | None,
         experts: dict[str, dict[str, ScaledBasis]],
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         lengths: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attentions = None
@@ -134,12 +162,12 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
                 attention,
                 self.experts_of("self_attn", experts),
                 position_embeddings,
-                past_key_values,
+                cache,
                 **kwargs,
             )
             hidden_states = hidden_states + mixed
         if self.has_mamba:
-            hidden_states = self.add_mamba(hidden_states, experts, past_key_values, lengths)
+            hidden_states = self.add_mamba(hidden_states, experts, cache, lengths, positions)
         if self.has_mlp:
             normed = self.mlp_layernorm(hidden_states)
             hidden_states = hidden_states + self.mlp(normed, self.experts_of("mlp", experts))
@@ -149,12 +177,14 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         experts: dict[str, dict[str, ScaledBasis]],
-        past_key_values: MambaFormerCache | None,
+        cache: MambaFormerCache | None,
         lengths: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The part of the layer that is Mamba."""
         normed = self.mamba_layernorm(hidden_states)
-        return hidden_states + self.mamba(normed, self.experts_of("mamba", experts), past_key_values, lengths)
+        experts = self.experts_of("mamba", experts)
+        return hidden_states + self.mamba(normed, experts, cache, lengths, positions)
 
     def experts_of(self, mixer: str, experts: dict[str, dict[str, ScaledBasis]]) -> dict[str, ScaledBasis]:
         """Those of one mixer of this layer, by the names of its linear modules."""
@@ -226,14 +256,14 @@ def _with_key(expert: Any) -> tuple[Any, Any]:
     return (None, None) if expert is None else (expert, key)
 
 
-class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
+class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedModel):
     """What all MambaFormers share: loading, initialization, experts and the making of caches."""
 
     config_class = MambaFormerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MambaFormerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -267,15 +297,16 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a model with the experts that were saved beside it, from a folder or the Hub."""
+        """Loads a model with the experts that its configuration names, from a folder or the Hub.
+
+        Expert files come from where the configuration came from, under `experts/`: of an adapter, that is its base.
+        """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         pack_for_this_processor(model)
+        keep_codes_in_order(model)
         model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
-        where = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        for name in model.config.experts or []:
-            file = f"{EXPERTS_FOLDER}/{name}.safetensors"
-            model._expert_library.load(cached_file(pretrained_model_name_or_path, file, **where), name)
+        load_named_experts(model._expert_library, model.config, pretrained_model_name_or_path, kwargs)
         return loaded
 
     # ---- caches
@@ -286,16 +317,21 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         max_cache_len: int | None = None,
         on_expert_change: str = "recompute",
         rollback_reach: int = 0,
+        **unknown,
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `MambaFormerCache`."""
+        check_keywords(self.make_cache, unknown, frozenset())
         resolve = functools.partial(resolve_with_key, self._expert_library)
         return MambaFormerCache(
             self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach, self.base_model
         )
 
-    def load_cache(self, path: str, on_weights_change: str = "error") -> MambaFormerCache:
+    def load_cache(
+        self, path: str, on_weights_change: str = "error", max_cache_len: int | None = None, **unknown
+    ) -> MambaFormerCache:
         """The cache that `cache.save(path)` wrote; see `MambaFormerCache.load`."""
-        return MambaFormerCache.load(path, self, on_weights_change)
+        check_keywords(self.load_cache, unknown, frozenset())
+        return MambaFormerCache.load(path, self, on_weights_change, max_cache_len)
 
     def weights_fingerprint(self) -> tuple[Any, str]:
         """`weights_stamp` and hex SHA-256 of all weights that a cache depends on; read once for each stamp.
@@ -324,21 +360,26 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
     # ---- experts
 
     @property
-    def experts(self) -> ExpertLibrary:
-        """The experts that may be called by name."""
+    def expert_vectors(self) -> ExpertLibrary:
+        """The expert vectors that may be called by name: add, blend, load and save them here."""
         return self._expert_library
 
-    def load_experts(self, path: str) -> list[str]:
-        """Adds the expert of a file, or all of a folder, to `experts`; returns their names."""
+    def load_expert_vectors(self, path: str) -> list[str]:
+        """Adds the expert vector of a file, or all of a folder, to `expert_vectors`; returns their names."""
         return self._expert_library.load(path)
+
+    experts, load_experts = expert_vectors, load_expert_vectors  # their older names
 
     def linear_modules(self) -> dict[str, nn.Module]:
         """The linear modules that an expert may scale, by the names that experts use."""
         prefix = "" if self.base_model is not self else "model."
         found = {prefix + name: module for name, module in self.named_modules() if name.endswith("_proj")}
+        found = without_wrappers(found)
         head = self.get_output_embeddings()
         found = found if head is None else {**found, "lm_head": head}
-        return {name: base_linear(module) for name, module in found.items()}
+        found = {name: base_linear(module) for name, module in found.items()}
+        # A module that a user put in has no weight that could be scaled, or one of another kind.
+        return {name: module for name, module in found.items() if getattr(module, "weight", None) is not None}
 
     @property
     def _bases(self) -> SingularBases:
@@ -348,15 +389,19 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
     def prepare_experts(self, names: list[str] | None = None) -> None:
         """Computes the singular bases of these linear modules (default: all), or reads them from the disk cache.
 
-        Experts do it for what they scale when they are first used; this does it at a chosen time, with a progress bar.
+        Experts do it for what they scale when they are first used; this does it at a chosen time, with a progress bar,
+        and also keeps the bases of weights on disk that were changed after loading.
         """
         modules = self.linear_modules()
-        self._bases.prepare({name: weight_of(modules[name]) for name in names or modules})
+        self._bases.prepare({name: functools.partial(weight_of, modules[name]) for name in names or modules})
+
+    def _bases_of(self, names: Iterable[str], **options: Any) -> dict[str, SingularBasis]:
+        modules = self.linear_modules()
+        return self._bases.get_all({name: functools.partial(weight_of, modules[name]) for name in names}, **options)
 
     def spectrum(self, names: list[str]) -> dict[str, list[float]]:
         """The first singular values of these linear modules: an expert's `metadata["spectrum"]` ties it to them."""
-        modules = self.linear_modules()
-        return spectrum_of({name: self._bases.get(name, weight_of(modules[name])) for name in names})
+        return spectrum_of(self._bases_of(names))
 
     def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
         """Resolves and checks the expert of a forward; changes nothing."""
@@ -372,7 +417,7 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
             expert, key = cache.expert_vector, cache.in_force.expert_key
         if self._merged_modules() and (is_given or expert is not None):
             raise ValueError(
-                "An expert is merged into the weights: call `unmerge_expert()` before naming another one."
+                "An expert is merged into the weights: call `unmerge_expert_vector()` before naming another one."
             )
         if is_given:
             self._check_what_scales_nothing(expert_vector, resolved)
@@ -395,15 +440,14 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         for row in rows:
             if row is not None:
                 self.check_expert(row)
+        ranks: dict[str, int] = {}
+        for name, z in (pair for row in rows if row is not None for pair in row.vectors.items()):
+            if name in modules:  # not so the head, for a model without one
+                ranks[name] = max(len(z), ranks.get(name, 0))
         scaled: dict[str, dict[str, ScaledBasis]] = {}
-        bases = self._bases
-        for name in dict.fromkeys(name for row in rows if row is not None for name in row.vectors):
-            if name not in modules:
-                continue  # the head, for a model without one
+        bases = self._bases_of(ranks, ranks=ranks, in_weights_dtype=True)
+        for name, basis in bases.items():
             z = [None if row is None else row.vectors.get(name) for row in rows]
-            weight = weight_of(modules[name])
-            rank = max(len(scales) for scales in z if scales is not None)
-            basis = bases.get(name, weight, rank, weight.dtype, weight.device)
             for row in rows:
                 if row is not None:
                     check_spectrum(row, name, basis.values)
@@ -425,49 +469,45 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
     def check_expert(self, expert: ExpertVector) -> None:
         """Refuses an expert (`ValueError`) that names other modules than this model has, or has too many scales."""
         modules = self.linear_modules()
-        sizes = {name: tuple(module.weight.shape) for name, module in modules.items()}
+        for name in expert.vectors:
+            if name in modules:
+                check_can_be_read(name, modules[name])
+        sizes = {name: shape_of(module) for name, module in modules.items()}
         if "lm_head" not in sizes:
             sizes["lm_head"] = (self.config.vocab_size, self.config.hidden_size)
         check_expert(expert, sizes)
 
-    def merge_expert(self, expert_vector: Any) -> None:
+    def merge_expert_vector(self, expert_vector: Any) -> None:
         """Writes an expert into the weights, W' = U diag(s * z) V^T, so that it costs nothing per token.
 
-        The weights it changes are kept aside for `unmerge_expert`. Caches notice the change by themselves.
+        The weights it changes are kept aside for `unmerge_expert_vector`. Caches notice the change by themselves.
 
         Raises:
             ValueError: one is merged already, or the expert does not fit the model.
             TypeError: it is no single expert.
         """
         if self._merged_modules():
-            raise ValueError("An expert is merged already: call `unmerge_expert()` first.")
+            raise ValueError("An expert is merged already: call `unmerge_expert_vector()` first.")
         expert, _ = resolve_with_key(self._expert_library, expert_vector)
         if expert is None or isinstance(expert, list):
-            raise TypeError("`merge_expert` takes one expert for all rows, and not the base.")
-        modules = self.linear_modules()
+            raise TypeError("`merge_expert_vector` takes one expert for all rows, and not the base.")
         self.check_expert(expert)
-        merged, bases = [], self._bases
-        for name, z in expert.vectors.items():
-            if name in modules:  # not so the head, for a model without one
-                if "weight" not in modules[name]._parameters:
-                    raise ValueError(f"`{name}` is parametrized: remove the parametrization before merging.")
-                old = weight_of(modules[name])
-                if is_quantized(old):
-                    raise ValueError(
-                        f"`{name}` is quantized, and rounding it again would be another expert: pass it as "
-                        "`expert_vector`, or merge it before the model is quantized."
-                    )
-                basis = bases.get(name, old)
-                check_spectrum(expert, name, basis.values)
-                new = merged_weight(old, basis, z.detach())
-                merged.append((modules[name], placed_like(new, modules[name].weight)))
+        modules = self.linear_modules()
+        modules = {name: modules[name] for name in expert.vectors if name in modules}  # there may be no head
+        for name, module in modules.items():
+            _check_can_be_merged_into(name, module)
+        merged = []
+        for name, basis in self._bases_of(modules).items():
+            check_spectrum(expert, name, basis.values)
+            new = merged_weight(weight_of(modules[name]), basis, expert.vectors[name].detach())
+            merged.append((modules[name], placed_like(new, modules[name].weight)))
         for module, weight in merged:
             old = _swap_weight(module, weight, self._is_tied(module))
             self._merged_modules().append((module, old, version_of(module.weight)))
         self.base_model.num_merges += 1
 
-    def unmerge_expert(self) -> None:
-        """Puts back the weights of before `merge_expert`, bit for bit.
+    def unmerge_expert_vector(self) -> None:
+        """Puts back the weights of before `merge_expert_vector`, bit for bit.
 
         Raises:
             ValueError: nothing is merged, or the weights were trained or loaded since.
@@ -487,6 +527,8 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
                 _swap_weight(module, weight, is_tied=False)
         self.base_model.num_merges += 1
 
+    merge_expert, unmerge_expert = merge_expert_vector, unmerge_expert_vector  # their older names
+
     def _merged_modules(self) -> list[tuple[nn.Module, torch.Tensor, int]]:
         """What is merged, what undoes it, and the version it has; kept by the stack, which its models share."""
         return self.base_model._unmerged
@@ -501,7 +543,9 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
 
     def _check_tied_head(self, action: str) -> None:
         if any(isinstance(weight, nn.Parameter) for _, weight, _ in self._merged_modules()):
-            raise ValueError(f"An expert is merged into the tied `lm_head`: call `unmerge_expert()` before {action}.")
+            raise ValueError(
+                f"An expert is merged into the tied `lm_head`: call `unmerge_expert_vector()` before {action}."
+            )
 
     def _note_whether_tied(self) -> None:
         """Quantizing only the head unties it, and Transformers may say so where it has not: a file needs the truth."""
@@ -509,16 +553,38 @@ class MambaFormerPreTrainedModel(CountsReplacements, PreTrainedModel):
         if head is not None and (self._is_tied(head) or is_quantized(base_linear(head).weight)):
             self.config.tie_word_embeddings = self._is_tied(head)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library."""
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library.
+
+        A save that fails leaves the folder as it was, with the model that it held; an upload that fails leaves the
+        new one. Models that are sharded over processes are written in place.
+        """
         self._check_tied_head("saving")
+        prepare_to_save(getattr(self, "generation_config", None))
         self.config.auto_map = dict(AUTO_MAP)
         self.config.experts = list(self._expert_library) or None
-        if self.config.experts:
-            self._expert_library.save(f"{save_directory}/{EXPERTS_FOLDER}")
         self._note_whether_tied()
-        with saved_as_quantized(self):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+        is_written_by_many = kwargs.get("distributed_checkpoint") or any(map(is_shard, self.parameters()))
+        with ExitStack() as stack:
+            stack.enter_context(saved_as_quantized(self))
+            if is_main_process and not is_written_by_many:
+                save_directory = str(stack.enter_context(staged_folder(save_directory)).path)
+            if is_main_process:
+                self.write_folders(save_directory)
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def write_folders(self, directory) -> list[str]:
+        return save_experts(self._expert_library, directory)
+
+
+def _check_can_be_merged_into(name: str, module: nn.Module) -> None:
+    if "weight" not in module._parameters:
+        raise ValueError(f"`{name}` is parametrized: remove the parametrization before merging.")
+    if is_quantized(module.weight) or matrix_of(module) is not None:
+        raise ValueError(
+            f"`{name}` is quantized, and rounding it again would be another expert: pass it as `expert_vector`, or "
+            "merge it before the model is quantized."
+        )
 
 
 @torch.no_grad()
@@ -542,46 +608,61 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         self.norm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else MambaFormerRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self._few_tokens = FewTokens()
+        self._few_tokens, self._seen_weights = FewTokens(), SeenWeights()
         self.post_init()
 
     @can_return_tuple
+    @feeds_its_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         expert_vector: Any = ...,
         expert_plan: ExpertPlan | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        past_key_values: MambaFormerCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> MambaFormerModelOutput:
         """Feeds new tokens behind those of the cache.
 
         Args:
             attention_mask: 0 (pad) or 1 for the new tokens (rows, tokens), or for those of the cache and the new ones.
-                Pads may stand anywhere; the states at a pad are those of the last real token before it.
-            position_ids: positions for RoPE (rows, tokens); by default each row counts its real tokens.
-            past_key_values: a cache of `make_cache`; by default one is made if `use_cache`.
+                Pads may stand anywhere; the states at a pad are those of the last real token before it. Larger
+                numbers tell sequences that are packed into a row: 1, 1, 2, 2, 0.
+            position_ids: positions for RoPE (rows, tokens); by default each sequence counts its real tokens. A
+                sequence starts where they do not grow.
+            cache: a cache of `make_cache`; by default one is made if `use_cache`. `past_key_values` is the same
+                argument under its older name.
             expert_vector: see `MambaFormerForCausalLM.forward`.
             expert_plan: the same, prepared by a model that stands on this one.
             output_hidden_states: whether to return hidden states, or the indices of those to return.
+            kwargs: `seq_idx` (rows, tokens), another number for each sequence packed into a row; or `cu_seq_lens_q`,
+                `cu_seq_lens_k`, `cu_seqlens` (sequences + 1,), where sequences start among the tokens of all rows.
+                Packed sequences do not see each other, and no cache is made of them.
 
         Raises:
             ValueError, TypeError: input that does not fit; the cache is then as it was.
         """
-        feed = check_feed(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
-        plan = self._plan(expert_vector, past_key_values) if expert_plan is None else expert_plan
-        cache = self._cache_for(use_cache, past_key_values)
+        check_keywords(self.forward, kwargs)
+        cache = cache_of(cache, past_key_values)
+        borders, kwargs = split_borders(kwargs)
+        feed = check_feed(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache)
+        packing, is_grouped = Packing.of(feed.mask), can_group(self.config, output_attentions)
+        sequences = packed_sequences(feed, packing, borders, attention_mask, cache, use_cache, is_grouped)
+        plan = self._plan(expert_vector, cache) if expert_plan is None else expert_plan
+        cache, places = self._cache_for(use_cache, cache) if sequences is None else None, places_of_model(self)
+        if cache is not None:
+            check_cache_fits(cache, places)
         transition = self._transition(feed, plan, cache)
-        whole = (
-            behind_history(feed, cache, self.embed_tokens) if transition.anew and not transition.drops_text else feed
-        )
-        packing = Packing.of(whole.mask)
+        whole = feed
+        if transition.anew and not transition.drops_text:
+            whole = behind_history(feed, cache, self.embed_tokens)
+            packing = Packing.of(whole.mask)
         recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
         if recorded.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
@@ -591,57 +672,75 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         else:
             span = cache.begin(transition, num_tokens, packing.lengths, device)
         try:
-            hidden_states = self._run(whole, packing, span, plan, cache, recorded, **kwargs)
+            with without_counted_forwards(self) if plan.weights is not None else nullcontext():
+                hidden_states = self._run(places, whole, packing, span, plan, cache, recorded, sequences, **kwargs)
         except BaseException:
             if cache is not None:
                 cache.abandon()
             raise
         if cache is not None:
-            is_embedded = feed.inputs_embeds is not None
-            cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, is_embedded)
+            marks = None if feed.inputs_embeds is None else embedding_marks(feed.inputs_embeds)
+            cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, marks)
             if transition is not UNCHANGED:
                 cache.expert_plan = plan if plan.is_reusable else None
         num_new = feed.token_ids.shape[1]
-        return BaseModelOutputWithPast(
+        return MambaFormerModelOutput(
             last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
-            past_key_values=cache,
+            cache=cache,
             **recorded.results(num_new),
         )
 
-    def _run(self, whole: Feed, packing: Packing, span: Span, plan: ExpertPlan, cache, recorded: Recorder, **kwargs):
-        """All layers over what is fed; packed hidden states (rows, tokens, hidden_size)."""
+    def _run(
+        self,
+        places: list[Place],
+        whole: Feed,
+        packing: Packing,
+        span: Span,
+        plan: ExpertPlan,
+        cache: MambaFormerCache | None,
+        recorded: Recorder,
+        sequences: Sequences | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """All layers over what is fed; left-aligned hidden states (rows, tokens, hidden_size)."""
         device = whole.token_ids.device
         hidden_states = packing.pack(self._embed(whole))
         position_embeddings = None
         if self.rotary_emb is not None:
             chosen = whole.position_ids
-            positions = span.positions(device) if chosen is None else packing.pack(chosen)
+            counted = span.positions(device) if sequences is None else sequences.positions
+            positions = counted if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
         shown = packing if recorded.wants_attention else None
-        layers = list(self.layers)[: self.config.num_hidden_layers]
-        attention = plan_attention(layers, self.config, span, cache, hidden_states, shown)
+        attention = plan_attention(places, self.config, span, cache, hidden_states, shown, sequences)
         if not recorded.wants_anything:
             shared = attention, plan.experts(), position_embeddings, cache, span.lengths
-            of_kernels = self._few_tokens.run(layers, plan.weights, hidden_states, *shared)
+            of_kernels = self._few_tokens.run(places, plan.weights, hidden_states, *shared)
             if of_kernels is not None:
                 return self.norm(of_kernels)
-        for layer in layers:
-            hidden_states, weights = layer(
+        for place in places:
+            outputs = place.module(
                 recorded.hidden(hidden_states),
-                attention=attention.get(layer.window),
-                experts=plan.experts(),
+                attention=attention.get(place.window),
+                experts=place.experts_of(plan.experts()),
                 position_embeddings=position_embeddings,
-                past_key_values=cache,
+                cache=place.cache_of(cache),
                 lengths=span.lengths,
+                positions=None if sequences is None else sequences.positions,
                 **kwargs,
             )
+            # A layer that a user put in may return its states alone, as most layers of Transformers do.
+            hidden_states, weights = (outputs, None) if isinstance(outputs, torch.Tensor) else (*outputs, None)[:2]
             recorded.attention(weights)
         return recorded.hidden(self.norm(hidden_states))
 
     def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
-        is_checkpointing = self.gradient_checkpointing and self.training
+        is_checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if given is not None and is_checkpointing:
-            raise ValueError("Gradient checkpointing runs layers twice and cannot use a cache: leave it out.")
+            raise ValueError(
+                "Gradient checkpointing runs layers twice and cannot use a cache: leave it out, or run the forward "
+                "under `torch.no_grad()`."
+            )
         if given is not None:
             return given
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -682,38 +781,55 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         self.model = MambaFormerModel(config)
         self.model._expert_library = self._expert_library
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
+        self.loss_type = "ForCausalLM"  # Transformers guesses it from the class's name; `Trainer` counts targets by it
         self.post_init()
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        name_causal_model(cls.__name__)
+
     @can_return_tuple
+    @feeds_its_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         expert_vector: Any = ...,
+        past_key_values: MambaFormerCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> MambaFormerCausalLMOutput:
         """Feeds new tokens behind those of the cache; what is shared with `MambaFormerModel.forward` is told there.
 
         Args:
-            labels: next-token targets are `labels` shifted by one (rows, tokens); -100 and pads are ignored.
+            labels: next-token targets are `labels` shifted by one (rows, tokens). Ignored are -100, pads, and the
+                first real token of a row, which no token of this forward predicts. So padding changes neither the
+                loss nor its gradient.
             logits_to_keep: logits of only the last so many tokens (0: of all), or of those at these indices.
             expert_vector: what re-tunes the weights (SVF, arXiv 2501.06252): `None` (the base), a name in
-                `model.experts`, an `ExpertVector`, {module: scales}, or a list with one of these per row. Not given,
-                it is what the cache has in force. A change acts on the cached text as `on_expert_change` says.
+                `model.expert_vectors`, an `ExpertVector`, {module: scales}, or a list with one of these per row. Not
+                given, it is what the cache has in force. A change acts on the cached text as `on_expert_change` says.
+            kwargs: `num_items_in_batch` is the count of `labels[:, 1:]` other than -100 in all micro-batches of an
+                optimizer step, as `Trainer` passes it; the loss is then a sum divided by it. Where the count includes
+                labels that are ignored here, the batch's share of it weighs the mean over the batch's targets. Steps
+                of several micro-batches are exact with right pads; with left pads, where first tokens are -100 too.
         """
-        check_output_request(input_ids, inputs_embeds, labels, logits_to_keep, self.config.vocab_size)
-        plan = self._plan(expert_vector, past_key_values)
+        check_keywords(self.forward, kwargs)
+        shifted = kwargs.get("shift_labels")
+        check_output_request(input_ids, inputs_embeds, labels, logits_to_keep, self.config.vocab_size, shifted)
+        cache = cache_of(cache, past_key_values)
+        plan = self._plan(expert_vector, cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             expert_plan=plan,
@@ -725,13 +841,15 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         logits = project(self.lm_head, outputs.last_hidden_state[:, kept], head_experts.get("lm_head"))
         loss = None
         if labels is not None:
-            if attention_mask is not None:
-                labels = labels_of_real_tokens(labels, attention_mask[:, -labels.shape[1] :].bool())
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+            borders, kwargs = split_borders(kwargs)
+            starts = starts_as_given(labels, attention_mask, position_ids, borders)
+            targets = causal_loss_arguments(labels, mask, starts, **kwargs)
+            loss = self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **targets)
+        return MambaFormerCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -750,6 +868,8 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
         self.model = MambaFormerModel(config)
         self.model._expert_library = self._expert_library
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.loss_function = classification_loss
+        self.loss_type = "ForSequenceClassification"
         self.post_init()
 
     @can_return_tuple
@@ -758,40 +878,71 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: MambaFormerCache | None = None,
+        cache: MambaFormerCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         expert_vector: Any = ...,
+        past_key_values: MambaFormerCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """Without an `attention_mask`, tokens that are `config.pad_token_id` count as pads."""
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = input_ids != self.config.pad_token_id
+    ) -> MambaFormerSequenceClassifierOutput:
+        """Classifies rows; the other arguments are those of `MambaFormerModel.forward`.
+
+        Args:
+            attention_mask: without one, tokens that are `config.pad_token_id` count as pads.
+            labels: class indices (rows,), or values (rows, num_labels) for a regression and for several labels. The
+                problem is `config.problem_type`; not set, `num_labels` and the labels' type tell it for this forward.
+            kwargs: `num_items_in_batch` is the count of labels in all micro-batches of an optimizer step.
+
+        Raises:
+            ValueError: several rows without a mask and without a pad id, or labels that do not fit.
+        """
+        check_keywords(self.forward, kwargs)
+        if input_ids is not None:
+            check_token_ids(input_ids, self.config.vocab_size)
+        fed = inputs_embeds if input_ids is None else input_ids
+        if labels is not None and isinstance(fed, torch.Tensor):  # what is fed is checked by the stack
+            check_class_labels(labels, (len(fed), self.num_labels), self.config)
+        if attention_mask is None:
+            attention_mask = self._mask_of(input_ids, inputs_embeds)
+        cache = cache_of(cache, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             expert_vector=expert_vector,
             return_dict=True,
             **kwargs,
         )
+        refuse_classified(outputs.last_hidden_state, attention_mask, position_ids, split_borders(kwargs)[0])
         logits = self.score(outputs.last_hidden_state[:, -1])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+            counts = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **counts)
+        return MambaFormerSequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
+    def _mask_of(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask that pad ids tell; without one the last column would be read, whichever token is there."""
+        pad, fed = self.config.pad_token_id, inputs_embeds if input_ids is None else input_ids
+        if pad is None and fed is not None and fed.shape[0] > 1:
+            raise ValueError(
+                f"The batch has {fed.shape[0]} rows and nothing tells their pads: pass an `attention_mask`, or set "
+                "`model.config.pad_token_id`."
+            )
+        return None if pad is None or input_ids is None else input_ids != pad
 
+
+name_causal_model(MambaFormerForCausalLM.__name__)
 MambaFormerModel.register_for_auto_class("AutoModel")
 MambaFormerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MambaFormerForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -36,8 +36,12 @@ from torch.nn import functional as F
 from .compiler_mambaformer import is_differentiated
 from .cpu_scan_mambaformer import MOST_TAPS, arithmetic_dtype, convolve_on_cpu, scan_on_cpu, takes_on_cpu
 
+# A step so long that nothing is left of a state; a power of two, so that scaling by it rounds nothing.
+FORGETTING_STEP = 2.0**40
 # Up to so many tokens one level of the scan is faster than two.
 LONGEST_SINGLE_CHUNK = 8
+# An exported scan of dynamic length has chunks of this length, and at most 2**DOUBLINGS of them: 2**24 tokens.
+EXPORTED_CHUNK, DOUBLINGS = 16, 20
 
 
 def causal_conv1d(
@@ -46,6 +50,7 @@ def causal_conv1d(
     bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SiLU of a depthwise convolution over each token and the K - 1 inputs before it (arXiv 2312.00752, figure 3).
 
@@ -55,10 +60,12 @@ def causal_conv1d(
         bias: (D,).
         initial_state: (B, K - 1, D), the inputs before x, oldest first; `None` means zeros.
         lengths: (B,) integers from 0 to L; `None` means that every token is real.
+        positions: (B, L) integers, the position of each token in its own sequence, where a row holds several; no
+            token meets inputs of the sequence before its own. `None` means that each row is one sequence.
 
     Returns:
         y: (B, L, D) in the dtype of x; finite but meaningless at pads.
-        final_state: (B, K - 1, D) in the dtype of x, the last inputs before each row's own end.
+        final_state: (B, K - 1, D) in the dtype of x, the last inputs before each row's own end, of whichever sequence.
 
     Raises:
         ValueError: shapes that contradict each other.
@@ -69,11 +76,14 @@ def causal_conv1d(
         bias=(bias, (channels,)),
         initial_state=(initial_state, (rows, taps - 1, channels)),
         lengths=(lengths, (rows,)),
+        positions=(positions, (rows, length)),
     )
-    if taps <= MOST_TAPS and _use_cpu_kernels(x, weight, bias, initial_state, lengths):
-        return convolve_on_cpu(x, weight, bias, initial_state, lengths)
+    if taps <= MOST_TAPS and _use_cpu_kernels(x, weight, bias, initial_state, lengths, positions):
+        return convolve_on_cpu(x, weight, bias, initial_state, lengths, positions)
     x = _zero_pads(x, _real_tokens(lengths, length))
     initial_state = x.new_zeros(rows, taps - 1, channels) if initial_state is None else initial_state.to(x.dtype)
+    if positions is not None:
+        return _convolve(x, weight, bias, initial_state, lengths, positions)
     convolve = _choose_convolution(x, weight, bias, initial_state, lengths)
     return convolve(x, weight, bias, initial_state, lengths)
 
@@ -100,6 +110,7 @@ def selective_scan(
     lengths: Tensor | None = None,
     dt_softplus: bool = False,
     A_is_log: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Selective state space recurrence over any number of tokens from any state (arXiv 2312.00752, section 3.2).
 
@@ -117,6 +128,8 @@ def selective_scan(
         lengths: (B,) integers from 0 to L; `None` means that every token is real.
         dt_softplus: dt is given as it was before softplus, which is then part of the arithmetic.
         A_is_log: A is given as log(-A), the way it is trained.
+        positions: (B, L) integers, the position of each token in its own sequence, where a row holds several: at
+            position 0 the state starts from zeros. `None` means that each row is one sequence.
 
     Returns:
         y: (B, L, D) in the dtype of u; zero at pads.
@@ -135,9 +148,10 @@ def selective_scan(
         gate=(gate, u.shape),
         initial_state=(initial_state, (rows, channels, numbers)),
         lengths=(lengths, (rows,)),
+        positions=(positions, (rows, length)),
     )
-    if _use_cpu_kernels(u, dt, A, B, C, D, gate, initial_state, lengths):
-        return scan_on_cpu(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log)
+    if _use_cpu_kernels(u, dt, A, B, C, D, gate, initial_state, lengths, positions):
+        return scan_on_cpu(u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log, positions)
     real = _real_tokens(lengths, length)
     u, dt, B, C, gate = (_zero_pads(tensor, real) for tensor in (u, dt, B, C, gate))
     dtype = arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
@@ -148,7 +162,16 @@ def selective_scan(
     scan = _choose_scan(u, dt, A, B, C, D, gate, initial_state)
     # Autocast would run the products of the scan in half precision.
     with _without_autocast(u.device.type):
-        return scan(u, dt, A, B, C, D, gate, initial_state)
+        if positions is None:
+            return scan(u, dt, A, B, C, D, gate, initial_state)
+        y, state = scan(*_forgetting(u.to(dtype), dt.to(dtype), positions), A, B, C, None, None, initial_state)
+        return _skip_and_gate(y, u, D, gate), state
+
+
+def _forgetting(u: Tensor, dt: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """u and dt of a scan that starts from zeros at each position 0, and writes dt u there as before."""
+    is_first = (positions == 0)[:, :, None]
+    return torch.where(is_first, u * (dt / FORGETTING_STEP), u), torch.where(is_first, FORGETTING_STEP, dt)
 
 
 def _check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -179,15 +202,26 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor, lengths: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor,
+    lengths: Tensor | None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     length, dtype = x.shape[1], arithmetic_dtype(x, weight, bias)
     inputs = torch.cat([initial_state, x], dim=1)  # (B, K - 1 + L, D)
     taps = weight.to(dtype).unbind(1)
     windows = inputs.to(dtype)
-    y = windows[:, :length] * taps[0]
-    for age, tap in enumerate(taps[1:], start=1):
-        y = y.addcmul_(windows[:, age : age + length], tap)
+    oldest = len(taps) - 1  # how far back the first tap looks
+
+    def met_by(tap: int) -> Tensor:
+        met = windows[:, tap : tap + length]
+        return met if positions is None else torch.where((positions >= oldest - tap)[:, :, None], met, 0)
+
+    y = met_by(0) * taps[0]
+    for tap, weights in enumerate(taps[1:], start=1):
+        y = y.addcmul_(met_by(tap), weights)
     y = y if bias is None else y + bias.to(dtype)
     return F.silu(y).to(x.dtype), _last_inputs(inputs, len(taps) - 1, lengths)
 
@@ -213,9 +247,12 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     if initial_state is None:
         initial_state = A.new_zeros(u.shape[0], *A.shape)
-    if u.shape[1] == 0:
+    if isinstance(u.shape[1], torch.SymInt):  # asked first: any look at the length would fix it in the graph
+        advance = _scan_any_length
+    elif u.shape[1] == 0:
         return u, initial_state
-    advance = _scan_token if u.shape[1] == 1 else _scan_chunks
+    else:
+        advance = _scan_token if u.shape[1] == 1 else _scan_chunks
     dt, B, C = (tensor.to(A.dtype) for tensor in (dt, B, C))
     y, final_state = advance(dt * u.to(A.dtype), dt, A, B, C, initial_state)
     return _skip_and_gate(y, u, D, gate), final_state
@@ -273,6 +310,46 @@ def _scan_chunks(
         state = advance(state, token)
         y.append((C[:, :, token, None] @ state).squeeze(2))  # (B, chunks, D)
     return torch.stack(y, dim=2).flatten(1, 2)[:, :length], state[:, -1].transpose(1, 2).contiguous()
+
+
+def _scan_any_length(
+    dt_u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_scan_chunks` for `torch.export` with a dynamic length: the graph has the same operations for all lengths."""
+    length = dt.shape[1]
+    # One chunk more than needed: a dimension that is 1 for some lengths only would fix which lengths the graph takes.
+    # For the same reason tokens are picked by index: a reshape asks whether one size divides the other.
+    chunks = (length + EXPORTED_CHUNK - 1) // EXPORTED_CHUNK + 1
+    padded = [F.pad(tensor, (0, 0, 0, chunks * EXPORTED_CHUNK - length)) for tensor in (dt_u, dt, B, C)]
+    starts = EXPORTED_CHUNK * torch.arange(chunks, device=dt.device)
+    tokens = [[tensor.index_select(1, starts + n) for tensor in padded] for n in range(EXPORTED_CHUNK)]
+    A, initial_state = A.t().contiguous(), initial_state.transpose(1, 2)[:, None]  # (N, D), (B, 1, N, D)
+
+    def advance(state: Tensor, write: Tensor, step: Tensor, key: Tensor) -> Tensor:
+        return torch.addcmul((step[:, :, None] * A).exp() * state, write[:, :, None], key[..., None])
+
+    left = torch.zeros_like(tokens[0][1][:, :, None] * A)  # (B, chunks, N, D)
+    for write, step, key, _ in tokens:
+        left = advance(left, write, step, key)
+    decay = (sum(step for _, step, _, _ in tokens)[:, :, None] * A).exp()
+    entered = _scan_by_doubling(torch.cat([initial_state, left], 1), F.pad(decay, (0, 0, 0, 0, 1, 0), value=1.0))
+    state, final_state, y = entered[:, :-1], entered[:, -1], []
+    for write, step, key, query in tokens:
+        state = advance(state, write, step, key)
+        y.append((query[:, :, None] @ state).squeeze(2))  # (B, chunks, D)
+    order = torch.arange(length, device=dt.device)
+    order = order % EXPORTED_CHUNK * chunks + order // EXPORTED_CHUNK
+    return torch.cat(y, dim=1).index_select(1, order), final_state.transpose(1, 2).contiguous()
+
+
+def _scan_by_doubling(state: Tensor, decay: Tensor) -> Tensor:
+    """h_c = decay_c h_(c-1) + state_c over dimension 1 (Hillis and Steele, CACM 29:12, 1986)."""
+    index = torch.arange(state.shape[1], device=state.device)
+    for distance in (2**n for n in range(DOUBLINGS)):
+        has_earlier, earlier = (index >= distance)[:, None, None], (index - distance).clamp(min=0)
+        state = torch.where(has_earlier, torch.addcmul(state, decay, state.index_select(1, earlier)), state)
+        decay = torch.where(has_earlier, decay * decay.index_select(1, earlier), decay)
+    return state
 
 
 def _divide(length: int) -> tuple[int, int]:

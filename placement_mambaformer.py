@@ -1,23 +1,18 @@
-"""Where weights are, whether they changed, and what stands around them: adapters, offloading, tensor parallelism.
+"""Where weights are, and what stands around them: adapters, offloading, tensor parallelism.
 
 The rest of the project sees modules only from outside. What it has to know of PEFT (adapters), Accelerate (weights
 that are on the `meta` device until they are needed) and DTensor (a process has only a part of a weight) is here.
 """
 
-import itertools
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
 
-from .quantized_mambaformer import inner_tensors, is_quantized
+from .quantized_modules_mambaformer import QuantizedMatrix, matrix_of
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -52,11 +47,11 @@ def base_linear(module: nn.Module) -> nn.Module:
     return module
 
 
-def _is_adapter(module: nn.Module) -> bool:
+def is_adapter(module: nn.Module) -> bool:
     return "base_layer" in module._modules or "original_module" in module._modules
 
 
-def _adapter_stamp(module: nn.Module) -> str:
+def adapter_stamp(module: nn.Module) -> str:
     """What tells apart the states of an adapter that its weights do not show: switched, disabled, merged, rescaled."""
     settings = [getattr(module, name, None) for name in ADAPTER_SETTINGS]
     # Adapters that are chosen for each row of a batch are hooks with an argument, for as long as one forward lasts.
@@ -66,7 +61,7 @@ def _adapter_stamp(module: nn.Module) -> str:
 
 def adapters_of(model: nn.Module) -> str:
     """What tells apart the states of all adapters of a model that its weights do not show; "" without any."""
-    found = {name: _adapter_stamp(module) for name, module in model.named_modules() if _is_adapter(module)}
+    found = {name: adapter_stamp(module) for name, module in model.named_modules() if is_adapter(module)}
     return json.dumps(found) if found else ""
 
 
@@ -80,21 +75,24 @@ def writes_stamp(model: nn.Module) -> Any:
 # ------------------------------------------------------------------------------------------------ offloaded weights
 
 
-def _offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
+def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
     """Accelerate's map of the weights of `module` that are elsewhere, by parameter name; `None` if there is none."""
     hook = getattr(module, "_hf_hook", None)
     maps = (getattr(each, "weights_map", None) for each in getattr(hook, "hooks", [hook]) if each is not None)
     return next((each for each in maps if each is not None), None)
 
 
-def weight_of(module: nn.Module, name: str = "weight") -> Tensor | None:
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor | QuantizedMatrix | None:
     """All of a parameter of a linear module, wherever it is; processes that share it must all ask for it."""
     module = base_linear(module)
+    matrix = matrix_of(module) if name == "weight" else None
+    if matrix is not None:
+        return matrix
     weight = getattr(module, name, None)
     if is_shard(weight):
         return weight.full_tensor()
-    if weight is not None and weight.is_meta and _offloaded(module) is not None:
-        return _offloaded(module)[name].to(_execution_device(module))
+    if weight is not None and weight.is_meta and offloaded(module) is not None:
+        return offloaded(module)[name].to(_execution_device(module))
     return weight
 
 
@@ -102,123 +100,6 @@ def _execution_device(module: nn.Module) -> Any:
     hook = module._hf_hook
     devices = (each.execution_device for each in getattr(hook, "hooks", [hook]))
     return next((device for device in devices if device is not None), "cpu")
-
-
-def _offloaded_stamp(module: nn.Module, name: str) -> tuple:
-    """Of the memory or the file that an offloaded parameter comes from, without reading it."""
-    source = _offloaded(module)
-    if source is None:
-        return ()
-    key, loader = getattr(source, "prefix", "") + name, getattr(source, "dataset", source)
-    in_memory = getattr(loader, "state_dict", loader)
-    if key in in_memory:
-        return stamp_of(in_memory[key])
-    file = loader.index[key].get("safetensors_file") or os.path.join(loader.save_folder, f"{key}.dat")
-    status = os.stat(file)
-    return file, status.st_mtime_ns, status.st_size, status.st_ino
-
-
-# ----------------------------------------------------------------------------------------- whether weights changed
-
-
-def _count_fused_step(optimizer: torch.optim.Optimizer, *_) -> None:
-    """A fused step writes weights and does not count it as a version of theirs; now it does."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            increment_version([weight for weight in group["params"] if not weight.is_inference()])
-
-
-register_optimizer_step_post_hook(_count_fused_step)
-
-
-class _StorageNumbers:
-    """A running number for each piece of memory that weights are in.
-
-    An address is given out again when what was there is gone; a number never is. The weak references keep the records
-    of memory, not the memory.
-    """
-
-    def __init__(self):
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.numbers, self.most = itertools.count(), 4096
-
-    def __call__(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        known = self.known.get(storage._cdata)
-        return known[1] if known is not None else self._remember(storage)
-
-    def _remember(self, storage: torch.UntypedStorage) -> int:
-        if len(self.known) >= self.most:
-            self.known = {key: entry for key, entry in list(self.known.items()) if not entry[0].expired()}
-            self.most = max(4096, 2 * len(self.known))
-        number = next(self.numbers)
-        self.known[storage._cdata] = StorageWeakRef(storage), number
-        return number
-
-
-storage_number = _StorageNumbers()
-
-
-def weights_stamp(model: nn.Module) -> Any:
-    """Tells whether weights changed, or are those of another model, without reading them.
-
-    Every in-place write and every new tensor changes it, also where weights are offloaded or split, and so does every
-    adapter that is added, switched, disabled, merged or removed. Weights made in inference mode do not count their
-    writes, so merging and unmerging experts count theirs. A write through `weight.data` by hand leaves no trace
-    (`model.weights_changed()` makes one).
-    """
-    if torch.compiler.is_compiling():
-        return None
-    with torch._C.DisableTorchFunctionSubclass():  # a quantized weight would take its time for every attribute
-        return _stamp_of_all(model)
-
-
-def _stamp_of_all(model: nn.Module) -> int:
-    found, modules, num_modules = [getattr(model, "num_merges", 0)], [model], 0
-    while modules:  # `model.parameters()` builds every name, which takes several times as long
-        module = modules.pop()
-        num_modules += 1
-        attributes = module.__dict__
-        for child in attributes["_modules"].values():
-            if child is not None:
-                modules.append(child)
-        if "num_replacements" in attributes:
-            found.append(attributes["num_replacements"])
-        elif _is_adapter(module):
-            found.append(_adapter_stamp(module))
-        for name, weight in attributes["_parameters"].items():
-            if weight is None:
-                continue
-            if type(weight) is nn.Parameter and not weight.is_meta:
-                found += storage_number(weight), weight.storage_offset(), version_of(weight)
-            else:
-                found.append(_placed_stamp(module, name, weight))
-    return hash((num_modules, *found))
-
-
-def _placed_stamp(module: nn.Module, name: str, weight: Tensor) -> tuple:
-    """Of a weight that is not simply here: offloaded, a part of one, or quantized."""
-    if weight.is_meta:
-        return _offloaded_stamp(module, name)
-    if is_shard(weight):  # a write counts for the whole or for the part, as it was written to
-        return *_stamp_of(weight._local_tensor), version_of(weight)
-    return stamp_of(weight)
-
-
-def stamp_of(weight: Tensor) -> tuple:
-    """Of the memory that a weight is in and the writes to it, whether it is quantized or not."""
-    if not is_quantized(weight):
-        return _stamp_of(weight)
-    # A write to the whole counts there only, and one to a tensor that it is made of only there.
-    return version_of(weight), *map(_stamp_of, inner_tensors(weight))
-
-
-def _stamp_of(tensor: Tensor) -> tuple[int, int, int]:
-    return storage_number(tensor), tensor.storage_offset(), version_of(tensor)
-
-
-def version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

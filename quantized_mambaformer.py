@@ -125,7 +125,7 @@ def _nibbles(data: Tensor) -> Tensor:
 @functools.cache
 def packed_rows() -> int:
     """How many rows this processor packs together: within such a block, all of one input come before the next's."""
-    marked = torch.zeros(LARGEST_BLOCK, 2, dtype=torch.int32)
+    marked = torch.zeros(LARGEST_BLOCK, 2, dtype=torch.int32, device="cpu")
     marked[:, 1] = 15
     return 2 * int(_pack(marked).flatten().nonzero()[0])
 
@@ -136,7 +136,7 @@ def _places(num_rows: int) -> Tensor:
 
     The kernel is asked, as the order is its own: it depends on the processor, and on whether a block is full.
     """
-    rows = torch.arange(num_rows)
+    rows = torch.arange(num_rows, device="cpu")
     low, high = _nibbles(_pack(torch.stack([rows % 16, rows // 16], dim=1)).view(2, -1)).long()
     return torch.argsort(low + 16 * high)
 
@@ -195,6 +195,17 @@ class PackedWeight:
         rows, width = self.qdata.shape
         return rows, 2 * width if self.kind == "int4" else width
 
+    def fits(self) -> bool:
+        """Whether all fields have the types and sizes above, so that no kernel reads beyond any of them."""
+        if self.qdata.ndim != 2 or not self.qdata.is_contiguous():
+            return False
+        rows, width = self.shape
+        if self.kind == "int8":
+            return self.qdata.dtype is torch.int8 and self.scale.shape == (rows,) and self.scale.is_contiguous()
+        groups, remainder = divmod(width, self.group_size) if self.group_size > 0 else (0, 1)
+        fits = remainder == 0 and self.scale_and_zero.shape == (groups, rows, 2)
+        return fits and self.qdata.dtype is torch.uint8 and self.scale_and_zero.is_contiguous()
+
 
 class _PackedWeights:
     """`PackedWeight` by weight, for as long as that lives and is made of the same tensors."""
@@ -229,11 +240,15 @@ def _packed(weight: Tensor) -> PackedWeight | None:
     return read(weight) if weight.qdata.ndim == 2 and weight.qdata.is_contiguous() else None
 
 
+def _that_fits(packed: PackedWeight) -> PackedWeight | None:
+    return packed if packed.fits() else None
+
+
 def _packed_int8(weight: Tensor) -> PackedWeight | None:
     is_shifted = weight.zero_point is not None and bool(weight.zero_point.any())
     if weight.act_quant_kwargs is not None or is_shifted or weight.scale.numel() != weight.shape[0]:
         return None
-    return PackedWeight("int8", weight.qdata, scale=weight.scale.view(-1))
+    return _that_fits(PackedWeight("int8", weight.qdata, scale=weight.scale.reshape(-1)))
 
 
 def _packed_int4(weight: Tensor) -> PackedWeight | None:
@@ -243,22 +258,88 @@ def _packed_int4(weight: Tensor) -> PackedWeight | None:
     is_known = is_known and (num_rows % block_n == 0 or _has_pairs(num_rows % block_n))
     if weight.act_mapping_type is not None or not is_known or not weight.scale_and_zero.is_contiguous():
         return None
-    return PackedWeight(
-        "int4",
-        weight.qdata,
-        scale_and_zero=weight.scale_and_zero,
-        group_size=weight.block_size[1],
-        block_n=block_n,
-        has_halves=has_halves,
+    if problem_of(weight) is not None:
+        return None
+    return _that_fits(
+        PackedWeight(
+            "int4",
+            weight.qdata,
+            scale_and_zero=weight.scale_and_zero,
+            group_size=weight.block_size[1],
+            block_n=block_n,
+            has_halves=has_halves,
+        )
     )
 
 
 def _has_halves(num_rows: int) -> bool:
-    return torch.equal(_places(num_rows), torch.arange(num_rows).view(-1, 2).T.flatten())
+    return torch.equal(_places(num_rows), torch.arange(num_rows, device="cpu").view(-1, 2).T.flatten())
 
 
 def _has_pairs(num_rows: int) -> bool:
-    return torch.equal(_places(num_rows), torch.arange(num_rows))
+    return torch.equal(_places(num_rows), torch.arange(num_rows, device="cpu"))
+
+
+# ------------------------------------------------------------------------------------------- sizes that do not fit
+
+# The tensors of each class of weights whose sizes are known, with the types that their numbers may have.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BYTES = (torch.int8, torch.uint8)
+_TYPES = {
+    "Int8Tensor": {"qdata": (torch.int8,), "scale": _FLOATS},
+    "Int4Tensor": {"qdata": _BYTES, "scale": _FLOATS, "zero_point": _FLOATS},
+    "Int4OpaqueTensor": {"qdata": (torch.uint8,), "scale_and_zero": _FLOATS},
+}
+
+
+def problem_of(weight: Tensor) -> str | None:
+    """The field of a quantized weight (out, in) that contradicts its shape, and how; `None` if all sizes fit.
+
+    Files name these sizes, and kernels compute addresses from them.
+    """
+    types = _TYPES.get(type(weight).__name__)
+    if types is None or weight.ndim != 2 or getattr(weight, "act_mapping_type", None) is not None:
+        return None
+    for name, allowed in types.items():
+        if getattr(weight, name).dtype not in allowed:
+            return f"`{name}` is {getattr(weight, name).dtype}, not {' or '.join(map(str, allowed))}"
+    rows, width = weight.shape
+    is_int8 = "scale_and_zero" not in types and "zero_point" not in types
+    block = weight.block_size
+    is_pair = isinstance(block, (list, tuple)) and len(block) == 2 and all(type(size) is int for size in block)
+    if not is_pair or min(block) < 1 or rows % block[0] or width % block[1] or not (is_int8 or block[0] == 1):
+        return f"`block_size` is {block}, which does not divide the weight's shape {(rows, width)}"
+    return _problem_of_shapes(weight, is_int8, rows // block[0], width // block[1])
+
+
+def _problem_of_shapes(weight: Tensor, is_int8: bool, row_groups: int, groups: int) -> str | None:
+    rows, width = weight.shape
+    expected = {"qdata": (rows, width if is_int8 else width // 2)}
+    if not is_int8:
+        is_packed = hasattr(weight, "scale_and_zero")
+        scales = {"scale_and_zero": (groups, rows, 2)}
+        expected |= scales if is_packed else {"scale": (groups, rows), "zero_point": (groups, rows)}
+    for name, shape in expected.items():
+        if getattr(weight, name).shape != shape:
+            return f"`{name}` has shape {tuple(getattr(weight, name).shape)}, not {shape}"
+    counts = {"act_pre_scale": (1, width)} | ({"scale": (row_groups * groups,)} if is_int8 else {})
+    counts |= {"zero_point": (row_groups * groups,)} if is_int8 else {}
+    for name, allowed in counts.items():
+        tensor = getattr(weight, name, None)
+        if tensor is not None and tensor.numel() not in allowed:
+            return f"`{name}` has {tensor.numel()} numbers, not {' or '.join(map(str, allowed))}"
+    return None
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Raises `ValueError`, which names weight and field, for a quantized weight whose sizes contradict each other."""
+    for name, weight in model.named_parameters():
+        problem = problem_of(weight) if is_quantized(weight) else None
+        if problem is not None:
+            raise ValueError(
+                f"The quantized weight `{name}` cannot be used: {problem}. Its file is damaged or was changed: fetch "
+                "or save it again."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- files of theirs
@@ -282,7 +363,12 @@ def _for_this_processor(weight: Tensor) -> Tensor:
 
 
 def pack_for_this_processor(model: nn.Module) -> None:
-    """Gives int4 weights that were just loaded, as far as they are on the CPU, the form that runs there."""
+    """Gives int4 weights that were just loaded, as far as they are on the CPU, the form that runs there.
+
+    Raises:
+        ValueError: as `check_quantized`, before any weight has changed.
+    """
+    check_quantized(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if type(weight).__name__ == "Int4Tensor" and weight.device.type == "cpu":
@@ -358,6 +444,7 @@ def _quant_type_of(weight: Tensor) -> Any:
 
 __all__ = [
     "PackedWeight",
+    "check_quantized",
     "dequantized",
     "inner_tensors",
     "is_quantized",

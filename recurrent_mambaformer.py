@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .storage_mambaformer import Removal, is_writable, select_rows_of, usable, zeroed
+from .storage_mambaformer import Removal, as_index, is_writable, select_rows_of, usable, zeroed
 
 # Single tokens that a recurrent store runs again at most, before those of the forward that is taken back. The states
 # of a token weigh about as much as what it takes to compute them from those of eight tokens before.
@@ -53,7 +53,7 @@ class Passage:
         if isinstance(tokens, int) and self.lengths is None:
             left = max(self.num_tokens - tokens, 0)
             return self._cut(left, None), tokens - (self.num_tokens - left)
-        tokens = torch.as_tensor(tokens)
+        tokens = as_index(tokens)
         lengths = torch.full_like(tokens, self.num_tokens) if self.lengths is None else self.lengths
         tokens = tokens.to(lengths.device)
         left = (lengths - tokens).clamp(min=0)

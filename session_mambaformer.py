@@ -9,12 +9,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor
 
 from .experts_mambaformer import ExpertVector, collapsed_key
 from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
+from .header_mambaformer import json_of
+from .stack_mambaformer import places_of_model
 from .storage_mambaformer import Layout, Retention
 from .svd_mambaformer import at_least_float32
 
@@ -24,6 +27,9 @@ SESSION_VERSION = 1
 COMPUTED_WITH = ("num_hidden_layers", "num_attention_heads", "rope_parameters", "rms_norm_eps", "hidden_act")
 # What a cache that is not up to date with the model's weights has for their stamp: it equals no stamp.
 OTHER_WEIGHTS = "other weights"
+# Room of static storage that a file gets without being asked: slots (rows x columns) in lengths of the model's context
+# and in times the tokens that the file holds, whichever is more.
+MODEL_LENGTHS, TIMES_THE_TEXT = 8, 64
 HALF_DTYPES = {torch.float16, torch.bfloat16}  # what autocast may turn any states into
 
 
@@ -156,7 +162,7 @@ def _states(cache) -> Iterator[tuple[str, Tensor]]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def load_session(path, model, on_weights_change: str = "error"):
+def load_session(path, model, on_weights_change: str = "error", max_cache_len: int | None = None):
     """The cache that `path` holds, for `model`; see `MambaFormerCache.load`."""
     if on_weights_change not in ("error", "recompute"):
         raise ValueError(f"`on_weights_change` must be 'error' or 'recompute', got {on_weights_change!r}.")
@@ -168,14 +174,14 @@ def load_session(path, model, on_weights_change: str = "error"):
         raise ValueError(f"{path} holds something else than was saved (checksum mismatch): it is damaged.")
     try:
         session = _session_of(header)
-        cache = model.make_cache(**session.options)
+        cache = model.make_cache(**_options_for(session, model.config, max_cache_len))
         _check_config(session, cache)
         experts = _check_experts(session, tensors, cache.model)
         stamp, fingerprint = cache.model.weights_fingerprint()
         if session.weights != fingerprint:
             session, tensors = _text_alone(session, tensors, on_weights_change)
         _check_tensors(session, tensors, cache)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no session that this model can go on from: {error}") from error
     _put_expert_in_force(cache, session, experts, stamp)
     if session.columns:
@@ -222,12 +228,13 @@ def _restore_text(cache, session: Session, tensors: dict[str, Tensor]) -> None:
     cache.clock.is_empty, cache._rows, cache.clock.overshoot = False, session.rows, session.overshoot
     if not session.has_states:
         return
-    for layer_idx, (layer, module) in enumerate(zip(cache.layers, cache.model.layers, strict=True)):
-        device = next(module.parameters()).device
+    for layer_idx, (layer, module) in enumerate(zip(cache.layers, cache.model.layers, strict=False)):
+        device = next((weight.device for weight in module.parameters()), device)
         for kind, store in layer.stores.items():
             prefix = f"layers.{layer_idx}.{kind}."
             states = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
-            _restore_store(cache, kind, store, states)
+            if states:
+                _restore_store(cache, kind, store, states)
 
 
 def _restore_store(cache, kind: str, store, states: dict[str, Tensor]) -> None:
@@ -245,7 +252,7 @@ def _restore_store(cache, kind: str, store, states: dict[str, Tensor]) -> None:
 
 
 def _session_of(header: dict[str, str]) -> Session:
-    said = json.loads(header["session"])
+    said = json_of(header["session"])
     if not isinstance(said, dict) or said.keys() != {field.name for field in fields(Session)}:
         raise ValueError("its header has other fields than a session.")
     for field in fields(Session):
@@ -253,16 +260,52 @@ def _session_of(header: dict[str, str]) -> Session:
         if type(said[field.name]) not in kinds:
             raise ValueError(f"`{field.name}` of its header is {said[field.name]!r}.")
     session = Session(**said)
-    if session.columns < 0 or (session.rows is None) != (session.columns == 0) or session.rows == 0:
+    if session.columns < 0 or (session.rows is None) != (session.columns == 0) or (session.rows or 1) < 1:
         raise ValueError(f"it has a text of {session.rows} rows and {session.columns} columns.")
-    if max(session.options["max_cache_len"] or 0, session.options["rollback_reach"]) >= 2**31:
-        raise ValueError(f"its storage would have room for {session.options} columns.")
-    if session.overshoot < 0:
+    if not 0 <= session.overshoot < 2**31:
         raise ValueError(f"its windows have been {session.overshoot} tokens further.")
     if session.has_states and not session.columns:
         raise ValueError("it has states but no text.")
+    _check_options(session.options)
     _check_key(session)
     return session
+
+
+def _check_options(options: dict) -> None:
+    """Only names and types; `make_cache` checks the rest."""
+    kinds = {
+        "storage": (str,),
+        "max_cache_len": (int, NoneType),
+        "on_expert_change": (str,),
+        "rollback_reach": (int,),
+    }
+    if options.keys() != kinds.keys() or any(type(options[name]) not in kinds[name] for name in kinds):
+        raise ValueError(f"its options are {options}, not {list(kinds)}.")
+
+
+def _options_for(session: Session, config, max_cache_len: int | None) -> dict:
+    """The options of `make_cache`, if the caller, the model or the rest of the file justify the room that they take.
+
+    Static storage is allocated in full when the session is loaded, and a number in a header costs its writer nothing.
+    """
+    options, seen = session.options, max(config.max_position_embeddings, session.columns)
+    if options["rollback_reach"] > seen:
+        raise ValueError(f"its `rollback_reach` of {options['rollback_reach']} is longer than any text ({seen}).")
+    if options["max_cache_len"] is None:
+        if max_cache_len is not None:
+            raise ValueError("its storage grows with the text, so it has no `max_cache_len`: leave that out.")
+        return options
+    if max_cache_len is not None:
+        return options | {"max_cache_len": max_cache_len}
+    rows = session.rows or 1
+    justified = max(MODEL_LENGTHS * config.max_position_embeddings, TIMES_THE_TEXT * rows * session.columns)
+    if rows * options["max_cache_len"] > justified:
+        raise ValueError(
+            f"its storage would have room for {options['max_cache_len']} columns of {rows} rows, where the file has "
+            f"{session.columns} columns and the model's `max_position_embeddings` is {config.max_position_embeddings}:"
+            f" pass `max_cache_len=` with the number of columns that you want."
+        )
+    return options
 
 
 def _check_key(session: Session) -> None:
@@ -282,11 +325,10 @@ def _check_config(session: Session, cache) -> None:
 
 def _check_experts(session: Session, tensors: dict[str, Tensor], stack) -> list[ExpertVector]:
     """The experts of the file, each what its fingerprint says and made for a model like this."""
+    vectors = _vectors_of(session, tensors)
     experts = []
     for n, said in enumerate(session.experts):
-        prefix = f"experts.{n}."
-        vectors = {name.removeprefix(prefix): z for name, z in tensors.items() if name.startswith(prefix)}
-        expert = ExpertVector(vectors, said["name"], said["metadata"])
+        expert = ExpertVector(vectors[n], said["name"], said["metadata"])
         if expert.fingerprint != said["fingerprint"]:
             raise ValueError(f"the vectors of its expert {n} are not what their fingerprint says.")
         stack.check_expert(expert)
@@ -297,6 +339,21 @@ def _check_experts(session: Session, tensors: dict[str, Tensor], stack) -> list[
     if isinstance(session.expert, list) and (not rows or session.rows not in (None, len(rows))):
         raise ValueError(f"it has experts for {len(rows)} rows and a text of {session.rows}.")
     return experts
+
+
+def _vectors_of(session: Session, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The vectors of each expert, in one pass over the tensors."""
+    kinds = {"fingerprint": (str,), "name": (str, NoneType), "metadata": (dict,)}
+    for said in session.experts:
+        is_known = isinstance(said, dict) and said.keys() == kinds.keys()
+        if not is_known or any(type(said[name]) not in kinds[name] for name in kinds):
+            raise ValueError(f"its experts are not described by {list(kinds)}.")
+    vectors: list[dict[str, Tensor]] = [{} for _ in session.experts]
+    for name, tensor in tensors.items():
+        if _is_of_experts(name, session):
+            _, n, module = name.split(".", 2)
+            vectors[int(n)][module] = tensor
+    return vectors
 
 
 def _check_tensors(session: Session, tensors: dict[str, Tensor], cache) -> None:
@@ -321,12 +378,17 @@ def _check_tensors(session: Session, tensors: dict[str, Tensor], cache) -> None:
 
 
 def _is_of_experts(name: str, session: Session) -> bool:
-    return any(name.startswith(f"experts.{n}.") for n in range(len(session.experts)))
+    kind, _, rest = name.partition(".")
+    n, _, module = rest.partition(".")
+    is_number = n.isascii() and n.isdecimal() and len(n) < 10 and n == str(int(n))
+    return kind == "experts" and bool(module) and is_number and int(n) < len(session.experts)
 
 
 def _expected_log(session: Session) -> dict[str, tuple[tuple, set]]:
     shape = (session.rows, session.columns)
     dtypes = {"token_ids": {torch.int64}, "mask": {torch.bool}, "position_ids": {torch.int32, torch.int64}}
+    if session.has_embeddings:
+        dtypes["embedding_marks"] = {torch.int64}
     return {f"tokens.{name}": (shape, kinds) for name, kinds in dtypes.items()}
 
 
@@ -334,16 +396,19 @@ def _expected_states(session: Session, cache) -> Iterator[tuple[str, tuple[tuple
     config, stack = cache.config, cache.model
     narrow = {weight.dtype for weight in stack.parameters() if weight.is_floating_point()} | HALF_DTYPES
     wide = narrow | {at_least_float32(dtype) for dtype in narrow}
-    for layer_idx, layer in enumerate(stack.layers):
-        slots = Retention.of(config, layer_idx, cache.rollback_reach).num_slots(session.columns)
+    for place in places_of_model(stack):
+        if place.layer is None:
+            continue  # a layer of another kind, which keeps nothing in the cache
+        has_attention, has_mamba, window = place.facts
+        slots = Retention.of(config, window, cache.rollback_reach).num_slots(session.columns)
         keys = (session.rows, config.num_key_value_heads, slots, config.head_dim)
-        for kind in config.mixers(layer_idx):
-            prefix = f"layers.{layer_idx}.{kind}"
-            if kind == "attention":
-                yield from ((f"{prefix}.{name}", (keys, narrow)) for name in ("keys", "values"))
-            else:
-                for name, shape in layer.mamba.state_shapes().items():
-                    yield f"{prefix}.{name}", ((session.rows, *shape), wide)
+        prefix = f"layers.{place.position}"
+        if has_attention:
+            yield from ((f"{prefix}.attention.{name}", (keys, narrow)) for name in ("keys", "values"))
+        if has_mamba:
+            mixer = next(each for each in place.module.modules() if hasattr(each, "state_shapes"))  # may be wrapped
+            for name, shape in mixer.state_shapes().items():
+                yield f"{prefix}.mamba.{name}", ((session.rows, *shape), wide)
 
 
 def _check_log(session: Session, tensors: dict[str, Tensor], vocab_size: int) -> None:

@@ -39,9 +39,8 @@ class Retention:
     spare: int = 0
 
     @classmethod
-    def of(cls, config, layer_idx: int, spare: int = 0) -> "Retention":
-        """That of layer `layer_idx`."""
-        window = config.window(layer_idx)
+    def of(cls, config, window: int | None, spare: int = 0) -> "Retention":
+        """The retention of a layer with this window; all keys stay where it is `None`."""
         return cls() if window is None else cls(window, config.num_sink_tokens, spare)
 
     @property
@@ -113,6 +112,11 @@ class Span:
         return self.starts(device) + (self.num_tokens if self.lengths is None else self.lengths)
 
 
+def as_index(values: Any) -> torch.Tensor:
+    """Values that a user listed, as a tensor on the CPU whatever the default device is; a tensor stays where it is."""
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def counted_positions(mask: torch.Tensor, start: Any = 0) -> torch.Tensor:
     """Positions (rows, columns) of columns whose `mask` says which are real, after `start` real tokens of each row.
 
@@ -159,6 +163,13 @@ def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_si
     if retention.window is None or (span.num_tokens == 1 and span.lengths is None):
         return _plan_in_place(retention, span, device, num_slots, fixed_size is not None)
     return _plan_staged(retention, span, device, num_slots, fixed_size is not None)
+
+
+def plan_uncached(retention: Retention, span: Span, device: torch.device) -> Layout:
+    """The layout of a forward without a cache: attention sees the new keys only."""
+    is_dynamic = isinstance(span.num_tokens, torch.SymInt)  # a comparison would fix the length in an exported graph
+    sees_all = retention.window is None or (not is_dynamic and span.num_tokens <= retention.window)
+    return Layout(span.num_tokens, None if sees_all else span.positions(device))
 
 
 def _plan_in_place(retention, span, device, num_slots, is_fixed) -> Layout:

@@ -10,6 +10,7 @@ from transformers import CompileConfig, StaticCache
 from mambaformer import convert
 from models import (
     Size,
+    cache_argument,
     check_same,
     feed,
     feed_in_pieces,
@@ -159,10 +160,10 @@ def _compiled_step(model, ids: torch.Tensor, cache) -> tuple[Callable[[], object
     """A compiled step behind `ids`, and the seconds until it was compiled."""
     feed(model, ids, cache)
     compiled = model.get_compiled_call(CompileConfig(fullgraph=True, mode="default"))
-    token = ids[:, :1]
+    token, caches = ids[:, :1], {cache_argument(type(model)): cache}
 
     def run() -> None:
-        compiled(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        compiled(token, **caches, use_cache=True, logits_to_keep=1)
 
     started = time.perf_counter()
     for _ in range(3):  # a second graph may follow the first one

@@ -157,13 +157,15 @@ def random_ids(model, rows: int, num_tokens: int) -> torch.Tensor:
 
 
 @functools.cache
-def _cache_argument(model_class: type) -> str:
-    return "cache_params" if "cache_params" in inspect.signature(model_class.forward).parameters else "past_key_values"
+def cache_argument(model_class: type) -> str:
+    """Versions of Transformers and its models name it differently; the last name is known to all others."""
+    arguments = inspect.signature(model_class.forward).parameters
+    return next(name for name in ("cache", "cache_params", "past_key_values") if name in arguments)
 
 
 def feed(model, ids: torch.Tensor, cache=None):
     """Feeds tokens behind those of `cache`; logits of the last one, (rows, vocab_size), and the cache."""
-    name = _cache_argument(type(model))
+    name = cache_argument(type(model))
     outputs = model(ids, **{name: cache}, use_cache=True, logits_to_keep=1)
     return outputs.logits[:, -1], getattr(outputs, name)
 

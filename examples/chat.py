@@ -47,12 +47,25 @@ class Check:
         print(f"  {'holds' if holds else 'FAILS'}: {claim}")
 
 
-def timed(generate, *args, **kwargs) -> tuple[torch.Tensor, float]:
-    """What `generate` returns, and its new tokens per second."""
-    started = time.perf_counter()
-    sequences = generate(*args, **kwargs)
-    num_new = sequences.shape[1] - args[0].shape[1]
-    return sequences, num_new / (time.perf_counter() - started)
+def warm_up(model, ids: torch.Tensor, options: dict) -> None:
+    """Runs each path once, so no timed run includes the costs of a first run: kernels are compiled and the singular
+    bases of the experts are computed once per machine, and each process loads both.
+    """
+    short = {**options, "max_new_tokens": 3}
+    for expert in [None, *model.experts.names]:
+        model.generate(ids, expert_vector=expert, **short)
+    model.generate(ids, use_cache=False, **short)
+
+
+def speeds(runs: dict, num_tokens: int, rounds: int = 3) -> dict[str, float]:
+    """New tokens per second of each run, in its fastest round; the runs alternate, so load hits them alike."""
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: num_tokens / min(found) for name, found in seconds.items()}
 
 
 def switch_schedule(names: list[str], num_tokens: int) -> dict[int, str | None]:
@@ -68,6 +81,15 @@ def fresh_runs(model, ids: torch.Tensor, schedule: dict[int, str | None], option
     for start, end, expert in zip(starts, starts[1:], schedule.values(), strict=False):
         text = model.generate(text, **{**options, "max_new_tokens": end - start}, expert_vector=expert)
     return text
+
+
+def print_speeds(model, ids: torch.Tensor, options: dict) -> None:
+    runs = {
+        "with the cache": lambda: model.generate(ids, **options),
+        "without": lambda: model.generate(ids, use_cache=False, **options),
+    }
+    figures = speeds(runs, options["max_new_tokens"])
+    print("tokens per second, prompt included: " + ", ".join(f"{speed:.1f} {name}" for name, speed in figures.items()))
 
 
 def print_bytes(report: dict[str, dict[str, int]]) -> None:
@@ -89,29 +111,34 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True).eval()
     kinds = [f"{model.config.layer_types.count(kind)} x {kind}" for kind in dict.fromkeys(model.config.layer_types)]
-    print(f"{type(model).__name__}: {', '.join(kinds)}; experts: {', '.join(model.experts.names)}")
+    print(f"{type(model).__name__}: {', '.join(kinds)}; experts: {', '.join(model.expert_vectors.names)}")
     chat = [{"role": "user", "content": args.prompt}]
     ids = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).input_ids
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "repetition_penalty": 1.25}
 
+    print("The first run on a machine compiles kernels and computes the experts' singular bases: up to some minutes.")
+    started = time.perf_counter()
+    warm_up(model, ids, options)
+    print(f"warmed up in {time.perf_counter() - started:.0f} seconds")
+
     print(f"\n> {args.prompt}\n")
     cache = model.make_cache()
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    answer, cached_speed = timed(model.generate, ids, streamer=streamer, past_key_values=cache, **options)
+    answer = model.generate(ids, streamer=streamer, past_key_values=cache, **options)
 
     # No end of text while experts take turns, so that each of them gets to speak.
-    schedule = switch_schedule(model.experts.names, args.max_new_tokens)
+    schedule = switch_schedule(model.expert_vectors.names, args.max_new_tokens)
     model.generation_config.eos_token_id = None
     print("\nThe same prompt, with the expert changed in mid-text:")
     switched = model.generate(ids, streamer=SwitchStreamer(tokenizer, schedule), expert_schedule=schedule, **options)
 
     print("\nchecked:")
     check = Check()
-    short = {**options, "max_new_tokens": 24}
+    short = {**options, "max_new_tokens": min(24, args.max_new_tokens)}
     cached = model.generate(ids, **short)
-    uncached, uncached_speed = timed(model.generate, ids, use_cache=False, **short)
+    uncached = model.generate(ids, use_cache=False, **short)
     check("the text generated with the cache is the text generated without it", torch.equal(cached, uncached))
     again = fresh_runs(model, ids, schedule, options)
     check(
@@ -119,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     plain = model.generate(ids, **options)
     check("the experts change the text", not torch.equal(switched, plain))
-    print(f"tokens per second: {cached_speed:.1f} with the cache, {uncached_speed:.1f} without")
+    print_speeds(model, ids, short)
     print(f"after {cache.get_seq_length()} tokens ({answer.shape[1] - ids.shape[1]} of them new):")
     print_bytes(cache.report())
     return 0 if check.all_hold else 1

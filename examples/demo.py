@@ -26,11 +26,11 @@ def build(folder: Path) -> None:
     """Writes the hybrid, its tokenizer, its experts and its code to `folder`."""
     source = find_smollm2()
     model = convert(source, blocks=BLOCKS)
-    model.load_experts(ROOT / "experts")
+    model.load_expert_vectors(ROOT / "experts")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"saved {size:,} parameters and the experts {', '.join(model.experts.names)} to {folder}")
+    print(f"saved {size:,} parameters and the experts {', '.join(model.expert_vectors.names)} to {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:

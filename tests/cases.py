@@ -409,3 +409,19 @@ def assert_same_logits(found, wanted, tolerance=1e-10):
         scale = max(1.0, wanted.abs().max().item())
         difference = (found - wanted).abs().max().item()
         assert difference <= tolerance * scale, f"off by {difference / scale:.1e} of the logit scale {scale:.1f}"
+
+
+# Arguments of `Trainer` and its like for a few steps of SGD that write, show and report nothing.
+PLAIN_SGD = {
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 3,
+}

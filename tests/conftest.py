@@ -14,6 +14,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if os.environ.get("MAMBAFORMER_TEST_DEVICE"):
+    from on_device import OnDevice
+
+    OnDevice(os.environ["MAMBAFORMER_TEST_DEVICE"]).__enter__()
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,7 @@ NAMES = [
     "decode-int4",
     "decode-compiled",
     "window",
+    "packing",
     "training",
     "expert-decode",
     "expert-switch",

@@ -17,9 +17,11 @@ from cases import (
     feed_row,
     one_turn,
     padded_turn,
+    random_model,
     random_rows,
     shared_expert,
     shared_model,
+    tiny_config,
 )
 
 MIXED = ["mamba", "sliding_sinks", "everything"]
@@ -56,6 +58,16 @@ def test_one_graph_serves_every_token_expert_and_cache(pattern):
     assert num_graphs() == 1
 
 
+@torch.no_grad()
+def test_a_cache_made_in_a_graph_is_fed_by_eager_forwards():
+    """The graph was refused: it made the lock that keeps threads apart, and no compiler can."""
+    model, row = random_model(tiny_config("everything", layer_types=["hybrid_sliding"])), random_rows(2, [9])[0]
+    cache = compiled(model)(torch.tensor([row[:5]]), use_cache=True).past_key_values
+    found = model(torch.tensor([row[5:]]), past_key_values=cache).logits[0]
+    assert_same_logits(found, expected(model, [row])[0][5:])
+    assert cache.get_seq_length() == 9 and cache.use.lock is cache.use.lock
+
+
 @pytest.mark.parametrize("pattern", ["mamba", "everything"])
 def test_generate_compiles_its_steps_and_leaves_changes_of_expert_out_of_the_graph(pattern):
     model, ids = shared_model(pattern), torch.tensor([random_rows(2, [10])[0]])
@@ -69,6 +81,20 @@ def test_generate_compiles_its_steps_and_leaves_changes_of_expert_out_of_the_gra
     assert found.tolist() == wanted.tolist()
     # Before 5.17 the library starts to pass a mask of ones with the first compiled step, and the log to keep it.
     assert num_graphs() <= 2
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_compiled_call_takes_the_cache_under_both_names(name):
+    """Since `generate` says `cache`, a call with `past_key_values` was left to the model, which is slow and silent."""
+    model, row = shared_model("mamba"), random_rows(9, [8])[0]
+    step = model.get_compiled_call(CompileConfig(backend="aot_eager", fullgraph=True))
+    cache = model.make_cache("static", max_cache_len=40)
+    with torch.no_grad():
+        pieces = [
+            step(torch.tensor([piece]), **{name: cache}).logits[0] for piece in ([*row[:5]], *([t] for t in row[5:]))
+        ]
+    assert_same_logits(torch.cat(pieces), expected(model, [row])[0])
+    assert num_graphs() == 1
 
 
 def test_generate_sees_weights_that_changed_under_a_compiled_step():
@@ -100,6 +126,7 @@ def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
     found = feed(step, cache, [one_turn([row[n : n + 1] for row in rows[::-1]]) for n in range(7, 12)])
     for logits, wanted in zip(found, expected(model, rows, experts)[::-1], strict=True):
         assert_same_logits(logits, wanted[7:])
+    assert num_graphs() > 0
 
 
 def test_going_back_to_the_base_between_compiled_steps_is_left_out_of_the_graph():

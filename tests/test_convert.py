@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import json
 
 import pytest
@@ -108,7 +109,8 @@ def all_logits(model, ids):
 @torch.no_grad()
 def step_logits(model, ids):
     """Logits of feeding one token at a time, with whatever cache the model makes for itself."""
-    cache_name = "cache_params" if model.config.model_type == "mamba" else "past_key_values"
+    known = inspect.signature(model.forward).parameters
+    cache_name = next(name for name in ("cache", "cache_params", "past_key_values") if name in known)
     cache, found = None, []
     for step in range(ids.shape[1]):
         out = model(ids[:, step : step + 1], use_cache=True, **{cache_name: cache})
@@ -360,12 +362,22 @@ def test_a_source_that_is_neither_model_nor_path_is_a_type_error():
         convert(3)
 
 
-def test_places_that_cannot_be_written_are_refused_first(tmp_path):
+def test_places_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch):
     source("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="overwrite the source"):
         convert(tmp_path, output_dir=tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         convert(source("llama"), output_dir=tmp_path / "config.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`output_dir` is empty"):
+        convert(source("llama"), output_dir="")
+
+
+@pytest.mark.parametrize("seed", [10**30, -(10**30), "1", 1.5, None])
+def test_a_seed_that_is_none_is_refused_by_name(seed):
+    """The message was "Overflow when unpacking long long"."""
+    with pytest.raises(ValueError, match="`seed` must be an integer"):
+        convert(source("llama"), upcycle="all", seed=seed)
 
 
 def test_a_directory_with_a_weight_missing_is_refused(tmp_path):
@@ -426,26 +438,20 @@ def gguf_path():
 
 @pytest.fixture(scope="module")
 def upcycled_folder(gguf_path, tmp_path_factory):
-    """Where `smollm2` puts the upcycled model."""
-    return tmp_path_factory.mktemp("smollm2")
+    """An upcycled model, out of the GGUF file and saved."""
+    folder = tmp_path_factory.mktemp("smollm2") / "upcycled"
+    convert(gguf_path, upcycle=[0, 14, 29], mamba={"mamba_d_state": 4}, output_dir=folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def smollm2(gguf_path, upcycled_folder):
-    """Transformers' Llama out of the GGUF file: the one that `convert` reads, for reading it takes many seconds."""
-    auto, read = transformers.AutoModelForCausalLM, []
-    from_pretrained = auto.from_pretrained
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            auto, "from_pretrained", lambda *args, **kwargs: read.append(from_pretrained(*args, **kwargs)) or read[0]
-        )
-        convert(gguf_path, upcycle=[0, 14, 29], mamba={"mamba_d_state": 4}, output_dir=upcycled_folder)
-    assert type(read[0]) is transformers.LlamaForCausalLM
-    return read[0]
+def smollm2(gguf_path):
+    """Transformers' own Llama out of the GGUF file."""
+    return transformers.LlamaForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name).eval()
 
 
 @pytest.fixture(scope="module")
-def prompt_ids(smollm2, upcycled_folder):
+def prompt_ids(upcycled_folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(upcycled_folder)
     messages = [{"role": "user", "content": PROMPT}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]

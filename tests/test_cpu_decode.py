@@ -160,6 +160,29 @@ def test_a_query_that_sees_nothing_gets_zeros():
     assert found[:, 0].eq(0).all() and found[:, 1].ne(0).any()
 
 
+@every_dtype
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize(("num_keys", "place"), [(1, 0), (7, 3), (70, 0), (70, 69), (300, 200)])
+def test_a_key_that_is_not_a_number_shows_where_it_is_seen(dtype, threads, num_keys, place):
+    """Its score counted as if the key was masked: the result was finite, and PyTorch's NaN."""
+    query, keys = normal(1, 2, 1, 32, dtype=dtype), normal(1, 2, num_keys, 32, dtype=dtype)
+    mask = torch.ones(1, 1, 1, num_keys, dtype=torch.bool)
+    mask[..., : num_keys // 2] = place < num_keys // 2 or num_keys == 1
+    # A single key whose score is -inf is one that is not seen.
+    for poison in (float("nan"), float("inf"), -float("inf"))[: 1 if num_keys == 1 else 3]:
+        bad = keys.clone()
+        bad[0, 0, place, 5] = poison
+        for chosen in (None, mask):
+            scores = 0.3 * query.double() @ bad.double().mT
+            scores = scores if chosen is None else scores.masked_fill(~chosen, -float("inf"))
+            wanted = scores.softmax(-1) @ keys.double()
+            found = few_queries_attention(query, bad, keys, chosen, 0.3).transpose(1, 2)
+            assert torch.equal(found.isnan(), wanted.isnan())
+    hidden = torch.ones(1, 1, 1, num_keys, dtype=torch.bool)
+    hidden[..., place] = False
+    assert few_queries_attention(query, bad, keys, hidden, 0.3).isfinite().all()
+
+
 def packed_int4(outputs, width, group, dtype):
     codes = torch.randint(0, 16, (outputs, width), generator=torch.Generator().manual_seed(width), dtype=torch.int32)
     pairs = torch.rand(width // group, outputs, 2, generator=torch.Generator().manual_seed(outputs)).to(dtype)

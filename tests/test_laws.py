@@ -854,14 +854,38 @@ def test_float16_does_not_overflow_on_wide_activations(pattern):
     assert_same_logits([logits.double() for logits in found], wanted, 0.02)
 
 
+def moved_by_roundings(state, config, rows, wanted):
+    """How far roundings of the weights to float32 move the oracle's logits (tokens, vocabulary) of each row."""
+    source, moved = torch.Generator().manual_seed(101), [torch.zeros(()) for _ in rows]
+    for _ in range(4):
+        rounded = {
+            name: weight.double() * (1 + 2**-24 * torch.randn(weight.shape, generator=source, dtype=torch.float64))
+            for name, weight in state.items()
+        }
+        found = reference_logits(rounded, config, rows)
+        moved = [
+            torch.maximum(most, (one - other).abs().amax(-1, keepdim=True))
+            for most, one, other in zip(moved, found, wanted, strict=True)
+        ]
+    return moved
+
+
 @without_kernels_too
 @main_patterns
 @every_cache
 def test_float32_keeps_five_digits(pattern, variant):
+    """One token of these rows nearly cancels before a norm, which multiplies any rounding by hundreds.
+
+    Another order of additions in a kernel took it from 2e-6 to 1.4e-5, and roundings of the weights alone move the
+    oracle by 1.1e-5 there. So each token is allowed five times what such roundings cost it.
+    """
     model, rows = new_model(pattern, loudness=1.0).to(torch.float32), rows_of(pattern, 1)
     found = feed(model, new_cache(model, variant), ragged_turns(random.Random(97), rows, count=3))
-    wanted = reference_logits(model.state_dict(), model.config.to_dict(), rows)
-    assert_same_logits([logits.double() for logits in found], wanted, 1e-5)
+    state, config = model.state_dict(), model.config.to_dict()
+    wanted = reference_logits(state, config, rows)
+    for one, other, moved in zip(found, wanted, moved_by_roundings(state, config, rows, wanted), strict=True):
+        tolerance = torch.clamp(5 * moved, min=1e-5 * max(1.0, other.abs().max().item()))
+        assert ((one.double() - other).abs() <= tolerance).all()
 
 
 def test_a_turn_is_what_the_cases_say():

@@ -43,8 +43,8 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertVector, MambaFormerForCausalLM
-from mambaformer.placement_mambaformer import weights_stamp
 from mambaformer.quantized_mambaformer import dequantized, inner_tensors, is_quantized, packed_weight, portable
+from mambaformer.stamps_mambaformer import weights_stamp
 
 INT8, INT4 = Int8WeightOnlyConfig(), PrototypeInt4WeightOnlyConfig(group_size=32)
 KINDS = ["int8", "int4"]
@@ -384,7 +384,7 @@ def test_the_fingerprint_tells_that_activations_are_quantized():
 def saved(request, tmp_path_factory):
     """A float model with an expert, and its folder."""
     model = float_model(tied=request.param)
-    model.experts.add(random_expert(model, 1), "bold")
+    model.experts.add("bold", random_expert(model, 1))
     folder = tmp_path_factory.mktemp("float")
     model.save_pretrained(folder)
     return model, folder

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from cases import random_expert, random_model, tiny_config
+from mambaformer import ExpertVector
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_SCRIPT = """
     import json, sys, torch
+    from torch.nn import functional as F
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import Trainer, TrainingArguments
 
     folder, again = sys.argv[1:]
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -45,6 +48,27 @@ USER_SCRIPT = """
     with torch.no_grad():
         after = [one(ids, past_key_values=kept).logits for one, kept in ((model, cache), (reloaded, loaded))]
     found["session_matches"] = torch.equal(*after)
+    arguments = TrainingArguments(again + "/run", label_smoothing_factor=0.1, report_to=[], use_cpu=True, bf16=False)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    wanted = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], label_smoothing=0.1)
+    found["smoothed_losses"] = [loss.item(), wanted.item()]
+    name = "model.layers.0.mamba.in_proj"
+    made = model.expert_vectors.add("made", {name: [1.5, 0.5], "lm_head": torch.tensor([0.25])})
+    mixed = model.expert_vectors.blend([(0.5, "bold"), (2.0, "made")], name="mixed")
+    model.expert_vectors.add(mixed)
+    mixed.save(again + "/mixed.safetensors")
+    found["loaded"] = reloaded.load_expert_vectors(again + "/mixed.safetensors")
+    with torch.no_grad():
+        logits = [one(ids, expert_vector="mixed").logits for one in (model, reloaded)]
+        found["mixed"], found["mixed_matches"] = logits[0][0, -1].tolist(), torch.equal(*logits)
+        before = model(ids).logits
+        model.merge_expert_vector("mixed")
+        found["merged"] = model(ids).logits[0, -1].tolist()
+        model.unmerge_expert_vector()
+        found["unmerged_matches"] = torch.equal(model(ids).logits, before)
+    model.save_pretrained(again)
+    reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+    found["names"] = reloaded.expert_vectors.names
     found["imported_package"] = "mambaformer" in sys.modules
     print(json.dumps(found))
 """
@@ -78,7 +102,7 @@ def found(saved, tmp_path_factory):
 
 
 def test_the_saved_folder_has_every_room_but_the_converter_and_its_experts(saved):
-    rooms = {path.name for path in ROOT.glob("*_mambaformer.py")} - {"convert_mambaformer.py", "blocks_mambaformer.py"}
+    rooms = {path.name for path in ROOT.glob("*_mambaformer.py") if not path.name.startswith(("convert_", "blocks_"))}
     assert {path.name for path in saved[2].glob("*_mambaformer.py")} == rooms
     assert (saved[2] / "experts" / "bold.safetensors").is_file()
 
@@ -107,3 +131,23 @@ def test_a_session_of_remote_code_goes_on_in_the_reloaded_model(found):
 
 def test_a_model_saved_by_remote_code_generates_the_same_after_reloading(found):
     assert found["tokens_again"] == found["tokens"]
+
+
+def test_label_smoothing_scores_the_next_token_of_remote_code_too(found):
+    """`Trainer` knows causal models by the name of their class, and scored each token by its own logits."""
+    loss, wanted = found["smoothed_losses"]
+    assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_user_of_the_folder_alone_makes_blends_saves_and_loads_expert_vectors(saved, found):
+    """Only `ExpertVector` could make and blend them, which such a user cannot import."""
+    model, expert, _ = saved
+    made = ExpertVector({"model.layers.0.mamba.in_proj": torch.tensor([1.5, 0.5]), "lm_head": torch.tensor([0.25])})
+    mixed = ExpertVector.blend([(0.5, expert), (2.0, made)])
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6, 7, 8, 9]]), expert_vector=mixed).logits[0, -1]
+    for name in ("mixed", "merged"):
+        torch.testing.assert_close(torch.tensor(found[name]), logits, atol=1e-5 * logits.abs().max().item(), rtol=0)
+    assert found["loaded"] == ["mixed"] and found["mixed_matches"]
+    assert found["unmerged_matches"]
+    assert found["names"] == ["bold", "made", "mixed"]

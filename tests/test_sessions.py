@@ -711,16 +711,21 @@ def test_a_process_killed_while_saving_leaves_the_old_or_the_new_session(two_ses
     model, caches, contents, path = two_sessions
     chance, seen = random.Random(0), [0, 0]
     for _ in range(80):
+        has_begun, tell = os.pipe()
 
-        def save_for_ever():
+        def save_for_ever(tell=tell):
             while True:
                 for cache in caches:
                     cache.save(path)
+                os.write(tell, b".")
 
         process = in_a_process(save_for_ever)
-        time.sleep(chance.uniform(0.001, 0.04))
+        os.read(has_begun, 1)  # on a busy machine a process may take long to start
+        time.sleep(chance.uniform(0.0, 0.04))
         os.kill(process, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
+        os.close(has_begun)
+        os.close(tell)
         which = contents.index(content_of(path))
         seen[which] += 1
         assert torch.equal(model.load_cache(path).token_ids, caches[which].token_ids)
@@ -902,8 +907,10 @@ def test_safetensors_files_of_another_kind_say_so(saved, tmp_path):
     for name, found in (("expert", "mambaformer.expert_vector"), ("plain", "None")):
         with pytest.raises(ValueError, match=f"not of format 'mambaformer.session' .its header says '?{found}"):
             model.load_cache(tmp_path / name)
-    with pytest.raises(ValueError, match=r"not of format 'mambaformer.expert_vector'"):
+    with pytest.raises(ValueError, match=r"not of format 'mambaformer.expert_vector'.*pass a file that `ExpertVector"):
         ExpertVector.load(path)
+    with pytest.raises(ValueError, match=r"pass a file that `cache.save\(path\)` wrote"):
+        model.load_cache(tmp_path / "expert")
     for version, message in (("2", "upgrade"), ("0", "unknown version"), ("x", "unknown version")):
         tensors, header = contents_of(path)
         write_tensors(tmp_path / "v", tensors, sealed(header | {"version": version}, tensors))
@@ -1014,6 +1021,31 @@ def with_option(name, value):
     return forge
 
 
+def with_options(**options):
+    def forge(tensors, session):
+        session["options"] |= options
+
+    return forge
+
+
+def without_metadata(tensors, session):
+    del session["experts"][0]["metadata"]
+
+
+def with_spectrum(spectrum):
+    def forge(tensors, session):
+        session["experts"][0]["metadata"]["spectrum"] = spectrum
+
+    return forge
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def without_tensor(name):
     def forge(tensors, session):
         del tensors[name]
@@ -1087,19 +1119,30 @@ FORGERIES = {
     "a number for a truth value": (with_field("is_mixed", 0), "`is_mixed`"),
     "a truth value for a number": (with_field("rows", True), "`rows`"),
     "unknown field": (with_field("more", 1), "other fields"),
-    "unknown option": (with_option("more", 1), "unexpected keyword"),
+    "unknown option": (with_option("more", 1), "its options are"),
+    "an option of another type": (with_option("rollback_reach", "3"), "its options are"),
+    "a truth value for a reach": (with_option("rollback_reach", True), "its options are"),
+    "an endless reach": (with_option("rollback_reach", 10**6), "longer than any text"),
+    "a reach that is no size at all": (with_option("rollback_reach", 10**400), "longer than any text"),
+    "windows that have been anywhere": (with_field("overshoot", 2**40), "tokens further"),
+    "fewer rows than none": (with_field("rows", -3), "a text of"),
+    "experts of names alone": (with_field("experts", ["a", "b"]), "not described by"),
+    "an expert without metadata": (without_metadata, "not described by"),
+    "a spectrum of words": (with_spectrum("rainbow"), "spectrum"),
+    "a spectrum of lists": (with_spectrum({"lm_head": [[1.0]]}), "spectrum"),
+    "metadata without an end": (with_spectrum(nested(200)), "nested more than"),
     "unknown storage": (with_option("storage", "tape"), "`storage`"),
     "unknown policy": (with_option("on_expert_change", "shrug"), "`on_expert_change`"),
     "static without size": (with_option("storage", "static"), "max_cache_len"),
     "an endless storage": (
-        with_field("options", {"storage": "static", "max_cache_len": 2**40, "rollback_reach": 0}),
+        with_options(storage="static", max_cache_len=2**40),
         "room for",
     ),
     "options as a list": (with_field("options", []), "`options`"),
     "an index beyond the experts": (with_field("expert", [0, 9, None]), "in force are"),
     "a negative index": (with_field("expert", [0, -1, None]), "in force are"),
     "experts for too few rows": (with_field("expert", [0, 0]), "experts for 2 rows"),
-    "experts of no kind": (with_field("experts", [1, 2]), "not subscriptable"),
+    "experts of no kind": (with_field("experts", [1, 2]), "not described by"),
     "a vector changed": (another_vector, "fingerprint"),
     "an expert for another model": (an_expert_for_another_model, "does not have"),
     "a key of another length": (with_field("encoded_key", ["a"]), "encoded by 1 experts"),
@@ -1135,6 +1178,71 @@ def test_a_session_of_too_much_text_for_its_storage_is_refused(saved):
     )
     with pytest.raises(ValueError, match="6 columns where 5 fit"):
         model.load_cache(target)
+
+
+@pytest.fixture
+def largest_allocation(monkeypatch):
+    """Elements of the largest tensor that a test has asked storage for."""
+    found, zeros = [0], torch.Tensor.new_zeros
+
+    def new_zeros(self, shape, *arguments, **options):
+        found[0] = max(found[0], torch.Size(shape).numel())
+        if found[0] > 10**7:
+            raise MemoryError(f"{shape} was asked for")
+        return zeros(self, shape, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    return found
+
+
+@pytest.mark.parametrize("scenario", ["plain", "empty", "with_changed_weights"])
+def test_a_small_file_cannot_ask_for_gigabytes(scenario, tmp_path, largest_allocation):
+    """A session of 23 KB whose `max_cache_len` said 10^7 allocated 4.9 GB before anybody had asked for the room.
+
+    The text, the model's context or the caller justify storage; a number in a header does not.
+    """
+    model = random_model(tiny_config("paper"))
+    cache = made(model, scenario, "static")
+    cache.save(tmp_path / "s")
+    target = forged(tmp_path / "s", with_options(max_cache_len=10**7))
+    for options in ({}, {"on_weights_change": "recompute"}):
+        with pytest.raises(ValueError, match=r"room for 10000000 columns of . rows.*pass `max_cache_len=`"):
+            model.load_cache(target, **options)
+    assert largest_allocation[0] < 10**6
+    loaded = model.load_cache(target, max_cache_len=50)
+    assert loaded.max_columns == 50
+    found, wanted = (model(some_ids(model, 2), past_key_values=one).logits for one in (loaded, cache))
+    assert_same_logits(found, wanted)
+
+
+def test_many_rows_of_one_column_ask_for_no_more_than_one_row(tmp_path):
+    """Sibling: each row multiplies the room, and costs a file without states only the bytes of its ids."""
+    model = random_model(tiny_config("paper", max_position_embeddings=100))
+    cache = model.make_cache("static", max_cache_len=300)
+    with torch.no_grad():
+        model(some_ids(model, 1, rows=2, columns=1), past_key_values=cache)
+    cache.save(tmp_path / "s")
+    assert model.load_cache(tmp_path / "s").max_columns == 300
+    with pytest.raises(ValueError, match="room for 401 columns of 2 rows"):
+        model.load_cache(forged(tmp_path / "s", with_options(max_cache_len=401)))
+
+
+def test_the_caller_says_how_much_room_a_loaded_session_has(tmp_path):
+    model = shared_model("everything")
+    cache = made(model, "padded", "static")
+    cache.save(tmp_path / "s")
+    for room in (12, 30, 200):
+        loaded = model.load_cache(tmp_path / "s", max_cache_len=room)
+        assert loaded.max_columns == room and loaded.layers[1].attention.keys.tensor.shape[2] <= room
+        if room > 20:
+            for found, wanted in zip(go_on(model, loaded), go_on(model, cache.fork()), strict=True):
+                assert_same_logits(found, wanted)
+    for room in (11, 0, -1, "12", True):
+        with pytest.raises(ValueError, match=r"12 columns where 11 fit|`max_cache_len` must be"):
+            model.load_cache(tmp_path / "s", max_cache_len=room)
+    made(model, "plain", "dense").save(tmp_path / "s")
+    with pytest.raises(ValueError, match="grows with the text"):
+        model.load_cache(tmp_path / "s", max_cache_len=50)
 
 
 def test_a_forged_header_that_no_parser_survives_is_refused(saved):

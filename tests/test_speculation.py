@@ -34,7 +34,8 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertSwitchLogitsProcessor
-from mambaformer.dispatch_mambaformer import DraftsUnderOneExpert, ExpertSchedule
+from mambaformer.dispatch_mambaformer import BoundedDrafts, ExpertSchedule
+from mambaformer.library_mambaformer import CACHE_NAME
 
 GREEDY = {"do_sample": False, "pad_token_id": NO_TOKEN}
 NUM_NEW = 12
@@ -209,7 +210,7 @@ def test_a_draft_reaches_as_far_as_the_expert_in_force(start, kept):
     """One forward verifies it and predicts the token behind it: the last that the expert is in force for."""
     ids = prompt()
     lookup = PromptLookupCandidateGenerator(num_output_tokens=6, max_matching_ngram_size=2, max_length=100)
-    drafter = DraftsUnderOneExpert(lookup, ExpertSchedule({0: None, start: None}, ids.shape[1]))
+    drafter = BoundedDrafts(lookup, ExpertSchedule({0: None, start: None}, ids.shape[1]))
     drafted, _ = drafter.get_candidates(ids)
     assert drafted.shape[1] - ids.shape[1] == kept
 
@@ -366,11 +367,10 @@ def test_what_cannot_be_speculated_is_refused_before_anything_runs():
     whole = torch.ones(1, prompt().shape[1] + 3, dtype=torch.long)
     bad = {
         "expert_schedule": {"inputs": prompt(), "past_key_values": cache, "logits_processor": [hook]},
-        "Static cache": {"inputs": prompt(), "cache_implementation": "static"},
         "one row at a time": {"inputs": prompt().repeat(2, 1)},
         "use_cache=True": {"inputs": prompt(), "use_cache": False},
         "drafts from token ids": {"inputs_embeds": model.get_input_embeddings()(prompt())},
-        "give the whole text": {"inputs": prompt()[:, :3], "past_key_values": full},
+        "give the whole sequence": {"inputs": prompt()[:, :3], "past_key_values": full},
         "whole text only": {"inputs": prompt()[:, :3], "past_key_values": full, "attention_mask": whole},
     }
     forwards, counting = counted_forwards(model)
@@ -381,6 +381,20 @@ def test_what_cannot_be_speculated_is_refused_before_anything_runs():
     assert not forwards and cache.get_seq_length() == 0 and cache.expert_vector is None
     logits = feed_row(model, full, [4, 5])
     assert_same_logits(logits, expected(model, [[*prompt()[0].tolist(), 4, 5]])[0][-2:])
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "everything"])
+def test_drafts_on_a_static_cache_fit_or_are_refused(pattern):
+    """The last draft was verified in one column more than the static cache held, since Transformers 5.24.0."""
+    model = shared_model(pattern)
+    options = {"cache_implementation": "static", "prompt_lookup_num_tokens": 5, "max_new_tokens": NUM_NEW, **GREEDY}
+    if CACHE_NAME == "past_key_values":
+        with pytest.raises(ValueError, match="Static cache"):
+            model.generate(prompt(pattern), **options)
+    else:
+        assert model.generate(prompt(pattern), **options).tolist()[0] == greedy(
+            pattern, tuple(prompt(pattern)[0].tolist())
+        )
 
 
 @pytest.mark.parametrize("wrong", [0, 6, -1, 1.5])

@@ -288,3 +288,36 @@ def test_an_adapter_costs_no_encoding_again_while_nothing_changes():
     turns = [one_turn([row[start:stop] for row in ROWS]) for start, stop in ((0, 5), (5, 6), (6, 9))]
     found = feed(model, model.make_cache(), turns, expert_vector=random_expert(random_model(model.config), seed=4))
     assert lengths == [5, 1, 3] and torch.cat(found).isfinite().all()
+
+
+# ---- generation while training
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+def test_a_model_that_trains_with_gradient_checkpointing_generates_as_in_eval_mode(options):
+    """`generate` made a cache itself, and the forward refused it although no gradient was wanted."""
+    model = random_model(tiny_config("everything"), loudness=0.8)
+    wanted = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False, **options), wanted)
+    assert model.training and model.is_gradient_checkpointing
+
+
+def test_a_given_cache_is_used_while_checkpointing_where_no_gradient_is_wanted():
+    """Evaluation callbacks that leave the model in training mode fed their caches in vain."""
+    model = random_model(tiny_config("everything"), loudness=0.8)
+    wanted = expected(model, ROWS)
+    model.train().gradient_checkpointing_enable()
+    turns = [one_turn([row[start:stop] for row in ROWS]) for start, stop in ((0, 4), (4, 5), (5, 9))]
+    assert_same_logits(feed(model, model.make_cache(), turns), wanted)
+    with pytest.raises(ValueError, match=r"torch.no_grad"):
+        model(IDS, past_key_values=model.make_cache())
+
+
+def test_generating_between_two_steps_leaves_the_gradients_as_they_are():
+    model = random_model(tiny_config("everything"), loudness=0.8).train()
+    parameters = list(model.parameters())
+    model.gradient_checkpointing_enable()
+    plain = gradients(model, parameters)
+    model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, parameters), plain, strict=True))

@@ -83,11 +83,11 @@ class Family:
     def fill(self, library):
         """Names every expert, some twice: identity is content."""
         linear = next(iter(self.experts["lone"].vectors))
-        library.add(ExpertVector({linear: torch.ones(1)}), "ones")
+        library.add("ones", {linear: torch.ones(1)})
         for name in self.experts:
             if name != BASE:
-                library.add(self.experts[name], name)
-                library.add(self.experts[name], f"{name}_again")
+                library.add(name, self.experts[name])
+                library.add(f"{name}_again", self.experts[name])
 
 
 @functools.lru_cache(maxsize=4)

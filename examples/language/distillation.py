@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mambaformer import MambaFormerForCausalLM
 from mambaformer.mixers_mambaformer import AttentionPlan, plan_attention
+from mambaformer.stack_mambaformer import places_of_model
 from mambaformer.storage_mambaformer import Span
 
 STAGES = ("layers", "logits")
@@ -49,7 +50,7 @@ class Distillation(nn.Module):
         """Embeddings (rows, tokens, hidden_size), the attention of each window, cosines and sines."""
         stack, span = self.model.model, Span(input_ids.shape[1])
         hidden_states = stack.embed_tokens(input_ids)
-        plans = plan_attention(stack.layers, stack.config, span, None, hidden_states, None)
+        plans = plan_attention(places_of_model(stack), stack.config, span, None, hidden_states, None)
         plans.setdefault(None, AttentionPlan())
         return hidden_states, plans, stack.rotary_emb(hidden_states, span.positions(input_ids.device))
 

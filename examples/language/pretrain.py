@@ -64,14 +64,13 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Replaces a folder by a finished one. Inside this repository, its code is links to the code that is there."""
+    """Replaces a folder by a finished one. Inside this repository, its code is that of the repository."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial)
     if ROOT in output.resolve().parents:
         for file in partial.glob("*_mambaformer.py"):
-            file.unlink()
-            file.symlink_to(os.path.relpath(ROOT / file.name, output.resolve()))
+            shutil.copyfile(ROOT / file.name, file)
     replaced = output.with_name(output.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():

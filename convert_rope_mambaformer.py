@@ -1,0 +1,176 @@
+"""The RoPE scaling of a GGUF file, as Transformers' `rope_parameters`.
+
+A GGUF file names linear and YaRN scaling in its metadata. Llama 3.1's scaling is not named: its effect on each
+frequency is stored as the tensor `rope_freqs.weight`, and its parameters are recovered from there.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+# Of 1 / factor. The files are written in float32, whose rounding moves 1 / factor by up to 3e-7.
+FACTOR_TOLERANCE = 1e-6
+# llama.cpp's converter writes Transformers' `attention_factor`, the whole factor, as `yarn_attn_factor`.
+YARN_KEYS = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+
+
+def rope_from_gguf(metadata: Mapping[str, object], head_dim: int, factors: Tensor | None) -> dict[str, object]:
+    """Transformers' `rope_parameters` for the metadata of a GGUF file, its keys without the architecture's name.
+
+    Args:
+        metadata: the file's keys and values.
+        head_dim: width of one head.
+        factors: `rope_freqs.weight` (head_dim / 2,), which divides the frequencies; None if the file has none.
+
+    Raises:
+        ValueError: a scaling that these parameters cannot express.
+    """
+    theta = metadata.get("rope.freq_base", 10000.0)
+    if not theta > 0:
+        raise ValueError(f"`rope.freq_base` is {theta} in the GGUF file but must be positive.")
+    scaling = _named_scaling(metadata)
+    if factors is not None:
+        recovered = recover_scaling(factors, theta, head_dim)
+        if "default" not in (scaling["rope_type"], recovered["rope_type"]):
+            raise ValueError(
+                f"The GGUF file scales RoPE twice, by `rope_freqs.weight` and by `rope.scaling.type` "
+                f"{scaling['rope_type']!r}: a MambaFormer has one scaling."
+            )
+        scaling = recovered if scaling["rope_type"] == "default" else scaling
+    return {"rope_theta": theta} | scaling
+
+
+def _named_scaling(metadata: Mapping[str, object]) -> dict[str, object]:
+    factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
+    # A factor without a type is linear scaling, as in the files of before the type had a name.
+    kind = metadata.get("rope.scaling.type", "none" if factor is None else "linear")
+    if kind == "none":
+        return {"rope_type": "default"}
+    if kind not in ("linear", "yarn"):
+        raise ValueError(
+            f"`rope.scaling.type` is {kind!r} in the GGUF file: can convert 'none', 'linear' and 'yarn', and Llama "
+            "3.1's `rope_freqs.weight`."
+        )
+    if factor is None or not factor > 0:
+        raise ValueError(f"`rope.scaling.type` is {kind!r} in the GGUF file but `rope.scaling.factor` is {factor}.")
+    if kind == "yarn":
+        return _yarn(metadata, factor)
+    if metadata.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise ValueError("`rope.scaling.attn_factor` is for 'yarn' but the GGUF file's RoPE is scaled linearly.")
+    return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(metadata: Mapping[str, object], factor: float) -> dict[str, object]:
+    if metadata.get("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # negative: not set
+        raise ValueError("`rope.scaling.yarn_ext_factor` in the GGUF file is not 1, the only value of YaRN here.")
+    if metadata.get("rope.scaling.yarn_log_multiplier", 0.0) != 0.0:
+        raise ValueError("`rope.scaling.yarn_log_multiplier` in the GGUF file cannot be converted: it must be 0.")
+    length = metadata.get("rope.scaling.original_context_length") or metadata["context_length"]
+    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+    values = {ours: metadata.get(f"rope.scaling.{theirs}") for theirs, ours in YARN_KEYS.items()}
+    found |= {ours: value for ours, value in values.items() if value is not None and value > 0}
+    # This one multiplies the factor that YaRN has by itself (arXiv 2309.00071, equation 22).
+    extra = metadata.get("rope.scaling.attn_factor", 1.0)
+    if extra != 1.0:
+        found["attention_factor"] = extra * found.get("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
+    return found
+
+
+def recover_scaling(factors: Tensor, theta: float, head_dim: int) -> dict[str, object]:
+    """The scaling that divides the frequencies of RoPE by `factors` (head_dim / 2,).
+
+    Llama 3.1 divides a frequency by 1 where it is high, by `factor` where it is low, and between these bands by
+    1 / (smooth + (1 - smooth) / factor), with `smooth` a linear function of the frequency. So the line through the
+    points between the bands says all.
+
+    Raises:
+        ValueError: no parameters give these factors.
+    """
+    if factors.shape != (head_dim // 2,):
+        raise ValueError(
+            f"`rope_freqs.weight` in the GGUF file has {tuple(factors.shape)} elements for heads of {head_dim}, which "
+            f"need {head_dim // 2}."
+        )
+    if not theta > 1:
+        raise ValueError(
+            f"`rope.freq_base` is {theta} in the GGUF file, and its `rope_freqs.weight` needs one above 1."
+        )
+    factors = factors.double()
+    largest = factors.max().item()
+    if bool((factors == 1).all()):
+        return {"rope_type": "default"}
+    if bool((factors == largest).all()) and largest > 0:
+        return {"rope_type": "linear", "factor": largest}
+    rates = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * math.pi)
+    if bool(((factors >= 1) & (factors <= largest)).all()) and math.isfinite(largest):
+        smooth = (1 / factors - 1 / largest) / (1 - 1 / largest)
+        for slope, offset in _lines(rates, smooth):
+            for scaling in _scalings(slope, offset, largest):
+                if _gives(scaling, rates, factors):
+                    return scaling
+    raise ValueError(
+        "`rope_freqs.weight` in the GGUF file is not the scaling of Llama 3.1: can convert a file whose factors have "
+        "its three bands of frequencies."
+    )
+
+
+def _lines(rates: Tensor, smooth: Tensor) -> Iterator[tuple[float, float]]:
+    """Candidates (slope, offset) for smooth = slope * rate - offset, where rates are 1 / wavelength in tokens."""
+    between = (smooth > 1e-6) & (smooth < 1 - 1e-6)
+    above, below = rates[smooth >= 1 - 1e-6], rates[smooth <= 1e-6]
+    lowest_above = above.min().item() if len(above) else math.inf
+    highest_below = below.max().item()
+    count = int(between.sum())
+    if count >= 2:
+        first, last = rates[between].max().item(), rates[between].min().item()
+        slope = ((smooth[between].max() - smooth[between].min()) / (first - last)).item()
+        yield slope, slope * last - smooth[between].min().item()
+    elif count == 1:
+        rate, value = rates[between].item(), smooth[between].item()
+        slope = (value + 1 / 3) / rate  # with Llama 3.1's bands, whose borders are 1 : 4
+        yield slope, 1 / 3
+        slope = max((1 - value) / (lowest_above - rate), value / (rate - highest_below))
+        yield slope, slope * rate - value
+    else:
+        slope = 1 / (3 * highest_below)
+        yield slope, 1 / 3
+        slope = 1 / (lowest_above - highest_below)
+        yield slope, slope * highest_below
+
+
+def _scalings(slope: float, offset: float, factor: float) -> Iterator[dict[str, object]]:
+    """Parameters of Llama 3.1's scaling for a line: round ones first, then ones that fit the line exactly.
+
+    Only ratios count: the original length and both bands' borders may be multiplied by one number.
+    """
+    if not (slope > 0 and offset > 0):
+        return
+    high = round(1 + 1 / offset, 2)
+    length = max(1, round(slope * (high - 1)))
+    yield _llama3(factor, 1.0, high, length)
+    length = max(1, round(slope / offset))
+    yield _llama3(factor, offset * length / slope, (offset + 1) * length / slope, length)
+
+
+def _llama3(factor: float, low: float, high: float, length: int) -> dict[str, object]:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": length,
+    }
+
+
+def _gives(scaling: Mapping[str, object], rates: Tensor, factors: Tensor) -> bool:
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if not high > low:
+        return False
+    smooth = ((scaling["original_max_position_embeddings"] * rates - low) / (high - low)).clamp(0, 1)
+    found = smooth + (1 - smooth) / scaling["factor"]
+    return bool(((found - 1 / factors).abs() <= FACTOR_TOLERANCE).all())
+
+
+__all__ = ["recover_scaling", "rope_from_gguf"]
