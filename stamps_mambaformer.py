@@ -7,6 +7,7 @@ state of a weight. All of them compare stamps.
 import functools
 import itertools
 import os
+import threading
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -45,6 +46,7 @@ class _StorageNumbers:
     def __init__(self):
         self.known: dict[int, tuple[StorageWeakRef, int]] = {}
         self.numbers, self.most = itertools.count(), 4096
+        self.lock = threading.RLock()
 
     def __call__(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -52,12 +54,16 @@ class _StorageNumbers:
         return known[1] if known is not None else self._remember(storage)
 
     def _remember(self, storage: torch.UntypedStorage) -> int:
-        if len(self.known) >= self.most:
-            self.known = {key: entry for key, entry in list(self.known.items()) if not entry[0].expired()}
-            self.most = max(4096, 2 * len(self.known))
-        number = next(self.numbers)
-        self.known[storage._cdata] = StorageWeakRef(storage), number
-        return number
+        with self.lock:
+            known = self.known.get(storage._cdata)
+            if known is not None:  # two threads met this memory at once, and its number is one
+                return known[1]
+            if len(self.known) >= self.most:
+                self.known = {key: entry for key, entry in self.known.items() if not entry[0].expired()}
+                self.most = max(4096, 2 * len(self.known))
+            number = next(self.numbers)
+            self.known[storage._cdata] = StorageWeakRef(storage), number
+            return number
 
 
 storage_number = _StorageNumbers()
@@ -69,17 +75,20 @@ class _WeightNumbers:
     def __init__(self):
         self.known: dict[int, tuple[weakref.ref, int]] = {}
         self.numbers = itertools.count()
+        self.lock = threading.RLock()  # collecting garbage forgets weights in the midst of remembering one
 
     def __call__(self, weight: Tensor) -> int:
-        known = self.known.get(id(weight))
-        if known is None or known[0]() is not weight:
-            reference = weakref.ref(weight, functools.partial(self._forget, id(weight)))
-            known = self.known[id(weight)] = reference, next(self.numbers)
-        return known[1]
+        with self.lock:
+            known = self.known.get(id(weight))
+            if known is None or known[0]() is not weight:
+                reference = weakref.ref(weight, functools.partial(self._forget, id(weight)))
+                known = self.known[id(weight)] = reference, next(self.numbers)
+            return known[1]
 
     def _forget(self, key: int, reference: weakref.ref) -> None:
-        if self.known.get(key, (None,))[0] is reference:
-            del self.known[key]
+        with self.lock:
+            if self.known.get(key, (None,))[0] is reference:
+                del self.known[key]
 
 
 _weight_number = _WeightNumbers()

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import cases
 from mambaformer.placement_mambaformer import CountsReplacements
-from mambaformer.stamps_mambaformer import _stamp_of_all, weights_stamp
+from mambaformer.stamps_mambaformer import _stamp_of_all, _StorageNumbers, _WeightNumbers, weights_stamp
 
 
 class Doubled(nn.Module):
@@ -167,3 +169,30 @@ def test_a_write_while_the_stamp_is_made_is_seen_next_time(monkeypatch):
         patch.setattr(module, stamp_and_write)
         early = weights_stamp(model)
     assert weights_stamp(model) != early
+
+
+class SlowNumbers:
+    """1, 2, ..., each so late that other threads come between."""
+
+    def __init__(self):
+        self.last = 0
+
+    def __next__(self):
+        self.last += 1
+        number = self.last
+        time.sleep(0.05)
+        return number
+
+
+@pytest.mark.parametrize("kind", [_StorageNumbers, _WeightNumbers])
+def test_threads_that_meet_a_weight_at_once_give_it_one_number(kind):
+    """A new model was used by three threads: the second number of its memory made each compute its text again."""
+    numbers, weight, found = kind(), nn.Parameter(torch.ones(3)), []
+    numbers.numbers = SlowNumbers()
+    threads = [threading.Thread(target=lambda: found.append(numbers(weight))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [*found, numbers(weight)] == [1] * 5
+    assert numbers(nn.Parameter(torch.ones(3))) == 2
