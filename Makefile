@@ -51,7 +51,7 @@ test-long: $(VENV)/.dev  ## 200,000 operations on caches that no run has tried b
 sanitize: $(VENV)/.dev  ## kernels under AddressSanitizer and UBSan: planted faults, their tests, 300 random models; needs GCC
 	$(BIN)/python tests/sanitize.py $(ARGS)
 
-lint: $(VENV)/.dev  ## style, and whether the folders in models/ hold the code that is here
+lint: $(VENV)/.dev  ## style, and whether the folders in checkpoints/ hold the code that is here
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/folders.py --check
@@ -68,21 +68,21 @@ bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: s
 	$(BIN)/python benchmarks/speculation.py
 
 train-experts: $(VENV)/.dev  ## the two experts of SmolLM2's hybrid anew; EXPERTS=FOLDER ARGS="--model smollm2" for those of SmolLM2
-	sh examples/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),experts) $(ARGS)
+	sh examples/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),checkpoints/expert-vectors) $(ARGS)
 
 experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut
 	$(BIN)/python examples/language/sweep_experts.py $(ARGS)
 
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, hours; goes on where it was cut off
-	$(BIN)/python examples/language/pretrain.py --output models/mambaformer-tiny $(ARGS)
+	$(BIN)/python examples/language/pretrain.py --output checkpoints/mambaformer-tiny $(ARGS)
 
 distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; 45 minutes, goes on after a cut
-	$(BIN)/python examples/language/distill.py --output models/smollm2-hybrid $(ARGS)
+	$(BIN)/python examples/language/distill.py --output checkpoints/smollm2-hybrid $(ARGS)
 
 measure: $(VENV)/.dev  ## the figures and the card of what `make distill` has trained; goes on after a cut
-	$(BIN)/python examples/language/measure_hybrid.py models/smollm2-hybrid $(ARGS)
+	$(BIN)/python examples/language/measure_hybrid.py checkpoints/smollm2-hybrid $(ARGS)
 
-eval: $(VENV)/.dev  ## the figures of the models in models/ again, against their cards; ARGS="--only tiny" for some
+eval: $(VENV)/.dev  ## the figures of the models in checkpoints/ again, against their cards; ARGS="--only tiny" for some
 	$(BIN)/python examples/language/evaluate.py $(ARGS)
 
 icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some

@@ -6,8 +6,8 @@ from .blocks_mambaformer import save_blocks
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert_mambaformer import convert
-from .dispatch_mambaformer import ExpertSwitchLogitsProcessor
-from .experts_mambaformer import ExpertLibrary, ExpertVector
+from .expert_vectors_mambaformer import ExpertLibrary, ExpertVector
+from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
 from .modeling_mambaformer import (
     MambaFormerForCausalLM,
     MambaFormerForSequenceClassification,

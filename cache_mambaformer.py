@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_use_mambaformer import CacheUse, not_while_fed
-from .experts_mambaformer import collapsed_key
-from .layers_mambaformer import CacheLayer, Clock, TokenLog, make_layer
-from .session_mambaformer import load_session, save_session
-from .stack_mambaformer import Facts, facts_of, places_of_model
-from .storage_mambaformer import (
+from .cache_keys_mambaformer import (
     Layout,
     Removal,
     Retention,
@@ -27,6 +22,11 @@ from .storage_mambaformer import (
     plan_layout,
     usable,
 )
+from .cache_layers_mambaformer import CacheLayer, Clock, TokenLog, make_layer
+from .cache_session_mambaformer import load_session, save_session
+from .cache_use_mambaformer import CacheUse, not_while_fed
+from .expert_vectors_mambaformer import collapsed_key
+from .modeling_stack_mambaformer import Facts, facts_of, places_of_model
 
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
 # Tokens that `generate` can take back at once when it speculates; the library drafts 20 at a time by default.
@@ -216,7 +216,7 @@ class MambaFormerCache(Cache):
     # ---- experts and weights
 
     @not_while_fed("given another expert")
-    def set_expert(self, expert) -> None:
+    def set_expert_vector(self, expert) -> None:
         """Puts `expert` in force, as `on_expert_change` says; whatever it costs, the next forward pays.
 
         Args:

@@ -21,7 +21,7 @@ LAYER_MIXERS = {
     "hybrid": ("attention", "mamba"),
     "hybrid_sliding": ("attention", "mamba"),
 }
-# How tensor parallelism splits what a mixer is made of; the styles of Mamba are those of `placement_mambaformer`.
+# How tensor parallelism splits a mixer's modules; Mamba's styles are defined in `weights_parallel_mambaformer`.
 MIXER_SPLITS = {
     "attention": {
         "self_attn.q_proj": "colwise",

@@ -23,7 +23,7 @@ from .configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
 from .convert_families_mambaformer import Family, check_rope
 from .convert_gguf_mambaformer import source_of_gguf
 from .convert_sources_mambaformer import Source, Weights, check_output_dir, source_of_folder, source_of_model
-from .folders_mambaformer import staged_folder
+from .files_folders_mambaformer import staged_folder
 from .modeling_mambaformer import MambaFormerForCausalLM
 
 # The layer that an attention layer becomes when it is given a Mamba block.

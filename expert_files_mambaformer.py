@@ -7,8 +7,8 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from .configuration_mambaformer import MambaFormerConfig
-from .experts_mambaformer import ExpertLibrary, checked_name
-from .folders_mambaformer import EXPERTS_FOLDER
+from .expert_vectors_mambaformer import ExpertLibrary, checked_name
+from .files_folders_mambaformer import EXPERTS_FOLDER
 
 # Arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -22,7 +22,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from .header_mambaformer import check_table, json_of, strings_of
+from .files_header_mambaformer import check_table, json_of, strings_of
 
 try:
     import fcntl

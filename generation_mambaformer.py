@@ -11,19 +11,19 @@ import torch
 
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
 from .cache_use_mambaformer import Owning
-from .dispatch_mambaformer import (
+from .expert_vectors_mambaformer import resolve_expert
+from .generation_schedule_mambaformer import (
     BoundedDrafts,
     ExpertSchedule,
     ExpertSwitchLogitsProcessor,
     first_schedule,
     names_experts,
 )
-from .experts_mambaformer import resolve_expert
-from .feed_mambaformer import check_is_ours, without_borders
 from .inputs_mambaformer import EXPERT_FIELDS, check_fields_of_config, check_keywords_of_generate, check_token_ids
+from .inputs_padding_mambaformer import check_is_ours, without_borders
 from .inputs_prompt_mambaformer import num_columns_again
 from .library_mambaformer import GenerationHooks, cache_of, take_cache
-from .stamps_mambaformer import weights_stamp
+from .weights_version_mambaformer import weights_stamp
 
 # What this model's `generate` tells its own hooks, and no assistant. No field of a `GenerationConfig` may have such a
 # name: the library would take the argument for the field.
@@ -107,7 +107,7 @@ class MambaFormerGenerationMixin(GenerationHooks):
             if cache is None:
                 kwargs["expert_vector"] = expert
             elif expert is not ...:
-                cache.set_expert(expert)
+                cache.set_expert_vector(expert)
         if inputs_embeds is not None and is_first_iteration:
             # The library takes the columns of the cache away from embeddings that may not repeat them.
             inputs_embeds, next_sequence_length = inputs_embeds[:, num_embeds_cached:], None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from .inputs_packing_mambaformer import BORDER_KEYWORDS
 from .library_mambaformer import KEYWORDS_OF_GENERATE, LIBRARY_KEYWORDS, is_every_operation_seen
-from .packed_mambaformer import BORDER_KEYWORDS
 
 # Keywords that trainers and older callers pass to every model. The cache counts positions itself, and segments of
 # BERT-style tokenizers do not exist here; `shift_labels` goes to the loss.

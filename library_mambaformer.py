@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
 from .cache_use_mambaformer import Feeding
-from .folders_mambaformer import staged_at
+from .files_folders_mambaformer import staged_at
 
 logger = logging.get_logger(__name__)
 

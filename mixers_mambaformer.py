@@ -16,23 +16,23 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_keys_mambaformer import Layout, Retention, Span, plan_uncached
 from .cache_mambaformer import MambaFormerCache
+from .cache_states_mambaformer import Passage, split_at_reach
 from .configuration_mambaformer import MambaFormerConfig
-from .cpu_decode_mambaformer import (
+from .expert_bases_mambaformer import ScaledBasis, at_least_float32, project
+from .inputs_packing_mambaformer import Sequences
+from .inputs_padding_mambaformer import Packing
+from .modeling_stack_mambaformer import Place
+from .ops_cpu_decode_mambaformer import (
     few_queries_attention,
     gated,
     rms_normed,
     rotated,
 )
-from .feed_mambaformer import Packing
+from .ops_eligibility_mambaformer import is_own_attention, is_replaceable, is_silu, replaceable_by_kernels
 from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
-from .own_modules_mambaformer import is_own_attention, is_replaceable, is_silu, replaceable_by_kernels
-from .packed_mambaformer import Sequences
-from .placement_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
-from .recurrent_mambaformer import Passage, split_at_reach
-from .stack_mambaformer import Place
-from .storage_mambaformer import Layout, Retention, Span, plan_uncached
-from .svd_mambaformer import ScaledBasis, at_least_float32, project
+from .weights_parallel_mambaformer import CountsReplacements, mesh_of_inputs, used_by_shards
 
 # Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")

@@ -18,13 +18,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .cache_keys_mambaformer import Span
 from .cache_mambaformer import UNCHANGED, MambaFormerCache, Transition
 from .cache_use_mambaformer import feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
-from .cpu_stack_mambaformer import FewTokens
-from .dispatch_mambaformer import ExpertSwitchLogitsProcessor, prepare_to_save
+from .decode_program_mambaformer import FewTokens
+from .expert_bases_mambaformer import ScaledBasis, SingularBases, SingularBasis, merged_weight, project, scale_basis
 from .expert_files_mambaformer import load_named_experts, save_experts
-from .experts_mambaformer import (
+from .expert_vectors_mambaformer import (
     ExpertLibrary,
     ExpertVector,
     check_expert,
@@ -33,8 +34,14 @@ from .experts_mambaformer import (
     resolve_expert,
     spectrum_of,
 )
-from .export_mambaformer import DecodeStep
-from .feed_mambaformer import (
+from .files_folders_mambaformer import staged_folder
+from .files_mambaformer import digest_of
+from .generation_export_mambaformer import DecodeStep
+from .generation_mambaformer import MambaFormerGenerationMixin
+from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor, prepare_to_save
+from .inputs_mambaformer import check_keywords, check_token_ids
+from .inputs_packing_mambaformer import Sequences, split_borders
+from .inputs_padding_mambaformer import (
     Feed,
     Packing,
     Recorder,
@@ -46,10 +53,6 @@ from .feed_mambaformer import (
     refuse_classified,
     starts_as_given,
 )
-from .files_mambaformer import digest_of
-from .folders_mambaformer import staged_folder
-from .generation_mambaformer import MambaFormerGenerationMixin
-from .inputs_mambaformer import check_keywords, check_token_ids
 from .inputs_prompt_mambaformer import embedding_marks
 from .library_mambaformer import (
     CACHE_NAMES,
@@ -60,7 +63,6 @@ from .library_mambaformer import (
     cache_of,
     name_causal_model,
 )
-from .losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
 from .mixers_mambaformer import (
     AttentionPlan,
     MambaFormerAttention,
@@ -71,9 +73,10 @@ from .mixers_mambaformer import (
     can_group,
     plan_attention,
 )
-from .own_modules_mambaformer import replaceable_by_kernels
-from .packed_mambaformer import Sequences, split_borders
-from .placement_mambaformer import (
+from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
+from .modeling_stack_mambaformer import Place, check_cache_fits, places_of_model, without_wrappers
+from .ops_eligibility_mambaformer import replaceable_by_kernels
+from .weights_parallel_mambaformer import (
     CountsReplacements,
     adapters_of,
     agreed,
@@ -85,18 +88,15 @@ from .placement_mambaformer import (
     weight_of,
     writes_stamp,
 )
-from .quantized_mambaformer import (
+from .weights_quantized_mambaformer import (
     is_quantized,
     pack_for_this_processor,
     portable,
     quantized_activations,
     saved_as_quantized,
 )
-from .quantized_modules_mambaformer import check_can_be_read, keep_codes_in_order, matrix_of, shape_of
-from .stack_mambaformer import Place, check_cache_fits, places_of_model, without_wrappers
-from .stamps_mambaformer import SeenWeights, version_of, weights_stamp, without_counted_forwards
-from .storage_mambaformer import Span
-from .svd_mambaformer import ScaledBasis, SingularBases, SingularBasis, merged_weight, project, scale_basis
+from .weights_quantized_modules_mambaformer import check_can_be_read, keep_codes_in_order, matrix_of, shape_of
+from .weights_version_mambaformer import SeenWeights, version_of, weights_stamp, without_counted_forwards
 
 logger = logging.get_logger(__name__)
 
@@ -368,8 +368,6 @@ class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedM
         """Adds the expert vector of a file, or all of a folder, to `expert_vectors`; returns their names."""
         return self._expert_library.load(path)
 
-    experts, load_experts = expert_vectors, load_expert_vectors  # their older names
-
     def linear_modules(self) -> dict[str, nn.Module]:
         """The linear modules that an expert may scale, by the names that experts use."""
         prefix = "" if self.base_model is not self else "model."
@@ -526,8 +524,6 @@ class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedM
             else:
                 _swap_weight(module, weight, is_tied=False)
         self.base_model.num_merges += 1
-
-    merge_expert, unmerge_expert = merge_expert_vector, unmerge_expert_vector  # their older names
 
     def _merged_modules(self) -> list[tuple[nn.Module, torch.Tensor, int]]:
         """What is merged, what undoes it, and the version it has; kept by the stack, which its models share."""

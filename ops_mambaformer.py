@@ -17,7 +17,7 @@ Letters, after Mamba (arXiv 2312.00752). Activations are channels-last and packe
 | h      | state, h_t = exp(dt_t A) h_(t-1) + dt_t B_t u_t                | (B, D, N) | equations 2a, 4 |
 | y      | output, y_t = C_t . h_t + D u_t                                | (B, L, D) | equation 2b     |
 
-On the CPU, `cpu_scan_mambaformer` computes both functions wherever `_use_cpu_kernels` finds nothing against it. On
+On the CPU, `ops_cpu_scan_mambaformer` computes both functions wherever `_use_cpu_kernels` finds nothing against it. On
 GPUs, fused kernels (packages causal-conv1d and mamba-ssm) are used where they can be: `_load_kernels` finds them and
 `_use_kernels` is the switch. Each has a function here that gives it the signature of the PyTorch path beside it.
 """
@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .compiler_mambaformer import is_differentiated
-from .cpu_scan_mambaformer import MOST_TAPS, arithmetic_dtype, convolve_on_cpu, scan_on_cpu, takes_on_cpu
+from .ops_cpu_build_mambaformer import is_differentiated
+from .ops_cpu_scan_mambaformer import MOST_TAPS, arithmetic_dtype, convolve_on_cpu, scan_on_cpu, takes_on_cpu
 
 # A step so long that nothing is left of a state; a power of two, so that scaling by it rounds nothing.
 FORGETTING_STEP = 2.0**40

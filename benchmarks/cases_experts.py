@@ -25,14 +25,14 @@ def expert_decode(size: Size) -> Iterator[Row]:
     model, rank = convert(smollm2(size)), size(64, 8)
     ids, expert = random_ids(model, 1, size(128, 8)), random_expert(model, rank, 1)
     caches = {name: model.make_cache() for name in ("base", "on the fly", "merged")}
-    caches["on the fly"].set_expert(expert)
+    caches["on the fly"].set_expert_vector(expert)
     steps = {name: step(model, cache) for name, cache in caches.items()}
     merged, logits = False, {}
 
     def make_ready(name: str) -> None:
         nonlocal merged
         if merged != (name == "merged"):
-            model.unmerge_expert() if merged else model.merge_expert(expert)
+            model.unmerge_expert_vector() if merged else model.merge_expert_vector(expert)
             merged = not merged
         if name in logits:
             steps[name]()  # encodes the text again, if the weights have changed
@@ -53,7 +53,7 @@ def change(model, cache, expert: ExpertVector) -> Callable[[], object]:
     decode = step(model, cache)
 
     def run() -> None:
-        cache.set_expert(expert)
+        cache.set_expert_vector(expert)
         decode()
 
     return run
@@ -67,16 +67,16 @@ def expert_switch(size: Size) -> Iterator[Row]:
     what, rounds = f"SmolLM2-135M, an expert of rank {rank} changed behind {num_tokens} tokens", size(5, 1)
     for policy in ("recompute", "continue"):
         cache = model.make_cache(on_expert_change=policy)
-        cache.set_expert(experts[0])
+        cache.set_expert_vector(experts[0])
         feed_in_pieces(model, ids, cache)
         changes = [change(model, cache, expert) for expert in (experts * rounds)[1:]]
         yield Row(f"{what}, {policy}: the next token", milliseconds(statistics.median(map(seconds_of, changes))))
     cache = feed_in_pieces(model, ids)
     decode, merging, after = step(model, cache), [], []
     for _ in range(rounds):
-        merging.append(seconds_of(lambda: model.merge_expert(experts[0])))
+        merging.append(seconds_of(lambda: model.merge_expert_vector(experts[0])))
         after.append(seconds_of(decode))
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
     yield Row(f"{what}, merged: the merging", milliseconds(statistics.median(merging)))
     yield Row(f"{what}, merged: the next token, which encodes the text again", milliseconds(statistics.median(after)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mambaformer.compiler_mambaformer import cpu_library
+from mambaformer.ops_cpu_build_mambaformer import cpu_library
 
 PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python")
 HOLDS, MISSED = "holds", "**MISSED**"

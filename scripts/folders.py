@@ -1,4 +1,4 @@
-"""Copies the shipped code into the model folders of `models/`, so that each works wherever it is copied to.
+"""Copies the shipped code into the model folders of `checkpoints/`, so that each works wherever it is copied to.
 
     python scripts/folders.py            # writes copies that are missing or out of date, removes those that are extra
     python scripts/folders.py --check    # writes nothing; exit code 1 if a copy is missing, out of date or extra
@@ -32,8 +32,8 @@ def shipped_files(root: Path = ROOT) -> dict[str, bytes]:
 
 
 def model_folders(root: Path = ROOT) -> list[Path]:
-    """The folders of `models/` that load by themselves: the ones with a configuration."""
-    return sorted(path.parent for path in (root / "models").glob("*/config.json"))
+    """The folders of `checkpoints/` that load by themselves: the ones with a configuration."""
+    return sorted(path.parent for path in (root / "checkpoints").glob("*/config.json"))
 
 
 def faults(folder: Path, shipped: dict[str, bytes]) -> list[str]:
@@ -64,7 +64,7 @@ def refresh(folder: Path, shipped: dict[str, bytes]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if a copy is not up to date")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the code, with a folder `models`")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the code, with a folder `checkpoints`")
     args = parser.parse_args(argv)
     shipped = shipped_files(args.root)
     found = [line for folder in model_folders(args.root) for line in faults(folder, shipped)]

@@ -2,8 +2,8 @@
 
     python -I -W error tests/bare_environment.py [FOLDER]
 
-Copies FOLDER (default: models/mambaformer-tiny) elsewhere, then loads, generates, switches expert vectors, saves and
-reloads it. Plain Python without pytest: prints what it checked, and exits with 1 if something failed.
+Copies FOLDER (default: checkpoints/mambaformer-tiny) elsewhere, then loads, generates, switches expert vectors,
+saves and reloads it. Plain Python without pytest: prints what it checked, and exits with 1 if something failed.
 """
 
 import importlib.util
@@ -149,7 +149,7 @@ def run(checks: list[Callable[[], None]]) -> int:
 def main(argv: list[str]) -> int:
     print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, Transformers {transformers.__version__}")
     transformers.utils.logging.disable_progress_bar()
-    folder = Folder(Path(argv[0]) if argv else ROOT / "models" / "mambaformer-tiny")
+    folder = Folder(Path(argv[0]) if argv else ROOT / "checkpoints" / "mambaformer-tiny")
     try:
         kept = ("load", "answer", "logits")
         names = [name for name in vars(Folder) if not name.startswith("_") and name not in kept]

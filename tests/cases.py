@@ -73,7 +73,7 @@ def load_trained(folder, **options):
 @functools.cache
 def folder_of_smollm2():
     """SmolLM2 with the trained blocks, as a folder with its tokenizer."""
-    blocks = ROOT / "models" / "smollm2-hybrid" / "blocks.safetensors"
+    blocks = ROOT / "checkpoints" / "smollm2-hybrid" / "blocks.safetensors"
     if not blocks.is_file():
         raise FileNotFoundError(f"{blocks} is part of the repo and the laws run on its weights, but it is missing")
     folder = Path(tempfile.mkdtemp(prefix="smollm2-hybrid-"))
@@ -93,7 +93,7 @@ def load_smollm2(num_layers=6, window=48):
 # Trained models, by what loads them. The tokenizer of a model is found in the folder that it names as its own
 # (`name_or_path`).
 TRAINED = {
-    "trained_tiny": functools.partial(load_trained, ROOT / "models" / "mambaformer-tiny"),
+    "trained_tiny": functools.partial(load_trained, ROOT / "checkpoints" / "mambaformer-tiny"),
     "trained_smollm2": load_smollm2,
 }
 TRAINED_SMALL = ["trained_tiny"]  # small enough for the oracle, and for decomposing all weights

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 from cases import feed, ragged_turns, random_expert, random_model, random_rows, tiny_config
-from mambaformer import MambaFormerForCausalLM, svd_mambaformer
+from mambaformer import MambaFormerForCausalLM, expert_bases_mambaformer
 
 PATTERNS = ("everything", "paper")
 ROWS = random_rows(3, (9, 9))
@@ -80,15 +80,17 @@ def tensor_parallel(folder):
     """Every pattern, split over the processes by its own plan; they compute singular vectors of opposite signs."""
     found, notes = {}, {}
     sign = 1 - 2 * torch.distributed.get_rank()
-    compute = svd_mambaformer.compute_basis
-    svd_mambaformer.compute_basis = lambda weight: replace(compute(weight), vectors=sign * compute(weight).vectors)
+    compute = expert_bases_mambaformer.compute_basis
+    expert_bases_mambaformer.compute_basis = lambda weight: replace(
+        compute(weight), vectors=sign * compute(weight).vectors
+    )
     for pattern in PATTERNS:
         model = MambaFormerForCausalLM.from_pretrained(folder / pattern, tp_plan="auto", dtype=torch.float64).eval()
         expert = random_expert(random_model(config_of(pattern)), EXPERT_SEED)
         here, notes[pattern] = infer(model, expert)
-        model.merge_expert(expert)
+        model.merge_expert_vector(expert)
         here["merged"] = model(torch.tensor(ROWS)).logits.detach()
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
         here |= learn(model, expert)
         notes[pattern]["share"] = sum(
             w.to_local().numel() if hasattr(w, "to_local") else 0 for w in model.parameters()

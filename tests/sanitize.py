@@ -34,8 +34,8 @@ UBSAN_OPTIONS = "print_stacktrace=1:halt_on_error=1:exitcode=86"
 
 COMPILE = """
 import sys
-from mambaformer import cpu_decode_mambaformer as decode, cpu_scan_mambaformer as scan
-from mambaformer.compiler_mambaformer import cpu_library
+from mambaformer import ops_cpu_decode_mambaformer as decode, ops_cpu_scan_mambaformer as scan
+from mambaformer.ops_cpu_build_mambaformer import cpu_library
 sys.exit(not (decode._rows_of_block() if sys.argv[1] == "decode" else cpu_library(scan.SCAN_SOURCE, scan._FUNCTIONS)))
 """
 

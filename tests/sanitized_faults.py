@@ -7,7 +7,7 @@ import pytest
 
 START = """
 import ctypes, torch
-from mambaformer.cpu_decode_mambaformer import Weight, kernel_of
+from mambaformer.ops_cpu_decode_mambaformer import Weight, kernel_of
 
 f32 = torch.float32
 new = lambda *shape: torch.zeros(shape)

@@ -15,8 +15,8 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from cases import random_expert, random_model
 from mambaformer import MambaFormerConfig
-from mambaformer import compiler_mambaformer as compiler
-from mambaformer.quantized_mambaformer import is_quantized
+from mambaformer import ops_cpu_build_mambaformer as compiler
+from mambaformer.weights_quantized_mambaformer import is_quantized
 from world import VOCAB, random_fields
 
 NUM_MODELS = int(os.environ.get("SANITIZED_MODELS", 300))

@@ -11,11 +11,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 import cases
-import mambaformer.svd_files_mambaformer as svd_files
-import mambaformer.svd_mambaformer as svd
-import mambaformer.threads_mambaformer as threads
+import mambaformer.expert_bases_files_mambaformer as svd_files
+import mambaformer.expert_bases_mambaformer as svd
+import mambaformer.ops_cpu_threads_mambaformer as threads
+from mambaformer.expert_bases_mambaformer import SingularBases, compute_basis, merged_weight
 from mambaformer.files_mambaformer import digest_of, sealed
-from mambaformer.svd_mambaformer import SingularBases, compute_basis, merged_weight
 
 
 def random_tensor(*shape, seed=0, dtype=torch.float64):

@@ -16,8 +16,8 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertVector, MambaFormerCache
-from mambaformer.layers_mambaformer import TokenLog
-from mambaformer.storage_mambaformer import Buffer, Retention, Span, plan_layout
+from mambaformer.cache_keys_mambaformer import Buffer, Retention, Span, plan_layout
+from mambaformer.cache_layers_mambaformer import TokenLog
 
 
 def same(found, expected):
@@ -156,7 +156,7 @@ def test_a_crop_that_cannot_be_exact_raises_and_changes_nothing():
     cache = model.make_cache(on_expert_change="continue")
     model(ids, past_key_values=cache)
     logits = model(ids[:, :2], past_key_values=cache.fork(), expert_vector=expert).logits
-    cache.set_expert(expert)
+    cache.set_expert_vector(expert)
     for steps, message in ((3, "-k"), (-ids.shape[1] - 1, "at most"), (-2, "several experts")):
         with pytest.raises(ValueError, match=message):
             cache.crop(steps)
@@ -279,24 +279,24 @@ def test_options_of_a_cache_are_checked(options, message):
 
 def test_a_cache_without_a_model_takes_no_expert():
     with pytest.raises(ValueError, match="make_cache"):
-        MambaFormerCache(tiny_config("paper")).set_expert("king")
+        MambaFormerCache(tiny_config("paper")).set_expert_vector("king")
 
 
 def test_merging_is_refused_twice_and_undone_bit_for_bit():
     model, expert = random_model(tiny_config("paper")), random_expert(random_model(tiny_config("paper")), 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="nothing to undo"):
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
     with pytest.raises(TypeError, match="one expert"):
-        model.merge_expert([expert, None])
-    model.merge_expert(expert)
+        model.merge_expert_vector([expert, None])
+    model.merge_expert_vector(expert)
     with pytest.raises(ValueError, match="merged already"):
-        model.merge_expert(expert)
-    with pytest.raises(ValueError, match="unmerge_expert"):
+        model.merge_expert_vector(expert)
+    with pytest.raises(ValueError, match="unmerge_expert_vector"):
         model(torch.tensor([[1]]), expert_vector=expert)
     with pytest.raises(ValueError, match="tied"):
         model.save_pretrained("never-written")
-    model.unmerge_expert()
+    model.unmerge_expert_vector()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

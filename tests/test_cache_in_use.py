@@ -66,7 +66,7 @@ USES = {
     "reset": lambda model, cache, path: cache.reset(),
     "reorder": lambda model, cache, path: cache.reorder_cache(torch.tensor([0])),
     "repeat": lambda model, cache, path: cache.batch_repeat_interleave(2),
-    "expert": lambda model, cache, path: cache.set_expert(None),
+    "expert": lambda model, cache, path: cache.set_expert_vector(None),
     "record": lambda model, cache, path: cache.activate_past_recording(9),
 }
 

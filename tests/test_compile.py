@@ -50,9 +50,9 @@ def test_one_graph_serves_every_token_expert_and_cache(pattern):
     for seed in (1, 2, 3):
         expert = shared_expert(pattern, seed)
         cache = model.make_cache("static", max_cache_len=40)
-        cache.set_expert(shared_expert(pattern, 4))
+        cache.set_expert_vector(shared_expert(pattern, 4))
         feed_row(model, cache, row[:5])
-        cache.set_expert(expert)
+        cache.set_expert_vector(expert)
         found = [feed_row(model, cache, row[5:12]), feed_row(step, cache, row[12:], [1] * 12)]
         assert_same_logits(torch.cat(found), expected(model, [row], [expert])[0][5:])
     assert num_graphs() == 1
@@ -120,7 +120,7 @@ def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
     experts = [shared_expert("everything", 1), None]
     step = model.get_compiled_call(CompileConfig(backend="aot_eager", fullgraph=True))
     cache = model.make_cache("static", max_cache_len=40)
-    cache.set_expert(experts)
+    cache.set_expert_vector(experts)
     feed(step, cache, [one_turn([row[:6] for row in rows]), one_turn([row[6:7] for row in rows])])
     cache.reorder_cache(torch.tensor([1, 0]))
     found = feed(step, cache, [one_turn([row[n : n + 1] for row in rows[::-1]]) for n in range(7, 12)])
@@ -134,9 +134,9 @@ def test_going_back_to_the_base_between_compiled_steps_is_left_out_of_the_graph(
     model, row = shared_model("mamba"), random_rows(8, [12])[0]
     step = model.get_compiled_call(CompileConfig(backend="aot_eager", fullgraph=True))
     cache = model.make_cache("static", max_cache_len=40)
-    cache.set_expert(shared_expert("mamba", 1))
+    cache.set_expert_vector(shared_expert("mamba", 1))
     feed_row(step, cache, row[:8], [6, 1, 1])
-    cache.set_expert(None)
+    cache.set_expert_vector(None)
     assert_same_logits(feed_row(step, cache, row[8:], [1] * 4), expected(model, [row])[0][8:])
     assert num_graphs() == 2  # with an expert and without
 
@@ -158,7 +158,7 @@ def test_an_exported_step_goes_on_from_pads_under_experts_of_each_row():
     model, rows = shared_model("everything"), random_rows(5, (12, 9))
     experts = [shared_expert("everything", 1), None]
     cache = model.make_cache("static", max_cache_len=24)
-    cache.set_expert(experts)
+    cache.set_expert_vector(experts)
     feed(model, cache, [padded_turn(random.Random(6), [row[:-4] for row in rows], side="left")])
     with torch.no_grad():
         tail = torch.tensor([row[-4:] for row in rows])

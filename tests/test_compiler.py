@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from loops import conv_arguments, scan_arguments
-from mambaformer import compiler_mambaformer as compiler
-from mambaformer.compiler_mambaformer import cpu_library
-from mambaformer.cpu_scan_mambaformer import STORED
+from mambaformer import ops_cpu_build_mambaformer as compiler
 from mambaformer.files_mambaformer import private_folder
+from mambaformer.ops_cpu_build_mambaformer import cpu_library
+from mambaformer.ops_cpu_scan_mambaformer import STORED
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 
 ANSWER = 'extern "C" int answer() { return 42; }'
@@ -234,7 +234,7 @@ def test_the_first_compilation_says_so_once_and_for_how_long(folder, caplog):
 
 def test_a_user_sees_the_announcement_on_stderr_and_only_the_first_time(tmp_path):
     """Loggers of this package have no handler, so a message below `WARNING` is shown to nobody."""
-    script = f"from mambaformer.compiler_mambaformer import cpu_library; print(cpu_library({ANSWER!r}).answer())"
+    script = f"from mambaformer.ops_cpu_build_mambaformer import cpu_library; print(cpu_library({ANSWER!r}).answer())"
     shown = [run(script, MAMBAFORMER_CACHE=str(tmp_path)).communicate() for _ in range(2)]
     assert [output for output, _ in shown] == ["42\n"] * 2
     assert ["once for this machine" in errors for _, errors in shown] == [True, False]
@@ -366,7 +366,7 @@ def test_a_cache_folder_in_the_home_of_no_user_is_named_and_costs_no_result(fold
 
 def test_two_processes_that_compile_at_once_both_get_the_library(tmp_path):
     script = f"""
-from mambaformer.compiler_mambaformer import cpu_library
+from mambaformer.ops_cpu_build_mambaformer import cpu_library
 print(cpu_library({ANSWER!r}).answer())
 """
     processes = [run(script, MAMBAFORMER_CACHE=str(tmp_path)) for _ in range(2)]
@@ -383,7 +383,7 @@ def test_an_import_compiles_nothing(tmp_path):
 ON_OTHER_PROCESSOR = """
 import json, sys, torch
 from loops import conv_arguments, scan_arguments
-from mambaformer import compiler_mambaformer as compiler, cpu_scan_mambaformer as cpu_scan
+from mambaformer import ops_cpu_build_mambaformer as compiler, ops_cpu_scan_mambaformer as cpu_scan
 from test_compiler import all_results
 
 assert torch.backends.cpu.get_cpu_capability() == sys.argv[1]

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
-from mambaformer import cpu_decode_mambaformer as kernels
-from mambaformer import cpu_stack_mambaformer as stack
-from mambaformer import svd_mambaformer as svd
-from mambaformer.cpu_decode_mambaformer import (
+from mambaformer import decode_program_mambaformer as stack
+from mambaformer import expert_bases_mambaformer as svd
+from mambaformer import ops_cpu_decode_mambaformer as kernels
+from mambaformer.ops_cpu_decode_mambaformer import (
     few_queries_attention,
     few_rows_linear,
     gated,
@@ -22,7 +22,7 @@ from mambaformer.cpu_decode_mambaformer import (
     rms_normed,
     rotated,
 )
-from mambaformer.quantized_mambaformer import PackedWeight, packed_rows
+from mambaformer.weights_quantized_mambaformer import PackedWeight, packed_rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -15,7 +15,7 @@ from loops import (
     scan_arguments,
     with_pads,
 )
-from mambaformer import cpu_scan_mambaformer as cpu_scan
+from mambaformer import ops_cpu_scan_mambaformer as cpu_scan
 from mambaformer import ops_mambaformer as ops
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 

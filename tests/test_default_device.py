@@ -22,7 +22,7 @@ def results(pattern, variant):
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([False, True, True, False], device="cpu"))
     cache.reorder_cache([1, 0])
-    cache.set_expert(expert)
+    cache.set_expert_vector(expert)
     found += [model(IDS[:, :2], cache=cache).logits, model(IDS, position_ids=POSITIONS, use_cache=False).logits]
     found.append(model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False, pad_token_id=0))
     return found

@@ -284,7 +284,7 @@ def test_smollm2_is_trained_on_as_it_is_or_as_the_hybrid_that_is_shipped(modules
     assert len(windowed) == 20 and model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size
     assert model.model.layers[0].mamba.out_proj.weight.count_nonzero() > 0
     plain, hybrid = (train_expert.files_of(name) for name in ("smollm2", "smollm2-hybrid"))
-    assert hybrid == [*plain, FOLDER.parent.parent / "models/smollm2-hybrid/blocks.safetensors"]
+    assert hybrid == [*plain, FOLDER.parent.parent / "checkpoints/smollm2-hybrid/blocks.safetensors"]
 
 
 def test_a_source_that_is_no_model_is_refused(modules, tmp_path, capsys):

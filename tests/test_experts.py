@@ -16,11 +16,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import mambaformer.experts_mambaformer as experts
+import mambaformer.expert_bases_files_mambaformer as svd_files
+import mambaformer.expert_bases_mambaformer as svd
+import mambaformer.expert_vectors_mambaformer as experts
 import mambaformer.files_mambaformer as files
-import mambaformer.svd_files_mambaformer as svd_files
-import mambaformer.svd_mambaformer as svd
-from mambaformer.experts_mambaformer import (
+from mambaformer.expert_bases_mambaformer import (
+    SingularBases,
+    SingularBasis,
+    compute_basis,
+    merged_weight,
+    project,
+    scale_basis,
+)
+from mambaformer.expert_vectors_mambaformer import (
     BASE_FINGERPRINT,
     ExpertLibrary,
     ExpertVector,
@@ -29,14 +37,6 @@ from mambaformer.experts_mambaformer import (
     expert_key,
     resolve_expert,
     spectrum_of,
-)
-from mambaformer.svd_mambaformer import (
-    SingularBases,
-    SingularBasis,
-    compute_basis,
-    merged_weight,
-    project,
-    scale_basis,
 )
 
 SHAPES = {"tall": (11, 6), "wide": (6, 11), "square": (7, 7), "column": (5, 1), "row": (1, 5)}

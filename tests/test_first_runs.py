@@ -61,7 +61,7 @@ def chat(monkeypatch):
     module, clock = script("examples", "chat"), FirstRuns()
     model = random_model(tiny_config("paper")).eval()
     for seed in (1, 2):
-        model.experts.add(random_expert(model, seed, name=f"expert-{seed}"))
+        model.expert_vectors.add(random_expert(model, seed, name=f"expert-{seed}"))
     model.generate = clock.watch(model.generate)
     loader = lambda result: SimpleNamespace(from_pretrained=lambda *_, **options: result)  # noqa: E731
     monkeypatch.setattr(module, "AutoModelForCausalLM", loader(model))

@@ -1,4 +1,4 @@
-"""The folders in `models/` load wherever they are copied to, by a process that does not have the package."""
+"""The folders in `checkpoints/` load wherever they are copied to, by a process that does not have the package."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from cases import random_model, tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "folders.py"
-TINY = ROOT / "models" / "mambaformer-tiny"
+TINY = ROOT / "checkpoints" / "mambaformer-tiny"
 USER_SCRIPT = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,8 +42,8 @@ def repository(tmp_path):
     for path in ROOT.glob("*_mambaformer.py"):
         shutil.copy(path, tmp_path)
     for name in ("tiny", "blocks"):
-        (tmp_path / "models" / name).mkdir(parents=True)
-    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "tiny" / "config.json").write_text("{}")
     return tmp_path
 
 
@@ -70,7 +70,7 @@ def by_zip(target: Path) -> Path:
 
 @pytest.mark.parametrize("copied", [by_copy, by_zip])
 def test_a_copied_folder_loads_and_generates_without_the_package(copied, tmp_path):
-    """`cp -r models/mambaformer-tiny` did not load: its code was relative links, which led nowhere in the copy."""
+    """`cp -r checkpoints/mambaformer-tiny` did not load: its code was relative links, broken in the copy."""
     folder = copied(tmp_path / "elsewhere")
     script = tmp_path / "user.py"
     script.write_text(USER_SCRIPT)
@@ -103,9 +103,9 @@ def test_the_shipped_files_are_the_ones_that_save_pretrained_writes(folders, tmp
 
 def test_a_refresh_writes_every_shipped_file_into_folders_with_a_configuration_only(folders, repository):
     assert run(repository).returncode == 0
-    written = {path.name for path in (repository / "models" / "tiny").glob("*.py")}
+    written = {path.name for path in (repository / "checkpoints" / "tiny").glob("*.py")}
     assert written == set(folders.shipped_files()) and "convert_mambaformer.py" not in written
-    assert not list((repository / "models" / "blocks").iterdir())
+    assert not list((repository / "checkpoints" / "blocks").iterdir())
     assert run(repository, "--check").returncode == 0
 
 
@@ -137,7 +137,7 @@ def add(file: Path) -> None:
 )
 def test_the_check_names_a_wrong_copy_and_changes_nothing_until_a_refresh(harm, complaint, repository):
     run(repository)
-    file = repository / "models" / "tiny" / "ops_mambaformer.py"
+    file = repository / "checkpoints" / "tiny" / "ops_mambaformer.py"
     harm(file)
     before = {path.name for path in file.parent.iterdir()}
     done = run(repository, "--check")
@@ -155,7 +155,7 @@ def test_a_new_relative_import_anywhere_adds_a_shipped_file(folders, repository)
 
 
 def test_other_files_of_a_folder_stay_as_they_are(repository):
-    note = repository / "models" / "tiny" / "README.md"
+    note = repository / "checkpoints" / "tiny" / "README.md"
     note.write_text("mine")
     run(repository)
     assert note.read_text() == "mine"

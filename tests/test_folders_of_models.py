@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from cases import random_expert, random_model, tiny_config
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
-from mambaformer import folders_mambaformer as folders
-from mambaformer.experts_mambaformer import ExpertVector
+from mambaformer import files_folders_mambaformer as folders
+from mambaformer.expert_vectors_mambaformer import ExpertVector
 
 IDS = torch.arange(8)[None]
 

@@ -58,7 +58,7 @@ def test_the_logits_processor_switches_like_the_schedule(policy, storage):
     )
     size = {"max_cache_len": 40} if storage == "static" else {}
     cache = model.make_cache(storage, on_expert_change=policy, **size)
-    cache.set_expert(first)
+    cache.set_expert_vector(first)
     hook = ExpertSwitchLogitsProcessor(cache, schedule={3: second, 6: None})
     found = model.generate(
         ids,

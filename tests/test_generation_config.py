@@ -27,7 +27,7 @@ def model():
     """A model of its own for each test, with the experts "bold" and "calm"."""
     model = random_model(tiny_config("everything"))
     for seed, name in enumerate(("bold", "calm")):
-        model.experts.add(random_expert(model, seed + 1, name=name))
+        model.expert_vectors.add(random_expert(model, seed + 1, name=name))
     return model
 
 
@@ -58,7 +58,7 @@ def test_experts_of_a_configuration_generate_as_the_arguments_do(model, mode):
 def test_the_argument_wins_over_the_configuration_and_that_over_the_model_and_the_cache(model):
     def with_cache(**options):
         cache = model.make_cache()
-        cache.set_expert("calm")
+        cache.set_expert_vector("calm")
         return answer(model, cache=cache, **options)
 
     base, bold, calm = (answer(model, **GREEDY, expert_vector=name) for name in (None, "bold", "calm"))
@@ -140,7 +140,7 @@ def test_names_are_saved_in_generation_config_json_and_count_after_loading(model
 
 
 def test_vectors_serve_in_a_configuration_and_are_refused_when_it_is_saved(model, tmp_path):
-    expert = model.experts["bold"]
+    expert = model.expert_vectors["bold"]
     expected = answer(model, **GREEDY, expert_vector="bold")
     for given in (expert, dict(expert.vectors), [expert]):
         model.generation_config.expert_vector = given
@@ -169,7 +169,7 @@ def test_an_assistant_knows_nothing_of_the_experts_that_its_main_model_names(mod
     expected = answer(model, **GREEDY, expert_schedule={0: "bold", 4: None})
     config = GenerationConfig(**GREEDY, expert_schedule={0: "bold", 4: None})
     assert answer(model, generation_config=config, assistant_model=assistant) == expected
-    assistant.experts.add(random_expert(assistant, 7, name="draft"))
+    assistant.expert_vectors.add(random_expert(assistant, 7, name="draft"))
     assistant.generation_config.expert_vector = "draft"
     assert answer(model, generation_config=config, assistant_model=assistant) == expected
 

@@ -15,9 +15,9 @@ from test_sessions import contents_of, made, mutated
 from cases import random_expert, random_model, tiny_config
 from mambaformer import ExpertVector, convert, save_blocks
 from mambaformer.blocks_mambaformer import load_blocks
-from mambaformer.experts_mambaformer import MAX_SCALE, ExpertLibrary
+from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertLibrary
+from mambaformer.files_header_mambaformer import MAX_DEPTH, json_of
 from mambaformer.files_mambaformer import sealed, write_tensors
-from mambaformer.header_mambaformer import MAX_DEPTH, json_of
 
 DEEP = 100_000
 

@@ -18,7 +18,7 @@ EXPERT_FILE = "experts/bold.safetensors"
 
 def model_with_an_expert(config=None):
     model = random_model(tiny_config() if config is None else config)
-    model.experts.add("bold", random_expert(model, seed=3))
+    model.expert_vectors.add("bold", random_expert(model, seed=3))
     return model
 
 
@@ -66,7 +66,7 @@ def name_experts(folder, names):
 
 
 def has_its_expert(loaded, model):
-    return loaded.experts.names == ["bold"] and loaded.experts["bold"] == model.experts["bold"]
+    return loaded.expert_vectors.names == ["bold"] and loaded.expert_vectors["bold"] == model.expert_vectors["bold"]
 
 
 # ---- uploads
@@ -110,7 +110,7 @@ def save_into_the_same_folder_again(model, folder):
 
 def save_over_another_model(model, folder):
     other = random_model(tiny_config(), seed=9)
-    other.experts.add("bold", random_expert(other, seed=8))
+    other.expert_vectors.add("bold", random_expert(other, seed=8))
     other.save_pretrained(folder)
     model.save_pretrained(folder, push_to_hub=True)
 
@@ -248,7 +248,7 @@ def test_every_class_loads_expert_vectors_from_a_subfolder(load, saved, tmp_path
 
 @pytest.mark.parametrize("load", [MambaFormerForCausalLM, AutoModelForCausalLM])
 def test_a_revision_brings_its_own_expert_vectors(load, saved, hub):
-    assert load.from_pretrained(**hub).experts.names == []
+    assert load.from_pretrained(**hub).expert_vectors.names == []
     assert has_its_expert(load.from_pretrained(**hub, revision="v1"), saved[0])
 
 
@@ -283,7 +283,7 @@ def test_a_missing_expert_file_is_named_with_its_folder_and_a_way_out(subfolder,
     with pytest.raises(OSError, match=rf'{place}.*`{EXPERT_FILE}`.*Copy the folder `experts`.*"experts": null'):
         MambaFormerForCausalLM.from_pretrained(tmp_path / "copied", subfolder=subfolder)
     name_experts(tmp_path / "copied" / subfolder, None)
-    assert MambaFormerForCausalLM.from_pretrained(tmp_path / "copied", subfolder=subfolder).experts.names == []
+    assert MambaFormerForCausalLM.from_pretrained(tmp_path / "copied", subfolder=subfolder).expert_vectors.names == []
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/b", ""])

@@ -87,7 +87,7 @@ def test_token_ids_that_are_none_are_refused_with_what_to_give(kind):
     model, expert = shared_model("everything"), shared_expert("everything", 1)
     for call in (*models(), model.generate):
         cache = model.make_cache()
-        cache.set_expert(expert)
+        cache.set_expert_vector(expert)
         with pytest.raises(error, match=message):
             call(ids, cache=cache)
         assert cache.get_seq_length() == 0 and cache.expert_vector is not None
@@ -139,7 +139,7 @@ def test_a_misspelt_argument_of_generate_is_named_before_the_cache_changes(name)
     """Transformers refuses them too, but says neither which argument was meant nor that it is no model's."""
     model, expert = shared_model("everything"), shared_expert("everything", 1)
     cache = model.make_cache()
-    cache.set_expert(expert)
+    cache.set_expert_vector(expert)
     with pytest.raises(TypeError, match=f"no argument `{name}`: did you mean `{OF_GENERATE[name]}`"):
         model.generate(IDS, cache=cache, **{name: 3})
     with pytest.raises(ValueError, match="zzz"):

@@ -19,8 +19,9 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from cases import random_expert, random_model, random_rows, tiny_config
 from loops import conv_arguments, scan_arguments
 from mambaformer import MambaFormerForCausalLM
-from mambaformer import cpu_stack_mambaformer as stack
-from mambaformer.cpu_decode_mambaformer import (
+from mambaformer import decode_program_mambaformer as stack
+from mambaformer.expert_bases_mambaformer import apply_linear
+from mambaformer.ops_cpu_decode_mambaformer import (
     few_queries_attention,
     few_rows_linear,
     gated,
@@ -30,8 +31,7 @@ from mambaformer.cpu_decode_mambaformer import (
     rotated,
 )
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
-from mambaformer.quantized_mambaformer import PackedWeight, packed_weight
-from mambaformer.svd_mambaformer import apply_linear
+from mambaformer.weights_quantized_mambaformer import PackedWeight, packed_weight
 
 has_int4_kernels = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 

@@ -245,7 +245,9 @@ def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was(pattern, varian
     for start, sizes in ((4, [2, 1, 2]), (9, [1]), (10, [2])):
         with model.model.norm.register_forward_pre_hook(interrupt), pytest.raises(Interrupted):
             feed_row(model, cache, [5] * sizes[0])
-        cache.set_expert(expert)  # the first time, the text has to be encoded again, and that is broken off as well
+        cache.set_expert_vector(
+            expert
+        )  # the first time, the text has to be encoded again, and that is broken off as well
         with model.model.norm.register_forward_pre_hook(interrupt), pytest.raises(Interrupted):
             feed_row(model, cache, [7] * sizes[0])
         assert cache.get_seq_length() == start
@@ -403,7 +405,7 @@ def test_surgery_takes_each_rows_remembered_text_along(pattern, variant, operati
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3))
     cache, rows = operate(cache, operation, rows)
-    cache.set_expert(expert)
+    cache.set_expert_vector(expert)
     read_on(model, cache, rows, [expert] * len(rows))
 
 
@@ -415,7 +417,7 @@ def test_surgery_between_a_switch_and_the_next_forward_is_exact(pattern, variant
     experts = [None, shared_expert(pattern, 2), shared_expert(pattern, 1)]
     cache = new_cache(model, variant)
     feed(model, cache, ragged_turns(random.Random(31), rows, count=3))
-    cache.set_expert(experts)
+    cache.set_expert_vector(experts)
     read_on(model, *operate(cache, operation, rows, experts))
 
 
@@ -458,12 +460,12 @@ def test_a_switch_of_the_fork_leaves_the_origins_expert(pattern, variant):
     origin = new_cache(model, variant)
     feed(model, origin, ragged_turns(random.Random(41), rows, count=3), expert_vector=one)
     fork = origin.fork()
-    fork.set_expert(two)
+    fork.set_expert_vector(two)
     told = read_on(model, origin, rows, [one] * 3, seed=1)
     forked = read_on(model, fork, rows, [two] * 3, seed=2)
     told = read_on(model, origin, told, [one] * 3, seed=3)
     for cache, text in ((origin, told), (fork, forked)):  # each encodes again what it was told itself
-        cache.set_expert(None)
+        cache.set_expert_vector(None)
         read_on(model, cache, text, seed=4)
 
 
@@ -472,15 +474,15 @@ def test_a_switch_of_the_fork_leaves_the_origins_expert(pattern, variant):
 
 @every_pattern
 @every_cache
-@pytest.mark.parametrize("by", ["set_expert", "forward"])
+@pytest.mark.parametrize("by", ["set_expert_vector", "forward"])
 def test_a_switch_equals_a_fresh_forward_under_the_new_expert(pattern, variant, by):
     model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2, rank=5)
     cache, start = new_cache(model, variant), 0
     for expert, piece in zip((one, two, None, one), cut(row, [4, 3, 1, 4]), strict=True):
-        if by == "set_expert":
-            cache.set_expert(expert)
-        given = {} if by == "set_expert" else {"expert_vector": expert}
+        if by == "set_expert_vector":
+            cache.set_expert_vector(expert)
+        given = {} if by == "set_expert_vector" else {"expert_vector": expert}
         wanted = expected(model, [row], [expert])[0][start : start + len(piece)]
         assert_same_logits(feed_row(model, cache, piece, **given), wanted)
         start += len(piece)
@@ -535,8 +537,8 @@ def test_an_expert_that_is_not_given_is_the_one_in_force(pattern, variant):
 def test_every_way_to_name_an_expert_means_the_same(pattern, tmp_path):
     model, rows, expert = new_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1)
     ExpertVector(dict(expert.vectors), name="math").save(tmp_path / "math.safetensors")
-    model.load_experts(tmp_path / "math.safetensors")
-    assert "math" in model.experts
+    model.load_expert_vectors(tmp_path / "math.safetensors")
+    assert "math" in model.expert_vectors
     turns = [padded_turn(random.Random(47), rows)]
     by_object = feed(model, None, turns, use_cache=False, expert_vector=expert)
     for way in ("math", dict(expert.vectors), ["math", expert, dict(expert.vectors)]):
@@ -583,14 +585,14 @@ def test_policy_continue_leaves_old_tokens_to_the_old_expert(pattern, variant):
 
 @every_pattern
 @every_cache
-@pytest.mark.parametrize("by", ["set_expert", "forward"])
+@pytest.mark.parametrize("by", ["set_expert_vector", "forward"])
 def test_policy_reset_starts_an_empty_text(pattern, variant, by):
     model, rows, expert = shared_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1)
     cache, rng = new_cache(model, variant, on_expert_change="reset"), random.Random(59)
     feed(model, cache, ragged_turns(rng, rows, count=2))
     given = {"expert_vector": expert} if by == "forward" else {}
-    if by == "set_expert":
-        cache.set_expert(expert)
+    if by == "set_expert_vector":
+        cache.set_expert_vector(expert)
         assert cache.get_seq_length() == 0
     turns = ragged_turns(rng, rows, count=3)
     assert_same_logits(feed(model, cache, turns, **given), expected(model, rows, [expert] * 3))
@@ -599,7 +601,7 @@ def test_policy_reset_starts_an_empty_text(pattern, variant, by):
 
 @every_pattern
 @every_cache
-@pytest.mark.parametrize("by", ["set_expert", "forward"])
+@pytest.mark.parametrize("by", ["set_expert_vector", "forward"])
 def test_policy_error_refuses_and_changes_nothing(pattern, variant, by):
     model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2)
@@ -607,7 +609,9 @@ def test_policy_error_refuses_and_changes_nothing(pattern, variant, by):
     found = [feed_row(model, cache, row[:5], expert_vector=one)]
     for refused in (two, None, [two]):
         with pytest.raises(ValueError, match="expert"):
-            cache.set_expert(refused) if by == "set_expert" else feed_row(model, cache, [7], expert_vector=refused)
+            cache.set_expert_vector(refused) if by == "set_expert_vector" else feed_row(
+                model, cache, [7], expert_vector=refused
+            )
     assert cache.get_seq_length() == 5
     found.append(feed_row(model, cache, row[5:], [3, 4]))
     assert_same_logits(torch.cat(found), wanted)
@@ -618,8 +622,8 @@ def test_policy_error_refuses_and_changes_nothing(pattern, variant, by):
 def test_any_policy_takes_an_expert_before_the_first_token(policy, variant):
     model, row, expert = shared_model("everything"), random_rows(1)[0], shared_expert("everything", 1)
     cache = new_cache(model, variant, on_expert_change=policy)
-    cache.set_expert(shared_expert("everything", 2))
-    cache.set_expert(expert)
+    cache.set_expert_vector(shared_expert("everything", 2))
+    cache.set_expert_vector(expert)
     assert_same_logits(feed_row(model, cache, row, [5, 1, 6]), expected(model, [row], [expert])[0])
 
 
@@ -630,8 +634,8 @@ def test_a_switch_that_is_taken_back_before_the_next_forward_changes_nothing(pat
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2)
     cache = new_cache(model, variant)
     feed_row(model, cache, row[:5], expert_vector=one)
-    cache.set_expert(two)
-    cache.set_expert(one)
+    cache.set_expert_vector(two)
+    cache.set_expert_vector(one)
     assert_same_logits(feed_row(model, cache, row[5:], [3, 4]), expected(model, [row], [one])[0][5:])
 
 
@@ -739,9 +743,9 @@ def test_merged_equals_on_the_fly_and_unmerging_is_bit_exact(pattern, rank):
     model, rows, expert = new_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1, rank)
     turns = ragged_turns(random.Random(71), rows, count=2)
     weights, base = copy.deepcopy(model.state_dict()), feed(model, model.make_cache(), turns)
-    model.merge_expert(expert)
+    model.merge_expert_vector(expert)
     assert_same_logits(feed(model, model.make_cache(), turns), expected(shared_model(pattern), rows, [expert] * 3))
-    model.unmerge_expert()
+    model.unmerge_expert_vector()
     assert model.state_dict().keys() == weights.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name

@@ -39,8 +39,8 @@ def world(modules, tmp_path_factory):
     hybrid = convert(source, upcycle=[0, 2], window=8, num_sink_tokens=1, mamba={"mamba_expand": 0.5})
     for idx in (0, 2):
         torch.nn.init.normal_(hybrid.model.layers[idx].mamba.out_proj.weight, 0, 0.5)
-    (folder / "models" / "smollm2-hybrid").mkdir(parents=True)
-    save_blocks(hybrid, folder / "models/smollm2-hybrid/blocks.safetensors", metadata={"steps": 3})
+    (folder / "checkpoints" / "smollm2-hybrid").mkdir(parents=True)
+    save_blocks(hybrid, folder / "checkpoints/smollm2-hybrid/blocks.safetensors", metadata={"steps": 3})
     return folder
 
 
@@ -65,13 +65,13 @@ def evaluate(modules, world: Path, models: Path) -> int:
 @pytest.fixture(scope="module")
 def figures(modules, world):
     """A finished measurement."""
-    return measure(modules, world, world / "models/smollm2-hybrid", "whole")
+    return measure(modules, world, world / "checkpoints/smollm2-hybrid", "whole")
 
 
 @pytest.fixture
 def shipped(world, figures, tmp_path):
     """A copy of the folder of models that may be tampered with."""
-    return Path(shutil.copytree(world / "models", tmp_path / "models"))
+    return Path(shutil.copytree(world / "checkpoints", tmp_path / "checkpoints"))
 
 
 def toy_hybrid() -> MambaFormerForCausalLM:
@@ -169,14 +169,15 @@ def test_facts_that_have_no_room_are_refused(modules, world):
 
 
 def test_a_measurement_has_all_figures_and_its_card_the_same(modules, world, figures):
-    card = (world / "models/smollm2-hybrid/README.md").read_text()
+    card = (world / "checkpoints/smollm2-hybrid/README.md").read_text()
     assert set(figures["loss"]) == {"original", "untrained", "trained"}
     nats = [figures["loss"][name]["bible"]["64"]["nats"] for name in figures["loss"]]
     assert len(set(nats)) == 3, "the three are different models"
     assert f"{figures['cache']['trained']['bytes']:,}" in card and "base_model: HuggingFaceTB" in card
     assert figures["cache"]["trained"]["bytes"] < figures["cache"]["original"]["bytes"]
     assert (
-        modules.evaluate.card_problems(world / "models/smollm2-hybrid", modules.hybrid_card.hybrid_card(figures)) == []
+        modules.evaluate.card_problems(world / "checkpoints/smollm2-hybrid", modules.hybrid_card.hybrid_card(figures))
+        == []
     )
 
 

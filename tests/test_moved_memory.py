@@ -12,9 +12,9 @@ from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from cases import random_expert, random_model, random_rows, tiny_config
-from mambaformer import cpu_decode_mambaformer as decode
-from mambaformer import cpu_scan_mambaformer as scan
-from mambaformer import cpu_stack_mambaformer as stack
+from mambaformer import decode_program_mambaformer as stack
+from mambaformer import ops_cpu_decode_mambaformer as decode
+from mambaformer import ops_cpu_scan_mambaformer as scan
 from mambaformer import ops_mambaformer as ops
 
 IDS = torch.tensor([random_rows(1)[0][:10]])

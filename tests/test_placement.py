@@ -89,7 +89,7 @@ def test_experts_scale_offloaded_weights(folder, pattern):
 def test_an_expert_is_not_merged_into_offloaded_weights(folder):
     model = offloaded(folder)
     with pytest.raises(ValueError, match=r"Offloaded weights are only read.*expert_vector"):
-        model.merge_expert(random_expert(source("everything"), EXPERT_SEED))
+        model.merge_expert_vector(random_expert(source("everything"), EXPERT_SEED))
     assert_same_logits(list(model(IDS).logits.detach()), expected(source("everything"), ROWS))
 
 

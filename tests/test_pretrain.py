@@ -94,7 +94,7 @@ def test_a_folder_inside_the_repository_gets_the_code_that_is_there(runs, module
     for file in (runs[0] / "output").glob("*_mambaformer.py"):
         (tmp_path / file.name).write_text(file.read_text() + "# newer\n")
     monkeypatch.setattr(modules.pretrain, "ROOT", tmp_path)
-    output = tmp_path / "models" / "tiny"
+    output = tmp_path / "checkpoints" / "tiny"
     for _ in range(2):
         modules.pretrain.publish(runs[0] / "output", output)
         assert not any(path.is_symlink() for path in output.iterdir())
@@ -105,9 +105,13 @@ def test_a_folder_inside_the_repository_gets_the_code_that_is_there(runs, module
 
 def test_an_evaluation_of_the_saved_model_finds_the_stated_figures_and_a_wrong_one(runs, modules, tmp_path, capsys):
     whole, _, _ = runs
-    folder = tmp_path / "models" / "mambaformer-tiny"
+    folder = tmp_path / "checkpoints" / "mambaformer-tiny"
     shutil.copytree(whole / "output", folder)
-    places = {"--models": tmp_path / "models", "--texts": whole / "data" / "texts", "--run-dir": tmp_path / "eval"}
+    places = {
+        "--models": tmp_path / "checkpoints",
+        "--texts": whole / "data" / "texts",
+        "--run-dir": tmp_path / "eval",
+    }
     arguments = ["--only", "tiny", *(str(part) for pair in places.items() for part in pair)]
     assert modules.evaluate.main(arguments) == 0
     stated = json.loads((folder / "figures.json").read_text())
@@ -190,9 +194,9 @@ def test_a_book_is_cut_between_paragraphs_and_nothing_is_lost(modules):
 
 
 def test_a_folder_that_is_something_else_is_not_replaced(modules, tmp_path, capsys):
-    (tmp_path / "models").mkdir()
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(SystemExit):
-        modules.pretrain.parse(["--output", str(tmp_path / "models")])
+        modules.pretrain.parse(["--output", str(tmp_path / "checkpoints")])
     assert "exists and is not what this has written before" in capsys.readouterr().err
     assert modules.pretrain.parse(["--output", str(tmp_path / "new")]).output == tmp_path / "new"
 

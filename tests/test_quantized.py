@@ -43,8 +43,8 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertVector, MambaFormerForCausalLM
-from mambaformer.quantized_mambaformer import dequantized, inner_tensors, is_quantized, packed_weight, portable
-from mambaformer.stamps_mambaformer import weights_stamp
+from mambaformer.weights_quantized_mambaformer import dequantized, inner_tensors, is_quantized, packed_weight, portable
+from mambaformer.weights_version_mambaformer import weights_stamp
 
 INT8, INT4 = Int8WeightOnlyConfig(), PrototypeInt4WeightOnlyConfig(group_size=32)
 KINDS = ["int8", "int4"]
@@ -300,17 +300,17 @@ def test_merging_into_quantized_weights_is_refused_and_changes_nothing(kind):
     model, twin = shared(kind)
     stamp = weights_stamp(model)
     with pytest.raises(ValueError, match="pass it as `expert_vector`"):
-        model.merge_expert(random_expert(twin, 1))
+        model.merge_expert_vector(random_expert(twin, 1))
     assert weights_stamp(model) == stamp
     with pytest.raises(ValueError, match="No expert is merged"):
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bases_are_computed_once_for_what_is_written_in_any_order(kind, monkeypatch):
     model = quantized(float_model(seed=3), kind)
     model.prepare_experts()
-    monkeypatch.setattr("mambaformer.svd_mambaformer.compute_basis", None)
+    monkeypatch.setattr("mambaformer.expert_bases_mambaformer.compute_basis", None)
     copy.deepcopy(model).prepare_experts()
 
 
@@ -384,7 +384,7 @@ def test_the_fingerprint_tells_that_activations_are_quantized():
 def saved(request, tmp_path_factory):
     """A float model with an expert, and its folder."""
     model = float_model(tied=request.param)
-    model.experts.add("bold", random_expert(model, 1))
+    model.expert_vectors.add("bold", random_expert(model, 1))
     folder = tmp_path_factory.mktemp("float")
     model.save_pretrained(folder)
     return model, folder

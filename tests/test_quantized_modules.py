@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 
 from cases import random_expert, random_model, random_rows, tiny_config
 from mambaformer import ExpertVector, MambaFormerForCausalLM
-from mambaformer.quantized_modules_mambaformer import matrix_of
+from mambaformer.weights_quantized_modules_mambaformer import matrix_of
 
 KINDS = {
     "8 bits of bitsandbytes": lambda: BitsAndBytesConfig(load_in_8bit=True),

@@ -19,7 +19,7 @@ from cases import random_expert
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "models/mambaformer-tiny/README.md", "models/smollm2-hybrid/README.md")
+PAGES = ("README.md", "checkpoints/mambaformer-tiny/README.md", "checkpoints/smollm2-hybrid/README.md")
 PATH = 'path = "model"\n'
 DEFAULT = f"""
 import torch
@@ -51,7 +51,7 @@ SETTINGS = {
     "Rollback and speculation": DEEP,
     "Weights in fewer bytes": PATH + "from transformers import AutoModelForCausalLM\n",
     "Sessions": DEFAULT + SESSIONS,
-    "mambaformer-tiny": 'path = "models/mambaformer-tiny"\n',
+    "mambaformer-tiny": 'path = "checkpoints/mambaformer-tiny"\n',
     "smollm2-hybrid": "from transformers import AutoModelForCausalLM\n",
 }
 RUNNER = """
@@ -89,13 +89,13 @@ EXAMPLES = examples()
 
 def save_with_experts(folder: Path) -> MambaFormerForCausalLM:
     """mambaformer-tiny with two small expert vectors of the names that the examples use."""
-    model = MambaFormerForCausalLM.from_pretrained(ROOT / "models" / "mambaformer-tiny")
+    model = MambaFormerForCausalLM.from_pretrained(ROOT / "checkpoints" / "mambaformer-tiny")
     for seed, name in enumerate(("king_james", "python")):
         modules = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
         model.expert_vectors.add(random_expert(model, seed, rank=16, modules=modules, name=name))
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "models" / "mambaformer-tiny" / file, folder)
+        shutil.copy(ROOT / "checkpoints" / "mambaformer-tiny" / file, folder)
     return model
 
 
@@ -104,8 +104,8 @@ def outcomes(tmp_path_factory):
     """Name of each example -> the traceback that it ended with, or None."""
     folder = tmp_path_factory.mktemp("reader")
     save_with_experts(folder / "model").expert_vectors.save(folder / "experts")
-    for copy in ("models/mambaformer-tiny", "my-hybrid"):
-        shutil.copytree(ROOT / "models" / "mambaformer-tiny", folder / copy)
+    for copy in ("checkpoints/mambaformer-tiny", "my-hybrid"):
+        shutil.copytree(ROOT / "checkpoints" / "mambaformer-tiny", folder / copy)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(folder / "path" / "to" / "llama")
     MambaFormerForCausalLM(MambaFormerConfig(**sizes, num_hidden_layers=9)).save_pretrained(folder / "deep")

@@ -119,7 +119,7 @@ def test_merging_is_noticed_by_a_cache_of_a_model_that_was_made_in_inference_mod
     expert, ids = random_expert(model, 1), ids_of()
     with torch.inference_mode():
         cache = model(ids[:, :5]).past_key_values
-        model.merge_expert(expert)
+        model.merge_expert_vector(expert)
         same(model(ids[:, 5:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 5:])
 
 
@@ -170,13 +170,13 @@ def test_an_expert_is_merged_once_whichever_model_of_one_stack_is_asked():
     model = random_model(tiny_config("everything"))
     expert = random_expert(model, 1)
     before = whole(model, ids_of())
-    model.model.merge_expert(expert)
-    for attempt in (lambda: model.merge_expert(expert), lambda: model(ids_of(), expert_vector=expert)):
-        with pytest.raises(ValueError, match="unmerge_expert"):
+    model.model.merge_expert_vector(expert)
+    for attempt in (lambda: model.merge_expert_vector(expert), lambda: model(ids_of(), expert_vector=expert)):
+        with pytest.raises(ValueError, match="unmerge_expert_vector"):
             attempt()
-    with pytest.raises(ValueError, match="unmerge_expert"):
+    with pytest.raises(ValueError, match="unmerge_expert_vector"):
         model(ids_of(), expert_vector=None)
-    model.unmerge_expert()
+    model.unmerge_expert_vector()
     assert torch.equal(whole(model, ids_of()), before)
 
 
@@ -188,7 +188,7 @@ def test_a_classifier_takes_experts_that_were_made_with_a_head():
     ids = ids_of(length=6).clamp(min=1)
     with torch.no_grad():
         on_the_fly = classifier(ids, expert_vector=expert).logits
-        classifier.merge_expert(expert)
+        classifier.merge_expert_vector(expert)
         same(classifier(ids).logits, on_the_fly)
         padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
         same(classifier(padded).logits, on_the_fly)
@@ -237,11 +237,11 @@ def test_a_chat_whose_expert_changes_under_reset_is_fed_again_as_a_whole(storage
 def test_experts_of_a_checkpoint_outlive_its_folder(tmp_path):
     """They were read when first used, from a place that might be gone by then."""
     model = random_model(tiny_config("paper"))
-    model.experts.add("bold", random_expert(model, 1))
+    model.expert_vectors.add("bold", random_expert(model, 1))
     model.save_pretrained(tmp_path / "model")
     loaded = MambaFormerForCausalLM.from_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model")
-    assert loaded.experts["bold"] == model.experts["bold"]
+    assert loaded.expert_vectors["bold"] == model.expert_vectors["bold"]
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/experts/bold.safetensors").is_file()
     MambaFormerForCausalLM(loaded.config).save_pretrained(tmp_path / "fresh")
@@ -263,7 +263,7 @@ def test_text_that_was_rolled_back_under_continue_is_not_encoded_by_the_next_exp
         model(ids, past_key_values=cache)
         cache.crop(-3)
         with pytest.raises(ValueError, match="rolled back"):
-            cache.set_expert(expert)
+            cache.set_expert_vector(expert)
         model(ids[:, 6:7], past_key_values=cache)
         found = model(ids[:, 7:], past_key_values=cache, expert_vector=expert).logits
         plain = model.make_cache(on_expert_change="continue")
@@ -306,7 +306,7 @@ def test_experts_per_row_that_were_set_before_the_first_token_follow_the_rows():
     """A list set on an empty cache did not grow with `batch_repeat_interleave`."""
     model, expert, ids = shared_model("paper"), shared_expert("paper", 1), ids_of()
     cache = model.make_cache()
-    cache.set_expert([expert, None])
+    cache.set_expert_vector([expert, None])
     cache.batch_repeat_interleave(2)
     with torch.no_grad():
         found = model(ids.expand(4, -1), past_key_values=cache).logits
@@ -328,12 +328,12 @@ def test_the_number_of_experts_is_checked_against_this_batch_and_no_earlier_one(
 
 
 def test_an_expert_that_is_trained_takes_the_place_of_its_frozen_twin_in_a_cache():
-    """`set_expert` compared by content and kept the twin, so nothing was trained."""
+    """`set_expert_vector` compared by content and kept the twin, so nothing was trained."""
     model, ids, name = shared_model("everything"), ids_of(), "model.layers.0.mamba.in_proj"
     trained = torch.full((8,), 1.5, requires_grad=True)
     cache = model.make_cache()
-    cache.set_expert({name: torch.full((8,), 1.5)})
-    cache.set_expert({name: trained})
+    cache.set_expert_vector({name: torch.full((8,), 1.5)})
+    cache.set_expert_vector({name: trained})
     model(ids, past_key_values=cache).logits.sum().backward()
     assert trained.grad.any()
 
@@ -351,10 +351,10 @@ def test_decoding_a_frozen_model_with_gradients_enabled_copies_no_keys():
 def test_weights_are_not_tied_while_an_expert_is_merged_into_one_of_them():
     """Tying took the expert out of the head without a word."""
     model = random_model(tiny_config("paper"))
-    model.merge_expert(random_expert(model, 1))
-    with pytest.raises(ValueError, match="unmerge_expert"):
+    model.merge_expert_vector(random_expert(model, 1))
+    with pytest.raises(ValueError, match="unmerge_expert_vector"):
         model.tie_weights()
-    model.unmerge_expert()
+    model.unmerge_expert_vector()
     model.tie_weights()
 
 
@@ -385,8 +385,8 @@ def test_an_expert_that_was_set_and_taken_back_leaves_no_trace():
         cache = model.make_cache(on_expert_change=policy)
         with torch.no_grad():
             model(ids, past_key_values=cache)
-            cache.set_expert(expert)
-            cache.set_expert(None)
+            cache.set_expert_vector(expert)
+            cache.set_expert_vector(None)
             assert not cache.is_stale and not cache.is_mixed
             cache.crop(-4)
             same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
@@ -619,9 +619,9 @@ def test_rows_change_places_while_another_expert_is_about_to_take_over(between):
     cache = model.make_cache()
     with torch.no_grad():
         model(ids[:, :6].expand(2, -1), past_key_values=cache, expert_vector=[first, second])
-        cache.set_expert(None if between is None else other)
+        cache.set_expert_vector(None if between is None else other)
         cache.select_rows(torch.tensor([1, 0]))
-        cache.set_expert([first, second])
+        cache.set_expert_vector([first, second])
         found = model(ids[:, 6:].expand(2, -1), past_key_values=cache).logits
         for row, expert in zip(found, (first, second), strict=True):
             same(row[None], whole(model, ids, expert_vector=expert)[:, 6:])
@@ -702,15 +702,15 @@ def test_a_session_of_nothing_but_pads_can_be_loaded(tmp_path):
 
 
 def test_an_expert_that_does_not_fit_is_refused_before_the_text_is_dropped():
-    """`set_expert` took anything, and under "reset" the text was gone when the next forward complained."""
+    """`set_expert_vector` took anything, and under "reset" the text was gone when the next forward complained."""
     model, ids = shared_model("everything"), ids_of()
     cache = model.make_cache(on_expert_change="reset")
     with torch.no_grad():
         model(ids[:, :5], past_key_values=cache)
         with pytest.raises(ValueError, match="does not have"):
-            cache.set_expert({"x": torch.tensor([0.5, 2.0])})
+            cache.set_expert_vector({"x": torch.tensor([0.5, 2.0])})
         with pytest.raises(ValueError, match="2 entries but the cache has 1 rows"):
-            cache.set_expert([None, None])
+            cache.set_expert_vector([None, None])
         same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
 
 
@@ -817,7 +817,7 @@ def test_a_rollback_that_is_cut_short_costs_an_encoding_and_never_a_wrong_number
 def test_unmerging_never_mixes_two_models(write):
     """The modules that the expert had scaled got their old weights back, and all others kept the new ones."""
     model, other, ids = random_model(tiny_config("paper")), random_model(tiny_config("paper"), seed=1), ids_of()
-    model.merge_expert(random_expert(model, 1, modules=["model.layers.1.self_attn.q_proj"]))
+    model.merge_expert_vector(random_expert(model, 1, modules=["model.layers.1.self_attn.q_proj"]))
     if write == "load":
         model.load_state_dict(other.state_dict())
     else:
@@ -825,7 +825,7 @@ def test_unmerging_never_mixes_two_models(write):
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     before = whole(model, ids)
     with pytest.raises(ValueError, match="mix two models"):
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
     same(whole(model, ids), before)
 
 
@@ -834,7 +834,7 @@ def test_nothing_is_merged_into_a_weight_that_is_computed():
     model = random_model(tiny_config("everything"))
     torch.nn.utils.parametrize.register_parametrization(model.model.layers[1].self_attn.v_proj, "weight", Doubled())
     with pytest.raises(ValueError, match="is parametrized"):
-        model.merge_expert(random_expert(model, 1, modules=["model.layers.1.self_attn.v_proj"]))
+        model.merge_expert_vector(random_expert(model, 1, modules=["model.layers.1.self_attn.v_proj"]))
 
 
 def test_a_rollback_without_gradients_keeps_those_that_are_wanted_later():

@@ -79,7 +79,7 @@ def saved(tmp_path_factory):
     """A model, the expert that it was saved with, and its folder."""
     model = random_model(tiny_config("everything")).float()
     expert = random_expert(model, seed=3, name="bold")
-    model.experts.add(expert)
+    model.expert_vectors.add(expert)
     folder = tmp_path_factory.mktemp("hub") / "model"
     model.save_pretrained(folder)
     return model, expert, folder

@@ -23,11 +23,11 @@ SECONDS_TO_START = 240
 
 def served_folder(folder):
     """The trained model with two experts and a chat template: what a user would have on disk."""
-    tiny = ROOT / "models" / "mambaformer-tiny"
+    tiny = ROOT / "checkpoints" / "mambaformer-tiny"
     model = MambaFormerForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     modules = [name for name in model.linear_modules() if name.endswith("down_proj")]
     for seed, name in enumerate(("bold", "calm")):
-        model.experts.add(random_expert(model, seed + 1, modules=modules, name=name))
+        model.expert_vectors.add(random_expert(model, seed + 1, modules=modules, name=name))
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

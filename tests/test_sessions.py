@@ -130,7 +130,7 @@ def empty(model, options):
 
 def empty_with_experts(model, options):
     cache, (a, b) = model.make_cache(**options), experts_of(model)
-    cache.set_expert([a, b, None])
+    cache.set_expert_vector([a, b, None])
     return cache
 
 
@@ -157,7 +157,7 @@ def under_autocast(model, options):
 
 def waiting_to_be_encoded_again(model, options):
     cache = padded(model, options)
-    cache.set_expert(experts_of(model)[1])
+    cache.set_expert_vector(experts_of(model)[1])
     return cache
 
 
@@ -171,7 +171,7 @@ def mixed(model, options):
 def about_to_mix(model, options):
     cache = model.make_cache(**options, on_expert_change="continue")
     model(some_ids(model, 1), past_key_values=cache)
-    cache.set_expert(experts_of(model)[0])
+    cache.set_expert_vector(experts_of(model)[0])
     return cache
 
 
@@ -258,11 +258,11 @@ def conditions(model, scenario):
     if scenario != "merged":
         yield
         return
-    model.merge_expert(experts_of(model)[0])
+    model.merge_expert_vector(experts_of(model)[0])
     try:
         yield
     finally:
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def go_on(model, cache):
     try:
         fork = cache.fork()
         fork.crop(-2)
-        fork.set_expert(experts_of(model)[1] if cache.expert_vector is None else None)
+        fork.set_expert_vector(experts_of(model)[1] if cache.expert_vector is None else None)
         found.append(model(some_ids(model, 14, columns=2), past_key_values=fork).logits)
     except ValueError:
         found.append(torch.empty(0))
@@ -431,7 +431,7 @@ def test_a_change_of_expert_that_is_taken_back_after_loading_uses_the_saved_stat
     loaded = model.load_cache(tmp_path / "s")
     assert loaded.is_stale
     for one in (cache, loaded):
-        one.set_expert(None)
+        one.set_expert_vector(None)
         assert not one.is_stale
     assert equal(go_on(model, loaded), go_on(model, cache))
 
@@ -474,7 +474,7 @@ def test_each_expert_of_a_batch_is_in_the_file_once(tmp_path):
     model = shared_model("paper")
     a, b = experts_of(model)
     cache = model.make_cache()
-    cache.set_expert([a, b, None, a, ExpertVector(b.vectors)])
+    cache.set_expert_vector([a, b, None, a, ExpertVector(b.vectors)])
     cache.save(tmp_path / "s")
     names = load_file(tmp_path / "s").keys()
     assert sorted(names) == sorted(f"experts.{n}.{name}" for n, e in enumerate((a, b)) for name in e)
@@ -505,7 +505,7 @@ def test_experts_that_differ_in_trailing_ones_stay_apart(tmp_path):
     long = ExpertVector({name: torch.cat([short[name], torch.ones(4)])})
     assert short == long
     cache = model.make_cache()
-    cache.set_expert([short, long, None])
+    cache.set_expert_vector([short, long, None])
     cache.save(tmp_path / "s")
     assert [len(row[name]) for row in model.load_cache(tmp_path / "s").expert_vector[:2]] == [3, 7]
 
@@ -587,10 +587,10 @@ def test_other_weights_are_refused_unless_the_text_is_to_be_encoded_again(change
     if change == "dtype":
         model = model.float()
     elif change == "merged":
-        model.merge_expert(random_expert(model, 5))
+        model.merge_expert_vector(random_expert(model, 5))
         with pytest.raises(ValueError, match="with what was merged"):
             model.load_cache(path)
-        model.unmerge_expert()
+        model.unmerge_expert_vector()
         assert torch.equal(model.load_cache(path).token_ids, tokens)
         return
     else:

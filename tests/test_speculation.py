@@ -34,7 +34,7 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertSwitchLogitsProcessor
-from mambaformer.dispatch_mambaformer import BoundedDrafts, ExpertSchedule
+from mambaformer.generation_schedule_mambaformer import BoundedDrafts, ExpertSchedule
 from mambaformer.library_mambaformer import CACHE_NAME
 
 GREEDY = {"do_sample": False, "pad_token_id": NO_TOKEN}

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import cases
-from mambaformer.placement_mambaformer import CountsReplacements
-from mambaformer.stamps_mambaformer import _stamp_of_all, _StorageNumbers, _WeightNumbers, weights_stamp
+from mambaformer.weights_parallel_mambaformer import CountsReplacements
+from mambaformer.weights_version_mambaformer import _stamp_of_all, _StorageNumbers, _WeightNumbers, weights_stamp
 
 
 class Doubled(nn.Module):
@@ -158,7 +158,7 @@ def test_a_copy_has_seen_nothing(copied):
 
 def test_a_write_while_the_stamp_is_made_is_seen_next_time(monkeypatch):
     model = cases.new_model("everything").model
-    module = "mambaformer.stamps_mambaformer._stamp_of_all"
+    module = "mambaformer.weights_version_mambaformer._stamp_of_all"
 
     def stamp_and_write(model):
         stamp = _stamp_of_all(model)

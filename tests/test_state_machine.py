@@ -496,13 +496,13 @@ class CacheMachine(RuleBasedStateMachine):
     # ---- experts and weights
 
     @rule(data=st.data())
-    def set_expert(self, data):
+    def set_expert_vector(self, data):
         slot = self.pick(data, lambda slot: True)
         expert, spelling = self.draw_expert(data, len(slot.ledger.rows))
-        self.say("set_expert", slot, expert)
+        self.say("set_expert_vector", slot, expert)
         verdict = slot.ledger.of_set_expert(expert)
-        if self.attempt(slot, verdict, lambda: slot.cache.set_expert(spelling))[0]:
-            slot.ledger.set_expert(expert)
+        if self.attempt(slot, verdict, lambda: slot.cache.set_expert_vector(spelling))[0]:
+            slot.ledger.set_expert_vector(expert)
         self.did()
         self.perhaps_go_on(data, slot)
 
@@ -510,15 +510,15 @@ class CacheMachine(RuleBasedStateMachine):
     def merge_or_unmerge(self, data):
         model = self.models[data.draw(below(2))]
         if model.merged is not None:
-            self.say("unmerge_expert on", None, model)
-            model.module.unmerge_expert()
+            self.say("unmerge_expert_vector on", None, model)
+            model.module.unmerge_expert_vector()
             content, model.merged = model.content, None
             model.weights_changed()
             assert model.content == content, "unmerging did not restore the weights bit for bit"
         else:
             model.merged = data.draw(one_of(tuple(label for label in self.family.experts if label != BASE)))
-            self.say("merge_expert on", None, model, model.merged)
-            model.module.merge_expert(self.spell(data, model.merged))
+            self.say("merge_expert_vector on", None, model, model.merged)
+            model.module.merge_expert_vector(self.spell(data, model.merged))
             model.weights_changed()
         self.did()
         self.perhaps_go_on(data, *(slot for slot in self.slots if slot.model is model))

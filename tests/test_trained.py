@@ -37,7 +37,7 @@ STORAGES = {"dense": {}, "recorded": {"rollback_reach": 64}, "static": {"storage
 # What a lost state does to the logits at least, where the laws tolerate 1e-10. Blocks that were trained for the little
 # which windows lose move them less than those of a model that was trained with them.
 MOVED = {"trained_tiny": 1e-4, "trained_smollm2": 5e-7}
-TINY = ROOT / "models" / "mambaformer-tiny"
+TINY = ROOT / "checkpoints" / "mambaformer-tiny"
 
 every_model = pytest.mark.parametrize("name", ALL_TRAINED_PARAMS)
 small_model = pytest.mark.parametrize("name", TRAINED_PARAMS)
@@ -160,9 +160,9 @@ def test_a_long_text_follows_the_expert_and_comes_back_to_the_base_bit_for_bit(n
     with torch.no_grad():
         base = model(torch.tensor([row]), past_key_values=first, logits_to_keep=8).logits[0]
     feed_row(model, cache, row[:200])
-    cache.set_expert(expert)
+    cache.set_expert_vector(expert)
     assert_same_logits(feed_row(model, cache, row[200:-8], [1, len(row) - 209]), plain(model, row, expert)[200:-8])
-    cache.set_expert(None)
+    cache.set_expert_vector(None)
     assert torch.equal(feed_row(model, cache, row[-8:]), base)
 
 
@@ -181,7 +181,7 @@ def test_two_experts_on_two_long_texts_in_turns_are_not_seen_from_each_other(nam
 
 
 def merge(model, name):
-    model.merge_expert(shared_expert(name, 1))
+    model.merge_expert_vector(shared_expert(name, 1))
 
 
 def load(model, name):

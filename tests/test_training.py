@@ -175,9 +175,9 @@ def test_an_adapter_adds_to_the_base_and_an_expert_scales_the_base_alone():
     assert_same_logits(logits_of(wrapped, expert_vector=expert), tuned)
     assert_same_logits(logits_of(wrapped, expert_vector=[None, expert]), [base[0], tuned[1]])
     before = logits_of(wrapped)
-    model.merge_expert(expert)
+    model.merge_expert_vector(expert)
     assert_same_logits(logits_of(wrapped), tuned)
-    model.unmerge_expert()
+    model.unmerge_expert_vector()
     assert all(torch.equal(one, other) for one, other in zip(logits_of(wrapped), before, strict=True))
 
 

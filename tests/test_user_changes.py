@@ -14,11 +14,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from cases import random_model, random_rows, tiny_config
-from mambaformer import compiler_mambaformer as compiler
-from mambaformer import cpu_decode_mambaformer as decode
-from mambaformer import cpu_stack_mambaformer as stack
+from mambaformer import decode_program_mambaformer as stack
 from mambaformer import mixers_mambaformer as mixers
 from mambaformer import modeling_mambaformer as modeling
+from mambaformer import ops_cpu_build_mambaformer as compiler
+from mambaformer import ops_cpu_decode_mambaformer as decode
 
 PROMPT, TOLERANCES = 5, {torch.float64: 1e-10, torch.float32: 1e-6}
 IDS = torch.tensor([random_rows(1)[0][:10]])
@@ -498,7 +498,7 @@ def test_expert_vectors_follow_the_layers_that_users_move(change, monkeypatch):
     expert = expert_of(model)
     plain, wanted = reference(model), reference(model, expert)
     torch.testing.assert_close(decoded(model, model.make_cache(), expert), wanted, rtol=1e-9, atol=1e-9)
-    model.merge_expert(expert)
+    model.merge_expert_vector(expert)
     torch.testing.assert_close(reference(model), wanted, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(decoded(model, model.make_cache()), wanted, rtol=1e-9, atol=1e-9)
     assert (wanted - plain).abs().max() > 1e-3

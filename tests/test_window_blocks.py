@@ -19,7 +19,7 @@ from cases import (
     tiny_config,
 )
 from mambaformer import mixers_mambaformer as mixers
-from mambaformer.storage_mambaformer import Retention, Span, plan_layout
+from mambaformer.cache_keys_mambaformer import Retention, Span, plan_layout
 
 WINDOWED = ["sliding", "sliding_sinks", "hybrid_sliding", "everything"]
 every_windowed_pattern = pytest.mark.parametrize("pattern", WINDOWED)

@@ -107,7 +107,7 @@ class WorldModel:
         self.family, self.which = family, which
         self.module = family.fresh_module(which)
         self.originals = [family.fresh_module(other).state_dict() for other in range(2)]
-        family.fill(self.module.experts)
+        family.fill(self.module.expert_vectors)
         self.merged, self.writes = None, 0
         self.content = family.oracle.learn(self.module.state_dict())
 
@@ -236,7 +236,7 @@ class Ledger:
         num_rows = len(self.rows)
         return self.of_change(self.rows and per_row(experts, num_rows) != per_row(self.in_force, num_rows))
 
-    def set_expert(self, experts):
+    def set_expert_vector(self, experts):
         num_rows = len(self.rows)
         if self.rows and self.policy == "reset" and per_row(experts, num_rows) != per_row(self.in_force, num_rows):
             self.forget()
@@ -396,8 +396,11 @@ BAD_INPUTS = (
     ("a number as an expert", feeds(expert_vector=lambda n, _: 3)),
     ("logits to keep that there are not", feeds(logits_to_keep=lambda n, _: torch.tensor([2]))),
     ("labels of another width", feeds(labels=lambda n, _: torch.ones(n, 3, dtype=torch.long))),
-    ("set an unknown expert", lambda family, slot: slot.cache.set_expert("nobody")),
-    ("set an expert too many", lambda family, slot: slot.cache.set_expert(["a"] + ["b"] * len(slot.ledger.rows))),
+    ("set an unknown expert", lambda family, slot: slot.cache.set_expert_vector("nobody")),
+    (
+        "set an expert too many",
+        lambda family, slot: slot.cache.set_expert_vector(["a"] + ["b"] * len(slot.ledger.rows)),
+    ),
     ("crop forwards", lambda family, slot: slot.cache.crop(1)),
     ("crop more rows than there are", lambda family, slot: slot.cache.crop([0] * (len(slot.ledger.rows) + 1))),
     ("crop too much of a row", lambda family, slot: slot.cache.crop([-99] + [0] * (len(slot.ledger.rows) - 1))),

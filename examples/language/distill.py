@@ -1,6 +1,6 @@
 """Turns SmolLM2 into a hybrid: most layers attend to a window, and Mamba blocks learn what lies behind it.
 
-    python examples/language/distill.py --output models/smollm2-hybrid
+    python examples/language/distill.py --output checkpoints/smollm2-hybrid
 
 All blocks together learn the teacher's logits. With `--layers-steps`, each of them first learns, beside the teacher's
 own hidden states, what attention loses in its layer. Only the blocks are trained, and `blocks.safetensors` holds
@@ -134,7 +134,9 @@ def plot_curves(runs: Path, stages: list[str], length: int, path: Path) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("models/smollm2-hybrid"), help="where the blocks are put")
+    parser.add_argument(
+        "--output", type=Path, default=Path("checkpoints/smollm2-hybrid"), help="where the blocks are put"
+    )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/distill"), help="checkpoints, curves")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
     parser.add_argument("--source", type=Path, help="a folder or GGUF file; SmolLM2-135M-Instruct if not given")

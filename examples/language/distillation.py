@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from mambaformer import MambaFormerForCausalLM
+from mambaformer.cache_keys_mambaformer import Span
 from mambaformer.mixers_mambaformer import AttentionPlan, plan_attention
-from mambaformer.stack_mambaformer import places_of_model
-from mambaformer.storage_mambaformer import Span
+from mambaformer.modeling_stack_mambaformer import places_of_model
 
 STAGES = ("layers", "logits")
 

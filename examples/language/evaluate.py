@@ -1,4 +1,4 @@
-"""Computes the figures of the models in `models/` again, and compares them with what their cards say.
+"""Computes the figures of the models in `checkpoints/` again, and compares them with what their cards say.
 
     python examples/language/evaluate.py                 # all that is there
     python examples/language/evaluate.py --only tiny     # some of it
@@ -177,7 +177,7 @@ EVALUATIONS = {"tiny": evaluate_tiny, "hybrid": evaluate_hybrid}
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FOLDERS, default=list(FOLDERS))
-    parser.add_argument("--models", type=Path, default=Path("models"), help="where the folders of the models are")
+    parser.add_argument("--models", type=Path, default=Path("checkpoints"), help="where the folders of the models are")
     parser.add_argument("--source", type=Path, help="what the hybrid was made of, if it is not SmolLM2-135M-Instruct")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/eval"), help="where an evaluation keeps its parts")

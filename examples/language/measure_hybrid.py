@@ -1,6 +1,6 @@
 """Measures the hybrid that `make distill` made of SmolLM2, beside SmolLM2 itself, and writes its model card.
 
-    python examples/language/measure_hybrid.py models/smollm2-hybrid
+    python examples/language/measure_hybrid.py checkpoints/smollm2-hybrid
 
 Three models, all in bfloat16: the source converted as it is, with windows and Mamba blocks that add nothing, and with
 the trained blocks. Figures go to `figures.json` in the folder, and from there to its README.md. Needs the extra

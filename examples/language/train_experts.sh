@@ -5,7 +5,7 @@
 set -eu
 python=${1:-python}
 [ $# -eq 0 ] || shift
-folder=${1:-experts}
+folder=${1:-checkpoints/expert-vectors}
 [ $# -eq 0 ] || shift
 mkdir -p "$folder"
 for job in king_james:bible python:python; do

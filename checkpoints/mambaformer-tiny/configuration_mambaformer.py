@@ -1,0 +1,437 @@
+# Copyright 2026 the MambaFormer authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of MambaFormer: the layer pattern is data, everything is checked on construction."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+# What each layer type is made of, in the order in which a token passes through it. The names are Transformers' own.
+LAYER_MIXERS = {
+    "linear_attention": ("mamba",),
+    "full_attention": ("attention",),
+    "sliding_attention": ("attention",),
+    "hybrid": ("attention", "mamba"),
+    "hybrid_sliding": ("attention", "mamba"),
+}
+# How tensor parallelism splits a mixer's modules; Mamba's styles are defined in `weights_parallel_mambaformer`.
+MIXER_SPLITS = {
+    "attention": {
+        "self_attn.q_proj": "colwise",
+        "self_attn.k_proj": "colwise",
+        "self_attn.v_proj": "colwise",
+        "self_attn.o_proj": "rowwise",
+    },
+    "mamba": {
+        "mamba": "mambaformer_channels",
+        "mamba.in_proj": "mambaformer_packed_channels",
+        "mamba.conv1d": "mambaformer_channels",
+        "mamba.x_proj": "rowwise",
+        "mamba.dt_proj": "colwise",
+        "mamba.out_proj": "rowwise",
+    },
+    "mlp": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
+}
+SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Every layer is a Python object of some 30 KB before its weights; the deepest published model (DeepNet, arXiv
+# 2203.00555) has 1,000 layers.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31  # sizes of tensors; above it products with fractions are not exact
+FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of an expert vector, without its ending
+
+
+# ---------------------------------------------------------------------------------------- what a field may be
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may be: in words for the message, and as a test of a value that is not `None`."""
+
+    words: str
+    allows: Callable[[Any], bool]
+    is_optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises a `ValueError` that names the field unless it may be `value`."""
+        if value is None and self.is_optional:
+            return
+        if value is None or not self.allows(value):
+            ending = " or None" if self.is_optional else ""
+            raise ValueError(f"`{name}` must be {self.words}{ending}, got {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """A value for a message, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of too many digits
+        text = f"an {type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def is_integer(value: Any, lowest: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < MAX_SIZE
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that float32 holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 <= value <= 1e30
+
+
+def is_positive(value: Any) -> bool:
+    return is_number(value) and value >= 1e-30
+
+
+def is_list_of_words(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+
+
+def _are_token_ids(value: Any) -> bool:
+    return all(is_integer(each, -1) for each in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,9}", str(key)) for key, label in value.items()
+    )
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
+
+
+SIZE = Kind("a positive integer", is_integer)
+OPTIONAL_SIZE = Kind("a positive integer", is_integer, is_optional=True)
+POSITIVE = Kind("a positive finite number", is_positive)
+NUMBER = Kind("a finite number of at least 0", lambda value: is_number(value) and value >= 0)
+SWITCH = Kind("True or False", lambda value: isinstance(value, bool))
+OPTIONAL_SWITCH = Kind("True or False", lambda value: isinstance(value, bool), is_optional=True)
+WORDS = Kind("a list of strings", is_list_of_words, is_optional=True)
+TOKEN_ID = Kind("a token id of at least -1", lambda value: is_integer(value, -1), is_optional=True)
+LABEL_IDS = Kind("a dict of labels", lambda value: isinstance(value, dict), is_optional=True)
+
+FIELD_KINDS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", "mamba_d_state", "mamba_d_conv"), SIZE),
+    **dict.fromkeys(("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"), OPTIONAL_SIZE),
+    "mamba_dt_rank": Kind("a positive integer or 'auto'", lambda value: value == "auto" or is_integer(value)),
+    "mamba_expand": Kind("a positive number that makes `mamba_expand * hidden_size` whole", is_positive),
+    "num_sink_tokens": Kind("an integer of at least 0", lambda value: is_integer(value, 0)),
+    **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor", "rms_norm_eps"), POSITIVE),
+    "attention_dropout": Kind("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1),
+    "initializer_range": NUMBER,
+    **dict.fromkeys(("mlp_bias", "attention_bias", "attention_output_bias", "mamba_conv_bias"), SWITCH),
+    **dict.fromkeys(("mamba_proj_bias", "mamba_inner_norms", "tie_word_embeddings", "use_cache"), SWITCH),
+    "hidden_act": Kind(f"one of {sorted(ACT2FN)}", lambda value: isinstance(value, str) and value in ACT2FN),
+    "layer_types": Kind(f"a list of layer types out of {sorted(LAYER_MIXERS)}", is_list_of_words, is_optional=True),
+    "rope_parameters": Kind("a dict", lambda value: isinstance(value, dict), is_optional=True),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), TOKEN_ID),
+    "eos_token_id": Kind("a token id of at least -1 or a list of them", _are_token_ids, is_optional=True),
+    "experts": Kind(
+        "a list of names of letters, digits, '-', '_' and '.' (not at the start)",
+        lambda value: is_list_of_words(value) and all(re.fullmatch(FILE_NAME, name) for name in value),
+        is_optional=True,
+    ),
+    # Fields of every configuration of Transformers.
+    "dtype": Kind("a torch.dtype or the name of one, as 'float32'", _is_dtype, is_optional=True),
+    "architectures": WORDS,
+    **dict.fromkeys(("output_hidden_states", "return_dict"), OPTIONAL_SWITCH),
+    "is_encoder_decoder": SWITCH,
+    "chunk_size_feed_forward": Kind("an integer of at least 0", lambda value: is_integer(value, 0)),
+    "id2label": Kind("a dict from label numbers to labels", _are_labels, is_optional=True),
+    "label2id": LABEL_IDS,
+    "problem_type": Kind("a string", lambda value: isinstance(value, str), is_optional=True),
+}
+# Arguments that are no fields: Transformers turns them into some.
+ARGUMENT_KINDS = {
+    "rope_scaling": FIELD_KINDS["rope_parameters"],
+    "rope_theta": Kind("a positive finite number", is_positive, is_optional=True),
+    "torch_dtype": FIELD_KINDS["dtype"],
+    "num_labels": SIZE,
+    "per_layer_config": Kind("left out: all layers share these fields", lambda value: False, is_optional=True),
+}
+ROPE_KINDS = {
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "original_max_position_embeddings": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    **dict.fromkeys(
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        Kind(NUMBER.words, NUMBER.allows, is_optional=True),
+    ),
+    "truncate": OPTIONAL_SWITCH,
+}
+SCALED = ("rope_theta", "factor")
+ROPE_REQUIRED = {
+    "default": ("rope_theta",),
+    "linear": SCALED,
+    "llama3": (*SCALED, "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (*SCALED, "original_max_position_embeddings"),
+}
+
+
+class MambaFormerConfig(PreTrainedConfig):
+    """Describes a MambaFormer, by default that of the paper (arXiv 2402.04248, section 2).
+
+    The default pattern is one initial Mamba layer and then hybrids (attention, then Mamba), with neither position
+    encoding nor MLP. The options below let the same classes express Llama-style, Mamba and dense Jamba checkpoints.
+
+    Args:
+        layer_types: one entry a layer out of `"linear_attention"` (Mamba), `"full_attention"`, `"sliding_attention"`,
+            `"hybrid"` (attention, then Mamba) and `"hybrid_sliding"`. Default: Mamba first, hybrids after it.
+        intermediate_size: width of the gated MLP that ends every layer; `None` builds no MLP.
+        num_key_value_heads: heads of keys and values; `None` means as many as `num_attention_heads`.
+        head_dim: width of one attention head; `None` means `hidden_size // num_attention_heads`.
+        attention_bias, attention_output_bias: biases on the q/k/v projections and on the output projection.
+        rope_parameters: Transformers' RoPE dictionary (`{"rope_type": "default", "rope_theta": 10000.0}`); `None`
+            means no position encoding.
+        sliding_window: tokens that a query of a sliding layer sees, itself included.
+        num_sink_tokens: first tokens that a sliding layer never forgets (attention sinks, arXiv 2309.17453).
+        mamba_d_state, mamba_d_conv, mamba_expand, mamba_dt_rank: N, K, E and R of Mamba (arXiv 2312.00752,
+            section 3). E may be a fraction, if E * hidden_size is whole; `mamba_dt_rank="auto"` is
+            `ceil(hidden_size / 16)`.
+        mamba_conv_bias, mamba_proj_bias: biases on the convolution and on the in/out projections.
+        mamba_inner_norms: RMS norms on dt, B and C, as in Jamba (arXiv 2403.19887, section 6.4).
+        time_step_min, time_step_max, time_step_floor: range of dt at initialization.
+        experts: names of the expert vectors that are saved beside the weights as `experts/{name}.safetensors`.
+
+    Raises:
+        ValueError: a field that is out of range or contradicts another one; the message names it and the fix.
+    """
+
+    model_type = "mambaformer"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    default_theta = 10000.0
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    layer_types: list[str] | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float | int = 0.0
+    max_position_embeddings: int = 8192
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    num_sink_tokens: int = 0
+    mamba_d_state: int = 16
+    mamba_d_conv: int = 4
+    mamba_expand: int | float = 2
+    mamba_dt_rank: int | str = "auto"
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    mamba_inner_norms: bool = False
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    experts: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._check_kinds(kwargs)
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] + ["hybrid"] * (self.num_hidden_layers - 1)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.mamba_dt_rank == "auto":
+            self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
+        without_position_encoding = self.rope_parameters is None
+        super().__post_init__(**kwargs)
+        if without_position_encoding and not {"rope_theta", "rope_scaling"} & kwargs.keys():
+            self.rope_parameters = None  # the parent fills in a default RoPE
+        self._check()
+        self.base_model_tp_plan = self._split_of_each_layer()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a configuration, which remembers where it came from: the expert files that it names are there."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        config._loaded_from = os.fspath(pretrained_model_name_or_path)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        fields.pop("_loaded_from", None)  # of this object, no part of what is configured
+        return fields
+
+    def __setattr__(self, name: str, value: Any):
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:  # Transformers before 5.24 checks its own fields on assignment
+            kind = FIELD_KINDS.get(name)
+            words = "something else" if kind is None else kind.words
+            raise ValueError(f"`{name}` must be {words}, got {shown(value)}.") from error
+
+    @property
+    def mamba_intermediate_size(self) -> int:
+        """Channels of the Mamba mixer: `mamba_expand * hidden_size`."""
+        return int(self.mamba_expand * self.hidden_size)
+
+    def mixers(self, layer_idx: int) -> tuple[str, ...]:
+        """What layer `layer_idx` is made of: `"attention"`, `"mamba"` or both, in order."""
+        return LAYER_MIXERS[self.layer_types[layer_idx]]
+
+    def window(self, layer_idx: int) -> int | None:
+        """Tokens that a query of layer `layer_idx` sees, itself included; `None` if it sees all or does not attend."""
+        return self.sliding_window if self.layer_types[layer_idx] in SLIDING_LAYER_TYPES else None
+
+    def _split_of_each_layer(self) -> dict[str, str]:
+        used = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
+        used |= set() if self.intermediate_size is None else {"mlp"}
+        plan = {f"layers.*.{name}": style for mixer in sorted(used) for name, style in MIXER_SPLITS[mixer].items()}
+        return {"embed_tokens": "embedding_rowwise", **plan}
+
+    def check_tensor_parallel(self, num_processes: int):
+        """Raises a `ValueError` if heads or channels cannot be dealt out evenly to so many processes."""
+        names = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
+        sizes = {"num_attention_heads": "attention", "num_key_value_heads": "attention"}
+        uneven = [name for name, mixer in sizes.items() if mixer in names and getattr(self, name) % num_processes]
+        if "mamba" in names and self.mamba_intermediate_size % num_processes:
+            uneven.append("mamba_expand * hidden_size")
+        if self.intermediate_size is not None and self.intermediate_size % num_processes:
+            uneven.append("intermediate_size")
+        if uneven:
+            raise ValueError(
+                f"{uneven} cannot be split evenly over {num_processes} processes: load the model with fewer of them."
+            )
+
+    def _check_kinds(self, arguments: dict[str, Any]):
+        """Each field by itself, before anything is computed from it."""
+        for name, kind in FIELD_KINDS.items():
+            kind.check(name, getattr(self, name))
+        for name, value in arguments.items():
+            if name in ARGUMENT_KINDS:
+                ARGUMENT_KINDS[name].check(name, value)
+            own = getattr(type(self), name, None)
+            if callable(own) or (isinstance(own, property) and own.fset is None):
+                raise ValueError(f"`{name}` cannot be set, as the configuration computes it: leave it out.")
+        self._check_rope_values("rope_parameters", self.rope_parameters or {})
+        self._check_rope_values("rope_scaling", arguments.get("rope_scaling") or {})
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
+
+    def _check_rope_values(self, name: str, parameters: dict[str, Any]):
+        for key, value in parameters.items():
+            if isinstance(value, dict):
+                raise ValueError(
+                    f"`{name}` has a dict for {shown(key)}: all layers share one RoPE here, give its values."
+                )
+            if key in ROPE_KINDS:
+                ROPE_KINDS[key].check(f"{name}[{key!r}]", value)
+
+    def _check(self):
+        self._check_expand()
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` has {len(self.layer_types)} entries but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}: give one entry a layer, or leave `layer_types` out."
+            )
+        unknown = sorted(set(self.layer_types) - LAYER_MIXERS.keys())
+        if unknown:
+            raise ValueError(
+                f"`layer_types` has unknown entries {shown(unknown)}: choose from {sorted(LAYER_MIXERS)}."
+            )
+        FIELD_KINDS["head_dim"].check("head_dim", self.head_dim)
+        if any("attention" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
+            self._check_attention()
+        if self.hidden_act != "silu" and any("mamba" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r} but Mamba layers need 'silu': set it to 'silu'.")
+        self._check_values()
+
+    def _check_values(self):
+        if not self.time_step_floor <= self.time_step_min <= self.time_step_max:
+            raise ValueError(
+                "`time_step_floor`, `time_step_min`, `time_step_max` must be positive and ascending, got "
+                f"{self.time_step_floor}, {self.time_step_min}, {self.time_step_max}."
+            )
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}), got {self.pad_token_id}."
+            )
+
+    def _check_expand(self):
+        channels = self.mamba_expand * self.hidden_size
+        if channels % 1 or not is_integer(int(channels)):
+            raise ValueError(
+                f"`mamba_expand` must be a positive number that makes `mamba_expand * hidden_size` whole, got "
+                f"{self.mamba_expand!r} with a `hidden_size` of {self.hidden_size}."
+            )
+
+    def _check_attention(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads}): each key/value head serves a whole group of query heads."
+            )
+        if self.rope_parameters is not None:
+            self._check_rope()
+        sliding = any(kind in SLIDING_LAYER_TYPES for kind in self.layer_types)
+        if sliding and self.sliding_window is None:
+            raise ValueError(
+                "`layer_types` has sliding layers but `sliding_window` is None: give its length in tokens."
+            )
+
+    def _check_rope(self):
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even for RoPE, got {self.head_dim}: change it or drop RoPE.")
+        parameters = self.rope_parameters
+        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters` has a partial_rotary_factor: all of a head is rotated here, leave it out."
+            )
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"`rope_parameters` has rope_type {shown(rope_type)}: choose from {ROPE_TYPES}. Types whose angles "
+                "depend on the length of the text would turn cached keys wrong."
+            )
+        missing = [name for name in ROPE_REQUIRED[rope_type] if name not in parameters]
+        if missing:
+            raise ValueError(f"`rope_parameters` of rope_type {rope_type!r} need a `{'` and a `'.join(missing)}`.")
+        self._check_rope_values("rope_parameters", parameters)
+        if rope_type == "llama3" and not parameters["low_freq_factor"] < parameters["high_freq_factor"]:
+            raise ValueError(
+                "`rope_parameters['high_freq_factor']` must be above `rope_parameters['low_freq_factor']`, got "
+                f"{parameters['high_freq_factor']} and {parameters['low_freq_factor']}."
+            )
+        if rope_type == "yarn":
+            self._check_yarn(parameters)
+
+    def _check_yarn(self, parameters: dict[str, Any]):
+        fast, slow = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+        if not slow <= fast:
+            raise ValueError(
+                "`rope_parameters['beta_fast']` must be at least `rope_parameters['beta_slow']`, got "
+                f"{fast} and {slow} (their defaults are 32 and 1)."
+            )
+        if not parameters["rope_theta"] > 1:
+            raise ValueError(
+                f"`rope_parameters['rope_theta']` must be above 1 for 'yarn', got {parameters['rope_theta']}."
+            )
+
+
+__all__ = ["MambaFormerConfig"]

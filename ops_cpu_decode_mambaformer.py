@@ -1,0 +1,343 @@
+"""CPU kernels for a few tokens at a time, where reading weights and keys is all the work.
+
+PyTorch's products of a few rows read weights at a third of the speed of memory, and each of its small operations
+costs more than its arithmetic. Here a product reads each weight once, attention reads each key once for all heads that
+share it, and norm, rotation, gate and the scaling of an expert are one call each. Weights may be stored in float32,
+bfloat16, float64, or as torchao packs them (int8 by row, int4 by group).
+
+Each function says by `None` that it does not take what it is given; the caller then does it with PyTorch.
+"""
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, get_num_threads, nn
+
+from .ops_cpu_build_mambaformer import are_readable, cpu_library, held
+from .ops_cpu_decode_source_mambaformer import DECODE_SOURCE
+from .ops_cpu_scan_source_mambaformer import SCAN_SOURCE
+from .ops_cpu_stack_source_mambaformer import STACK_SOURCE
+from .ops_eligibility_mambaformer import is_replaceable
+from .weights_quantized_mambaformer import PackedWeight, packed_weight
+
+# Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
+MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float64: 16}
+STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+# Bytes of a vector, in numbers: heads whose width is no multiple of it are left to PyTorch.
+LANES = {torch.float32: 16, torch.bfloat16: 16, torch.float64: 8}
+
+_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
+_ARGUMENTS = {
+    "linear": "pnpp",
+    "rescale": "pnpp",
+    "unpack_int4": "pnnnpp",
+    "rms_norm": "pnnpdp",
+    "rotate": "pnnnnnnnppnp",
+    "gate": "ppnp",
+    "attend": "ppppdpp",
+    "run_blocks": "pppnpp",
+}
+_SOURCE = SCAN_SOURCE + DECODE_SOURCE + STACK_SOURCE
+_FUNCTIONS = (
+    "rows_of_block",
+    "fits",
+    *(f"{name}_{stored}" for name in _ARGUMENTS if name != "unpack_int4" for stored in STORED.values()),
+    *(f"unpack_int4_{stored}_{scale}" for stored in ("float32", "bfloat16") for scale in ("float32", "bfloat16")),
+)
+
+
+def structure(name: str, integers: str, **others: Any) -> type[ctypes.Structure]:
+    """The C structure `name`: integers of 64 bits, pointers among them, and others by name."""
+    fields = [(field, others.get(field, ctypes.c_int64)) for field in integers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Weight = structure(
+    "Weight",
+    "kind data scale bias outputs inputs group has_narrow_scales "
+    "basis basis_stride rank delta delta_stride on_outputs",
+)
+_PLAIN, _INT8, _INT4 = range(3)
+# Sizes, the strides of query, key and value, and those of the mask.
+_Shape = ctypes.c_int64 * 17
+
+
+@lru_cache
+def kernel_of(name: str, *stored: torch.dtype) -> Any:
+    """The C function for activations (and scales) stored so; `None` where there is none."""
+    library = cpu_library(_SOURCE, _FUNCTIONS) if all(dtype in STORED for dtype in stored) else None
+    function = getattr(library, "_".join((name, *(STORED.get(dtype, "") for dtype in stored))), None)
+    if function is not None:
+        function.argtypes = [*(_KINDS[kind] for kind in _ARGUMENTS[name]), ctypes.c_int]
+        function.restype = None
+    return function
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether kernels without a backward may have these: all of one dtype."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    dtype, is_recording = tensors[0].dtype, torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype is not dtype or (is_recording and tensor.requires_grad)):
+            return False
+    return are_readable(*tensors)
+
+
+def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """(..., in) -> (..., out) with a plain weight (out, in), for few rows."""
+    if not takes(states, weight, bias):
+        return None
+    weight, bias = held(weight), held(bias)
+    if weight.ndim != 2 or not weight.is_contiguous():
+        return None
+    if bias is not None and not _is_bias(bias, weight.shape[0]):
+        return None
+    if not weight.data_ptr():
+        return None  # its memory is freed, as PyTorch says
+    address_of_bias = 0 if bias is None else bias.data_ptr()
+    return _product(states, Weight(_PLAIN, weight.data_ptr(), 0, address_of_bias, *weight.shape))
+
+
+def _is_bias(bias: Tensor, outputs: int) -> bool:
+    return bias.shape == (outputs,) and bias.is_contiguous()
+
+
+def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
+    """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
+    described = _describe_packed(packed, states.dtype) if takes(states, bias) else None
+    if described is None or states.shape[-1] != described.inputs:
+        return None
+    bias = held(bias)
+    if bias is not None and not _is_bias(bias, described.outputs):
+        return None
+    if described.kind == _INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
+        weight, scales = states.new_empty(packed.shape[::-1]), packed.scale_and_zero
+        unpack = kernel_of("unpack_int4", states.dtype, scales.dtype)
+        unpack(described.data, *packed.shape, packed.group_size, described.scale, weight.data_ptr(), get_num_threads())
+        return states @ weight if bias is None else states @ weight + bias
+    described.bias = 0 if bias is None else bias.data_ptr()
+    return _product(states, described)
+
+
+def _product(states: Tensor, weight: Weight) -> Tensor | None:
+    width, dtype = states.shape[-1], states.dtype
+    rows, kernel = states.numel() // max(width, 1), kernel_of("linear", dtype)
+    if kernel is None or weight.inputs != width or rows > MOST_ROWS[dtype] or not (weight.data and rows):
+        return None
+    states, outputs = states.contiguous(), states.new_empty((*states.shape[:-1], weight.outputs))
+    kernel(states.data_ptr(), rows, ctypes.addressof(weight), outputs.data_ptr(), get_num_threads())
+    return outputs
+
+
+def _describe_packed(packed: PackedWeight, dtype: torch.dtype) -> Weight | None:
+    scale = packed.scale if packed.kind == "int8" else packed.scale_and_zero
+    if dtype not in MOST_ROWS or dtype is torch.float64 or not (are_readable(packed.qdata, scale) and packed.fits()):
+        return None
+    if packed.kind == "int8":
+        is_known = scale.dtype is torch.float32
+        described = Weight(_INT8, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape)
+    else:
+        is_known = _has_our_blocks(packed) and scale.dtype in (torch.float32, torch.bfloat16)
+        described = Weight(_INT4, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape, packed.group_size,
+                           scale.dtype is torch.bfloat16)  # fmt: skip
+    return described if is_known else None
+
+
+def _has_our_blocks(packed: PackedWeight) -> bool:
+    """Whether a block is four vectors of rows, as the kernels read it."""
+    return packed.has_halves and packed.block_n == _rows_of_block() and packed.shape[0] % packed.block_n == 0
+
+
+@lru_cache
+def _rows_of_block() -> int:
+    return getattr(cpu_library(_SOURCE, _FUNCTIONS), "rows_of_block", lambda: 0)()
+
+
+@lru_cache
+def fits_kernel() -> Any:
+    """The C function that says whether blocks read and write keys within their capacity."""
+    function = cpu_library(_SOURCE, _FUNCTIONS).fits
+    function.argtypes, function.restype = [*(_KINDS[kind] for kind in "ppnp")], ctypes.c_int
+    return function
+
+
+def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
+    """states (rows, tokens, n) + Q (delta * Q^T states) for few rows; `delta` (r,) or (rows, 1, r)."""
+    if not takes(states, basis):
+        return None
+    rows, width, kernel = states.numel() // states.shape[-1], states.shape[-1], kernel_of("rescale", states.dtype)
+    if kernel is None or width != basis.shape[0] or rows > MOST_ROWS[states.dtype]:
+        return None
+    weight = Weight(inputs=width)
+    if not describe_expert(weight, basis, delta, states.shape):
+        return None
+    states = states.contiguous()
+    outputs = torch.empty_like(states)
+    kernel(states.data_ptr(), rows, ctypes.addressof(weight), outputs.data_ptr(), get_num_threads())
+    return outputs
+
+
+def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[int, ...]) -> bool:
+    """Adds Q (n, r) and delta (r,) or (rows, 1, r) to `weight`, for states of this shape; false for other ones."""
+    (rows, tokens, _), (_, rank) = shape if len(shape) == 3 else (0, 0, 0), basis.shape
+    is_shared = delta.shape == (rank,)
+    fits = rank > 0 and (is_shared or (delta.shape == (rows, 1, rank) and tokens == 1))
+    wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
+    if not (fits and takes(basis) and takes(delta) and delta.dtype is wide):
+        return False
+    weight.basis, weight.basis_stride, weight.rank = basis.data_ptr(), basis.stride(0), rank
+    weight.delta, weight.delta_stride = delta.data_ptr(), 0 if is_shared else rank
+    return basis.stride(1) == 1 and delta.is_contiguous()
+
+
+def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """weight * states / sqrt(mean(states^2) + eps) over the last dimension."""
+    kernel = kernel_of("rms_norm", states.dtype) if takes(states, weight) and states.numel() else None
+    if kernel is None:
+        return None
+    weight = held(weight)
+    if weight.shape != states.shape[-1:] or not weight.is_contiguous():
+        return None
+    states, width = states.contiguous(), states.shape[-1]
+    outputs = torch.empty_like(states)
+    kernel(states.data_ptr(), states.numel() // width, width, weight.data_ptr(), eps, outputs.data_ptr(),
+           get_num_threads())  # fmt: skip
+    return outputs
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
+    kernel = kernel_of("rotate", states.dtype) if takes(states, cos, sin) else None
+    rows, heads, tokens, width = states.shape
+    fits = cos.shape == sin.shape and cos.shape in ((rows, tokens, width), (1, tokens, width)) and width % 2 == 0
+    if kernel is None or not fits or states.stride(3) != 1:
+        return None
+    cos, sin, outputs = cos.contiguous(), sin.contiguous(), states.new_empty(states.shape)
+    kernel(states.data_ptr(), rows, heads, tokens, width // 2, *states.stride()[:3], cos.data_ptr(), sin.data_ptr(),
+           tokens * width if cos.shape[0] > 1 else 0, outputs.data_ptr(), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def gated(gates: Tensor, states: Tensor) -> Tensor | None:
+    """silu(gates) * states, of the same shape."""
+    kernel = kernel_of("gate", states.dtype) if takes(states, gates) else None
+    if kernel is None or gates.shape != states.shape:
+        return None
+    gates, states, outputs = gates.contiguous(), states.contiguous(), states.new_empty(states.shape)
+    kernel(gates.data_ptr(), states.data_ptr(), states.numel(), outputs.data_ptr(), get_num_threads())
+    return outputs
+
+
+def few_queries_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attention of few queries (rows, heads, queries, width) on keys and values (rows, key heads, keys, width).
+
+    `mask` is boolean (rows or 1, 1, queries, keys), true where a query sees a key; `None` where a single query sees
+    all. Returns (rows, queries, heads, width); a query that sees nothing gets zeros.
+    """
+    shape = _attention_shape(query, key, value, mask)
+    kernel = None if shape is None else kernel_of("attend", query.dtype)
+    if kernel is None:
+        return None
+    rows, heads, queries, width = query.shape
+    outputs = query.new_empty((rows, queries, heads, width))
+    mask = None if mask is None else mask.data_ptr()
+    kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, scaling, outputs.data_ptr(),
+           ctypes.addressof(shape), get_num_threads())  # fmt: skip
+    return outputs
+
+
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+    """The C structure `Shape`; `None` for what attention of few queries does not take."""
+    rows, heads, queries, width = query.shape
+    if mask is None and queries > 1:
+        return None  # which of them see which keys is left to who is asked
+    if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not takes(query, key, value):
+        return None
+    key_rows, key_heads, num_keys, key_width = key.shape
+    fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape
+    if (
+        not fits
+        or not key_heads
+        or heads % key_heads
+        or query.stride(3) != 1
+        or key.stride(3) != 1
+        or value.stride(3) != 1
+    ):
+        return None
+    if mask is not None and not takes_mask(mask, rows, queries, num_keys):
+        return None
+    return _Shape(rows, key_heads, heads // key_heads, queries, num_keys, width, *query.stride()[:3],
+                  *key.stride()[:3], *value.stride()[:3], *strides_of_mask(mask))  # fmt: skip
+
+
+def strides_of_mask(mask: Tensor | None) -> tuple[int, int]:
+    """From row to row, and from query to query."""
+    return (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+
+
+def takes_mask(mask: Tensor, rows: int, queries: int, keys: int) -> bool:
+    fits = mask.shape in ((rows, 1, queries, keys), (1, 1, queries, keys)) and mask.dtype is torch.bool
+    return fits and are_readable(mask) and mask.stride(3) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- modules
+
+
+def is_only_a_product(module: nn.Module) -> bool:
+    """Whether a product is all that happens when `module` is called: no hook and no wrapper does anything."""
+    return type(module) is nn.Linear and _has_parameters(module) and is_replaceable(module)
+
+
+def _has_parameters(module: nn.Linear) -> bool:
+    """Whether weight and bias are parameters: pruning, for one, makes masked attributes of them."""
+    return "weight" in module._parameters and "bias" in module._parameters
+
+
+def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
+    """What kernels that record no graph have to know of a linear module; `None` if they cannot compute it.
+
+    Whether it is hooked or patched is asked at every step, by who uses the description.
+    """
+    if type(module) is not nn.Linear or not _has_parameters(module):
+        return None
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if type(weight) is nn.Parameter:
+        is_known = is_stored(weight, dtype, weight.shape) and weight.ndim == 2
+        described = Weight(_PLAIN, weight.data_ptr(), 0, 0, *weight.shape) if is_known else None
+    else:
+        packed = packed_weight(weight)
+        described = None if packed is None else _describe_packed(packed, dtype)
+    if described is None or bias is None:
+        return described
+    described.bias = bias.data_ptr()
+    return described if is_stored(bias, dtype, (described.outputs,)) else None
+
+
+def is_stored(parameter: nn.Parameter, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is where and how kernels read it, and has this shape."""
+    is_plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is dtype
+    is_like = is_plain and parameter.shape == shape and parameter.is_contiguous() and not parameter.is_neg()
+    return is_like and has_memory(parameter)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether all of a tensor is inside of its storage, which others may have shrunk or freed."""
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0
+
+
+__all__ = [
+    "few_queries_attention",
+    "few_rows_linear",
+    "gated",
+    "is_only_a_product",
+    "packed_linear",
+    "rescaled",
+    "rms_normed",
+    "rotated",
+]
