@@ -1,7 +1,7 @@
 """Expert vectors: one scale per singular value of a frozen weight, their files, and the library of a model.
 
 An expert's vector `z` means `W' = U diag(s * z) V^T` for a weight `W = U diag(s) V^T` (SVF, Transformer-squared,
-arXiv 2501.06252); `z = 1` is the base. `expert_bases_mambaformer` computes with it.
+arXiv 2501.06252); `z = 1` is the base. `expert_linear_mambaformer` computes with it.
 """
 
 import difflib

@@ -14,7 +14,8 @@ import cases
 import mambaformer.expert_bases_files_mambaformer as svd_files
 import mambaformer.expert_bases_mambaformer as svd
 import mambaformer.ops_cpu_threads_mambaformer as threads
-from mambaformer.expert_bases_mambaformer import SingularBases, compute_basis, merged_weight
+from mambaformer.expert_bases_mambaformer import SingularBases, compute_basis
+from mambaformer.expert_linear_mambaformer import merged_weight
 from mambaformer.files_mambaformer import digest_of, sealed
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
 from mambaformer import decode_program_mambaformer as stack
-from mambaformer import expert_bases_mambaformer as svd
+from mambaformer import expert_linear_mambaformer as expert_linear
 from mambaformer import ops_cpu_decode_mambaformer as kernels
 from mambaformer.ops_cpu_decode_mambaformer import (
     few_queries_attention,
@@ -253,13 +253,13 @@ def test_shapes_that_contradict_each_other_are_left_to_pytorch_which_says_so():
     assert few_queries_attention(heads, keys, keys, mask[..., :4], 1.0) is None
     assert few_queries_attention(heads, keys, keys, mask.float(), 1.0) is None
     with pytest.raises(RuntimeError):
-        svd.apply_linear(nn.Linear(16, 8).requires_grad_(False), states[..., :8])
+        expert_linear.apply_linear(nn.Linear(16, 8).requires_grad_(False), states[..., :8])
 
 
 def test_autocast_decides_what_products_are_computed_in():
     module, states = nn.Linear(16, 8).requires_grad_(False), torch.randn(1, 1, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert svd.apply_linear(module, states).dtype == torch.bfloat16
+        assert expert_linear.apply_linear(module, states).dtype == torch.bfloat16
 
 
 def test_hooks_and_wrappers_of_linear_modules_are_not_passed_by():
@@ -269,15 +269,15 @@ def test_hooks_and_wrappers_of_linear_modules_are_not_passed_by():
     registrations = (module.register_forward_hook, module.register_forward_pre_hook, *for_all)
     for register in registrations:
         hook = register(lambda *_: calls.append("hook"))
-        torch.testing.assert_close(svd.apply_linear(module, states), wanted)
+        torch.testing.assert_close(expert_linear.apply_linear(module, states), wanted)
         hook.remove()
     forward = module.forward
     module.forward = lambda *args: (calls.append("forward"), forward(*args))[1]
-    svd.apply_linear(module, states)
+    expert_linear.apply_linear(module, states)
     del module.forward
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(16, 8).requires_grad_(False))
-    torch.testing.assert_close(svd.apply_linear(parametrized, states), parametrized(states))
-    torch.testing.assert_close(svd.apply_linear(module, states), wanted)
+    torch.testing.assert_close(expert_linear.apply_linear(parametrized, states), parametrized(states))
+    torch.testing.assert_close(expert_linear.apply_linear(module, states), wanted)
     assert calls == ["hook"] * len(registrations) + ["forward"]
 
 

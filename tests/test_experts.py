@@ -24,10 +24,8 @@ from mambaformer.expert_bases_mambaformer import (
     SingularBases,
     SingularBasis,
     compute_basis,
-    merged_weight,
-    project,
-    scale_basis,
 )
+from mambaformer.expert_linear_mambaformer import apply_expert_linear, merged_weight, scale_basis
 from mambaformer.expert_vectors_mambaformer import (
     BASE_FINGERPRINT,
     ExpertLibrary,
@@ -93,7 +91,7 @@ def test_merged_equals_on_the_fly_equals_the_definition(shape, bias, rank):
     merged = merged_weight(module.weight, basis, z)
     torch.testing.assert_close(merged, expected, **TOLERANCE)
     hidden_states = random_tensor(2, 5, shape[1], seed=4)
-    found = project(module, hidden_states, scale_basis(basis, z))
+    found = apply_expert_linear(module, hidden_states, scale_basis(basis, z))
     torch.testing.assert_close(found, nn.functional.linear(hidden_states, expected, module.bias), **TOLERANCE)
 
 
@@ -104,7 +102,7 @@ def test_every_row_gets_its_own_expert(shape, bias):
     narrow = min(shape)
     rows = [random_tensor(narrow, seed=5), None, random_tensor(max(1, narrow - 2), seed=6), torch.ones(narrow)]
     hidden_states = random_tensor(4, 3, shape[1], seed=7)
-    found = project(module, hidden_states, scale_basis(compute_basis(module.weight), rows))
+    found = apply_expert_linear(module, hidden_states, scale_basis(compute_basis(module.weight), rows))
     for row, z in enumerate(rows):
         expected = module.weight if z is None else oracle(module.weight, z)
         expected = nn.functional.linear(hidden_states[row], expected, module.bias)
@@ -121,9 +119,9 @@ def test_ones_and_no_expert_give_the_bits_of_the_base(shape, dtype):
     hidden_states = random_tensor(2, 3, shape[1]).to(dtype)
     base = module(hidden_states)
     basis = compute_basis(module.weight)
-    assert torch.equal(project(module, hidden_states), base)
+    assert torch.equal(apply_expert_linear(module, hidden_states), base)
     cast = basis.to(dtype, "cpu")
-    assert torch.equal(project(module, hidden_states, scale_basis(cast, torch.ones(24))), base)
+    assert torch.equal(apply_expert_linear(module, hidden_states, scale_basis(cast, torch.ones(24))), base)
     assert torch.equal(merged_weight(module.weight, basis, torch.ones(24)), module.weight)
     assert scale_basis(cast, None) is None
     assert scale_basis(cast, [None, None]) is None
@@ -136,7 +134,7 @@ def test_half_precision_stays_in_its_dtype_and_near_the_definition(shape, dtype)
     module = random_linear(*shape, bias=True).to(dtype)
     hidden_states = random_tensor(2, 3, shape[1]).to(dtype)
     z = 1 + 0.3 * random_tensor(24, dtype=torch.float32)
-    found = project(module, hidden_states, scale_basis(compute_basis(module.weight).to(dtype, "cpu"), z))
+    found = apply_expert_linear(module, hidden_states, scale_basis(compute_basis(module.weight).to(dtype, "cpu"), z))
     assert found.dtype == dtype
     exact = nn.functional.linear(hidden_states.double(), oracle(module.weight.double(), z), module.bias.double())
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=60 * torch.finfo(dtype).eps)
@@ -150,8 +148,8 @@ def test_only_the_first_columns_of_the_basis_are_used():
     z = random_tensor(2)
     assert torch.equal(merged_weight(module.weight, poisoned, z), merged_weight(module.weight, basis, z))
     hidden_states = random_tensor(1, 4, 6)
-    found = project(module, hidden_states, scale_basis(poisoned, [z]))
-    assert torch.equal(found, project(module, hidden_states, scale_basis(basis, [z])))
+    found = apply_expert_linear(module, hidden_states, scale_basis(poisoned, [z]))
+    assert torch.equal(found, apply_expert_linear(module, hidden_states, scale_basis(basis, [z])))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
@@ -160,8 +158,12 @@ def test_gradients_reach_the_scales_and_the_activations(shape):
     basis = compute_basis(module.weight)
     z = random_tensor(3, seed=8).requires_grad_()
     hidden_states = random_tensor(2, 2, shape[1], seed=9).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z, x: project(module, x, scale_basis(basis, z)), (z, hidden_states))
-    assert torch.autograd.gradcheck(lambda z, x: project(module, x, scale_basis(basis, [z, None])), (z, hidden_states))
+    assert torch.autograd.gradcheck(
+        lambda z, x: apply_expert_linear(module, x, scale_basis(basis, z)), (z, hidden_states)
+    )
+    assert torch.autograd.gradcheck(
+        lambda z, x: apply_expert_linear(module, x, scale_basis(basis, [z, None])), (z, hidden_states)
+    )
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
@@ -169,9 +171,9 @@ def test_project_compiles_as_one_graph(shape):
     module = random_linear(*shape, bias=True)
     scaled = scale_basis(compute_basis(module.weight), [random_tensor(3), None])
     hidden_states = random_tensor(2, 5, shape[1])
-    compiled = torch.compile(project, backend="eager", fullgraph=True)
+    compiled = torch.compile(apply_expert_linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(
-        compiled(module, hidden_states, scaled), project(module, hidden_states, scaled), **TOLERANCE
+        compiled(module, hidden_states, scaled), apply_expert_linear(module, hidden_states, scaled), **TOLERANCE
     )
 
 
@@ -181,7 +183,7 @@ def test_per_row_scales_refuse_activations_without_as_many_rows():
     scaled = scale_basis(compute_basis(module.weight), [random_tensor(3), None])
     for shape in [(2, 4), (1, 3, 4), (3, 3, 4)]:
         with pytest.raises(ValueError, match="experts for 2 rows"):
-            project(module, random_tensor(*shape), scaled)
+            apply_expert_linear(module, random_tensor(*shape), scaled)
 
 
 def test_a_wrapped_module_is_seen_only_from_outside():
@@ -196,7 +198,9 @@ def test_a_wrapped_module_is_seen_only_from_outside():
     module = random_linear(4, 6)
     scaled = scale_basis(compute_basis(module.weight), random_tensor(4))
     hidden_states = random_tensor(2, 3, 6)
-    assert torch.equal(project(Wrapper(module), hidden_states, scaled), project(module, hidden_states, scaled))
+    assert torch.equal(
+        apply_expert_linear(Wrapper(module), hidden_states, scaled), apply_expert_linear(module, hidden_states, scaled)
+    )
 
 
 # Bases
@@ -461,7 +465,7 @@ def test_bases_made_while_only_inferring_can_be_trained_through(tmp_path):
         assert bases.get("k", random_tensor(5, 9), rank=2).rank == 2  # a weight that counts no versions
     z = torch.ones(2, dtype=torch.float64, requires_grad=True)
     basis = bases.get("q", module.weight, rank=2, dtype=torch.float64)
-    project(module, random_tensor(1, 2, 4), scale_basis(basis, z)).sum().backward()
+    apply_expert_linear(module, random_tensor(1, 2, 4), scale_basis(basis, z)).sum().backward()
     assert z.grad.abs().sum() > 0
 
 

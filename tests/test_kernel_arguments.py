@@ -20,7 +20,7 @@ from cases import random_expert, random_model, random_rows, tiny_config
 from loops import conv_arguments, scan_arguments
 from mambaformer import MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as stack
-from mambaformer.expert_bases_mambaformer import apply_linear
+from mambaformer.expert_linear_mambaformer import apply_linear
 from mambaformer.ops_cpu_decode_mambaformer import (
     few_queries_attention,
     few_rows_linear,

@@ -1,12 +1,6 @@
-"""Singular bases of weights, and linear modules computed with scaled singular values.
+"""Singular bases of weights: the singular vectors on a weight's narrow side, computed once for each content.
 
-For a weight `W = U diag(s) V^T` and scales `z`, `W' = U diag(s * z) V^T`. With `Q` the singular vectors on W's narrow
-side, the same is
-
-    out >= in (side "input",  Q = V):  W' x = W (x + Q ((z - 1) * Q^T x))
-    out <  in (side "output", Q = U):  W' x = y + Q ((z - 1) * Q^T y),  y = W x
-
-so W itself is never touched, may be quantized or sharded, and every row of a batch may have its own `z`.
+`expert_linear_mambaformer` computes linear modules with them; here they are computed, kept in memory and on disk.
 """
 
 import logging
@@ -15,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,20 +19,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import tqdm
-from torch import Tensor, nn
+from torch import Tensor
 
 from .expert_bases_files_mambaformer import LIMIT, BasisFolder
 from .files_mambaformer import cache_folder, digest_of
-from .ops_cpu_decode_mambaformer import few_rows_linear, is_only_a_product, packed_linear, rescaled
 from .ops_cpu_threads_mambaformer import SideBySide, completed
-from .weights_parallel_mambaformer import (
-    base_linear,
-    bias_beside,
-    part_of,
-    sum_over_shards,
-    used_by_shards,
-)
-from .weights_quantized_mambaformer import dequantized, packed_weight, portable
+from .weights_quantized_mambaformer import dequantized, portable
 from .weights_quantized_modules_mambaformer import QuantizedMatrix
 from .weights_version_mambaformer import stamp_of
 
@@ -74,8 +60,8 @@ class SingularBasis:
         return self.values.numel()
 
     def cut(self, rank: int) -> "SingularBasis":
-        """The first `rank` directions, as views."""
-        if rank == self.rank:
+        """The first `rank` directions, as views. Errors: ValueError for a rank that the basis does not have."""
+        if _checked_rank(rank, self.rank) == self.rank:
             return self
         return SingularBasis(self.vectors[:, :rank], self.values[:rank], self.side)
 
@@ -446,128 +432,10 @@ def _same(weight: Tensor) -> Tensor:
     return weight
 
 
-@dataclass(frozen=True, eq=False)
-class ScaledBasis:
-    """An expert at one module: `vectors` Q (n, r), `delta` = z - 1 of shape (r,), or (B, 1, r) per row, and `side`.
-
-    `mesh` names the processes that the module is split over by tensor parallelism; Q is whole in each of them.
-    """
-
-    vectors: Tensor
-    delta: Tensor
-    side: str
-    mesh: Any = None
-
-
-def scale_basis(
-    basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None, mesh: Any = None
-) -> ScaledBasis | None:
-    """`z` (r,), or a list with one (None = base) per row, made ready for `project`; None if nothing is scaled.
-
-    `delta` is float32, or float64 if the basis is; shorter vectors are filled up with the base.
-    """
-    if isinstance(z, Tensor):
-        return ScaledBasis(_compact(basis, z.numel()), _delta(basis, z), basis.side, mesh)
-    rank = max((vector.numel() for vector in z or () if vector is not None), default=0)
-    if not rank:
-        return None
-    rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in z]
-    delta = torch.stack([nn.functional.pad(row, (0, rank - row.numel())) for row in rows])
-    return ScaledBasis(_compact(basis, rank), delta[:, None], basis.side, mesh)  # delta: (B, r) -> (B, 1, r)
-
-
-def _first(basis: SingularBasis, rank: int) -> Tensor:
-    return basis.vectors[:, : _checked_rank(rank, basis.rank)]
-
-
-def _compact(basis: SingularBasis, rank: int) -> Tensor:
-    """The same in adjoining memory, which every token reads."""
-    return _first(basis, rank).contiguous()
-
-
-def _delta(basis: SingularBasis, z: Tensor) -> Tensor:
-    return z.to(basis.vectors.device, at_least_float32(basis.vectors.dtype)) - 1
-
-
-def project(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None = None) -> Tensor:
-    """`module` (linear, seen only from outside) with its singular values scaled: (..., in) -> (..., out).
-
-    Rows whose `delta` is 0 get the base's own bits. Q is used in the dtype of the activations; the scaling runs in
-    the wider of that and `delta`'s. An adapter around the linear module (W x + D x) adds what it adds to the base,
-    W'x + D x, as it does when the expert is merged into W.
-    """
-    if scaled is None:
-        return apply_linear(module, hidden_states)
-    base = base_linear(module)
-    if scaled.side == "input":
-        if base is module:
-            return apply_linear(module, _changed(hidden_states, scaled))
-        return module(hidden_states) + _without_bias(base(_change(hidden_states, scaled)), base)
-    if base is module and getattr(module, "bias", None) is None:
-        return _changed(apply_linear(module, hidden_states), scaled)
-    outputs = module(hidden_states)
-    return outputs + _change(_without_bias(outputs if base is module else base(hidden_states), base), scaled)
-
-
-def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """`module(hidden_states)`; by a faster product, where a product is all that would happen."""
-    if torch.compiler.is_compiling() or not is_only_a_product(module):
-        return module(hidden_states)
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if type(weight) is nn.Parameter:
-        outputs = few_rows_linear(hidden_states, weight, bias)
-    else:
-        packed = packed_weight(weight)
-        outputs = None if packed is None else packed_linear(hidden_states, packed, bias)
-    return module(hidden_states) if outputs is None else outputs
-
-
-def _changed(states: Tensor, scaled: ScaledBasis) -> Tensor:
-    changed = None if scaled.mesh is not None else rescaled(states, scaled.vectors, scaled.delta)
-    return states + _change(states, scaled) if changed is None else changed
-
-
-def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
-    """The bias is no part of W: what an expert scales does not have it."""
-    bias = bias_beside(outputs, module)
-    return outputs if bias is None else outputs - bias
-
-
-def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
-    delta = scaled.delta
-    if delta.ndim == 3 and (states.ndim != 3 or delta.shape[0] != states.shape[0]):
-        raise ValueError(
-            f"There are experts for {delta.shape[0]} rows, but the activations are {tuple(states.shape)}: make them "
-            "(batch, length, channels) with as many rows."
-        )
-    basis = scaled.vectors.to(states.dtype)
-    if states.shape[-1] == basis.shape[0]:
-        return ((states @ basis) * delta).to(states.dtype) @ basis.mT
-    # This process has some of the channels: the coordinates (..., r) are sums over all processes.
-    basis = part_of(basis, states.shape[-1], scaled.mesh)
-    coordinates = sum_over_shards(states @ basis, scaled.mesh) * delta
-    return used_by_shards(coordinates.to(states.dtype), scaled.mesh) @ basis.mT
-
-
-def merged_weight(weight: Tensor, basis: SingularBasis, z: Tensor) -> Tensor:
-    """`U diag(s * z) V^T` of a weight (out, in), computed in float32 at least, returned in the weight's dtype."""
-    dtype = at_least_float32(weight.dtype)
-    wide = weight.detach().to(dtype)
-    directions = _first(basis, z.numel()).to(weight.device, dtype)
-    delta = z.to(weight.device, dtype) - 1
-    if basis.side == "input":
-        return (wide + ((wide @ directions) * delta) @ directions.mT).to(weight.dtype)
-    return (wide + directions @ (delta[:, None] * (directions.mT @ wide))).to(weight.dtype)
-
-
 __all__ = [
-    "ScaledBasis",
     "SingularBases",
     "SingularBasis",
     "at_least_float32",
     "compute_basis",
-    "merged_weight",
-    "project",
-    "scale_basis",
     "side_of",
 ]

@@ -20,7 +20,8 @@ from .cache_keys_mambaformer import Layout, Retention, Span, plan_uncached
 from .cache_mambaformer import MambaFormerCache
 from .cache_states_mambaformer import Passage, split_at_reach
 from .configuration_mambaformer import MambaFormerConfig
-from .expert_bases_mambaformer import ScaledBasis, at_least_float32, project
+from .expert_bases_mambaformer import at_least_float32
+from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .inputs_packing_mambaformer import Sequences
 from .inputs_padding_mambaformer import Packing
 from .modeling_stack_mambaformer import Place
@@ -195,16 +196,16 @@ class MambaFormerAttention(CountsReplacements):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Packed (rows, tokens, hidden) -> the same shape, and the attention weights where they are computed."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = project(self.q_proj, hidden_states, experts.get("q_proj")).view(heads).transpose(1, 2)
-        key = project(self.k_proj, hidden_states, experts.get("k_proj")).view(heads).transpose(1, 2)
-        value = project(self.v_proj, hidden_states, experts.get("v_proj")).view(heads).transpose(1, 2)
+        query = apply_expert_linear(self.q_proj, hidden_states, experts.get("q_proj")).view(heads).transpose(1, 2)
+        key = apply_expert_linear(self.k_proj, hidden_states, experts.get("k_proj")).view(heads).transpose(1, 2)
+        value = apply_expert_linear(self.v_proj, hidden_states, experts.get("v_proj")).view(heads).transpose(1, 2)
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cache is not None:
             is_recorded = any(states.requires_grad for states in (query, key, value))
             key, value = cache.update(key, value, self.layer_idx, is_recorded=is_recorded)
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
-        return project(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
+        return apply_expert_linear(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
 
     def attend(self, query, key, value, attention: AttentionPlan, **kwargs):
         """Attention of (rows, heads, tokens, head_dim): (rows, tokens, heads, head_dim), and its weights."""
@@ -294,12 +295,12 @@ class MambaFormerMambaMixer(CountsReplacements):
 
         `positions` (rows, tokens) are those of tokens in their own sequences, where a row without a cache has several.
         """
-        inputs, gate = project(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
+        inputs, gate = apply_expert_linear(self.in_proj, hidden_states, experts.get("in_proj")).chunk(2, dim=-1)
         if cache is None:
             mixed, _, _ = self.advance({}, inputs, gate, experts, lengths, positions=positions)
         else:
             mixed = self._advance_cache(cache, inputs, gate, lengths, experts)
-        return project(self.out_proj, mixed, experts.get("out_proj"))
+        return apply_expert_linear(self.out_proj, mixed, experts.get("out_proj"))
 
     def _advance_cache(self, cache: MambaFormerCache, inputs, gate, lengths, experts) -> torch.Tensor:
         layer, states = cache.layers[self.layer_idx], cache.recurrent_states(self.layer_idx, inputs)
@@ -345,13 +346,13 @@ class MambaFormerMambaMixer(CountsReplacements):
     def selection(self, inputs: torch.Tensor, experts: dict[str, ScaledBasis]) -> tuple[torch.Tensor, ...]:
         """The step sizes before softplus (rows, tokens, channels), and B and C (rows, tokens, state)."""
         sizes = [self.rank, self.state_size, self.state_size]
-        dt, B, C = project(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
+        dt, B, C = apply_expert_linear(self.x_proj, inputs, experts.get("x_proj")).split(sizes, dim=-1)
         if self.has_inner_norms:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         mesh = mesh_of_inputs(self.x_proj)
         if mesh is not None:
             B, C = used_by_shards(B, mesh), used_by_shards(C, mesh)
-        return project(self.dt_proj, dt, experts.get("dt_proj")), B, C
+        return apply_expert_linear(self.dt_proj, dt, experts.get("dt_proj")), B, C
 
 
 def _advance_states(
@@ -380,11 +381,11 @@ class MambaFormerMLP(CountsReplacements):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, experts: dict[str, ScaledBasis]) -> torch.Tensor:
-        gates = project(self.gate_proj, hidden_states, experts.get("gate_proj"))
-        states = project(self.up_proj, hidden_states, experts.get("up_proj"))
+        gates = apply_expert_linear(self.gate_proj, hidden_states, experts.get("gate_proj"))
+        states = apply_expert_linear(self.up_proj, hidden_states, experts.get("up_proj"))
         inner = gated(gates, states) if is_silu(self.act_fn) else None
         inner = self.act_fn(gates) * states if inner is None else inner
-        return project(self.down_proj, inner, experts.get("down_proj"))
+        return apply_expert_linear(self.down_proj, inner, experts.get("down_proj"))
 
 
 def plan_attention(

@@ -23,8 +23,9 @@ from .cache_mambaformer import UNCHANGED, MambaFormerCache, Transition
 from .cache_use_mambaformer import feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import FewTokens
-from .expert_bases_mambaformer import ScaledBasis, SingularBases, SingularBasis, merged_weight, project, scale_basis
+from .expert_bases_mambaformer import SingularBases, SingularBasis
 from .expert_files_mambaformer import load_named_experts, save_experts
+from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear, merged_weight, scale_basis
 from .expert_vectors_mambaformer import (
     ExpertLibrary,
     ExpertVector,
@@ -834,7 +835,7 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head_experts = plan.experts().get("", {})
-        logits = project(self.lm_head, outputs.last_hidden_state[:, kept], head_experts.get("lm_head"))
+        logits = apply_expert_linear(self.lm_head, outputs.last_hidden_state[:, kept], head_experts.get("lm_head"))
         loss = None
         if labels is not None:
             mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
