@@ -2,10 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .blocks_mambaformer import save_blocks
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
-from .convert_mambaformer import convert
+from .convert import convert, save_blocks  # the name `convert` now means the function, no longer the package
 from .expert_vectors_mambaformer import ExpertLibrary, ExpertVector
 from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
 from .modeling_mambaformer import (

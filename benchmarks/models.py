@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM, convert
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 
 GROUP_SIZE = 32  # weights that share a scale; llama.cpp's Q4_1 has as many
 # Of the logits' scale. Random weights make 4e-4 of float32's rounding within 1,024 tokens of Mamba; errors make more.

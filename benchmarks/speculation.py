@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from mambaformer import MambaFormerForCausalLM, convert
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 
 BAR = 1.5  # speed-up of prompt lookup on prompts that repeat themselves, in the median
 # Of the random output projections. The new blocks' other weights are small: at this size they move the logits by a

@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from mambaformer import convert
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = ROOT / "checkpoints" / "smollm2-hybrid" / "blocks.safetensors"

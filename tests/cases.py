@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 from reference import ReferenceRow, tuned_weights
 
 ROOT = Path(__file__).resolve().parent.parent

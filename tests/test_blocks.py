@@ -6,8 +6,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mambaformer import convert, save_blocks
-from mambaformer.blocks_mambaformer import load_blocks
-from mambaformer.convert_mambaformer import main
+from mambaformer.convert import load_blocks
+from mambaformer.convert.cli import main
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}

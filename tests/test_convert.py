@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from cases import VOCAB, assert_same_logits
-from mambaformer.convert_mambaformer import convert, find_smollm2, main
+from mambaformer.convert import convert, find_smollm2
+from mambaformer.convert.cli import main
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "eos_token_id": None}
 ATTENTION = SIZES | {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from cases import VOCAB, assert_same_logits
-from mambaformer.convert_mambaformer import convert
-from mambaformer.convert_rope_mambaformer import recover_scaling
+from mambaformer.convert import conversion, convert
+from mambaformer.convert.rope import recover_scaling
 from test_convert import ATTENTION, JAMBA, LLAMA3_ROPE, SIZES, YARN_ROPE, all_logits, new_source, some_ids
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
@@ -215,7 +215,7 @@ def refused(path, message, monkeypatch, **options):
     """The source is refused before a model has memory, and nothing is written."""
     before = sorted(path.parent.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("mambaformer.convert_mambaformer._build", None)
+        patch.setattr(conversion, "_build", None)
         with pytest.raises(ValueError, match=message):
             convert(path, output_dir=path.parent / "out", **options)
     assert sorted(path.parent.iterdir()) == before

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from cases import assert_same_logits
 from mambaformer import MambaFormerForCausalLM
-from mambaformer.convert_mambaformer import convert, main
+from mambaformer.convert import convert
+from mambaformer.convert.cli import main
 from test_convert import all_logits, changed, rope, some_ids, source
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -243,7 +244,7 @@ def test_a_converted_folder_may_be_read_by_those_who_may_read_others(tmp_path):
 
 MISTAKES = """
 import contextlib, io, json, os, sys
-from mambaformer.convert_mambaformer import main
+from mambaformer.convert.cli import main
 if os.geteuid() == 0:
     os.setuid(65534)  # nothing is forbidden to root
 found = {}

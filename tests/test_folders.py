@@ -16,6 +16,7 @@ from cases import random_model, tiny_config
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "folders.py"
 TINY = ROOT / "checkpoints" / "mambaformer-tiny"
+UNSHIPPED = "unshipped_mambaformer.py"
 USER_SCRIPT = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,6 +42,7 @@ def repository(tmp_path):
     """The shipped code, a file that is not shipped, a model folder, and a folder of blocks alone."""
     for path in ROOT.glob("*_mambaformer.py"):
         shutil.copy(path, tmp_path)
+    (tmp_path / UNSHIPPED).write_text('"""Imported by no shipped file."""\n')
     for name in ("tiny", "blocks"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints" / "tiny" / "config.json").write_text("{}")
@@ -101,10 +103,15 @@ def test_the_shipped_files_are_the_ones_that_save_pretrained_writes(folders, tmp
     assert set(folders.shipped_files()) == {path.name for path in tmp_path.glob("*.py")}
 
 
+def test_the_flat_root_holds_shipped_files_only(folders):
+    """Files that model folders do not need stand in packages, such as `convert`."""
+    assert {path.name for path in ROOT.glob("*_mambaformer.py")} == set(folders.shipped_files())
+
+
 def test_a_refresh_writes_every_shipped_file_into_folders_with_a_configuration_only(folders, repository):
     assert run(repository).returncode == 0
     written = {path.name for path in (repository / "checkpoints" / "tiny").glob("*.py")}
-    assert written == set(folders.shipped_files()) and "convert_mambaformer.py" not in written
+    assert written == set(folders.shipped_files()) and UNSHIPPED not in written
     assert not list((repository / "checkpoints" / "blocks").iterdir())
     assert run(repository, "--check").returncode == 0
 
@@ -123,7 +130,7 @@ def link(file: Path) -> None:
 
 
 def add(file: Path) -> None:
-    (file.parent / "convert_mambaformer.py").write_text("")
+    (file.parent / UNSHIPPED).write_text("")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def add(file: Path) -> None:
         (leave_out, "is missing"),
         (change, "differs"),
         (link, "is a link"),
-        (add, "convert_mambaformer.py is no shipped"),
+        (add, f"{UNSHIPPED} is no shipped"),
     ],
 )
 def test_the_check_names_a_wrong_copy_and_changes_nothing_until_a_refresh(harm, complaint, repository):

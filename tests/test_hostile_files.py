@@ -14,7 +14,7 @@ from test_sessions import contents_of, made, mutated
 
 from cases import random_expert, random_model, tiny_config
 from mambaformer import ExpertVector, convert, save_blocks
-from mambaformer.blocks_mambaformer import load_blocks
+from mambaformer.convert import conversion, load_blocks
 from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertLibrary
 from mambaformer.files_header_mambaformer import MAX_DEPTH, json_of
 from mambaformer.files_mambaformer import sealed, write_tensors
@@ -347,7 +347,7 @@ def test_blocks_that_say_other_sizes_than_they_have_are_refused_before_a_model_i
         header["fields"] = json.dumps(fields)
 
     sealed_again(tmp_path / "b", change)
-    monkeypatch.setattr("mambaformer.convert_mambaformer._build", None)
+    monkeypatch.setattr(conversion, "_build", None)
     with pytest.raises(ValueError, match="holds no Mamba blocks that fit each other"):
         convert(llama(), blocks=tmp_path / "b")
 

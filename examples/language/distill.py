@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Trainer, set_seed
 
 from distillation import STAGES, Distillation
 from mambaformer import convert, save_blocks
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 from texts import DOMAINS, collect
 from train_expert import TEXTS, blocks_of_domain
 from training import (

@@ -28,7 +28,7 @@ from card import BITS_PER_BYTE_TOLERANCE, FIGURES, card_of
 from distill import BLOCKS
 from hybrid_card import RECALLED, TOLERANCES, hybrid_card
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 from measure_hybrid import Parts, Plan, measure
 from pretrain import parse as settings_of_pretraining
 from texts import DOMAINS, collect

