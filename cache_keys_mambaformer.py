@@ -350,20 +350,25 @@ def select_rows_of(tensor: torch.Tensor, rows: torch.Tensor, may_write: bool) ->
 
 @dataclass(frozen=True)
 class Removal:
-    """The last tokens of each row, to be taken back.
+    """The last tokens of each row, to be removed.
 
     Args:
-        columns: width that was fed before, pads included, and `columns_left` that is to remain.
+        columns: sequence length before, padding included.
+        by_row: columns that each row loses; a single number if all rows lose as many.
         tokens: real tokens that each row loses: an integer if all lose as many, else a tensor (rows,).
         most: the largest of them.
-        overshoot: tokens at most that a row was already taken back by and that were not fed again since.
+        overshoot: tokens at most that a row had already lost and that were not fed again since.
     """
 
     columns: int
-    columns_left: int
+    by_row: list[int]
     tokens: Any
     most: int
     overshoot: int = 0
+
+    @property
+    def columns_left(self) -> int:
+        return self.columns - min(self.by_row)
 
 
 class KeyValueStore:

@@ -14,6 +14,7 @@ from types import NoneType
 import torch
 from torch import Tensor
 
+from .cache_history_mambaformer import Encoding, NewTokens
 from .cache_keys_mambaformer import Layout, Retention
 from .expert_bases_mambaformer import at_least_float32
 from .expert_vectors_mambaformer import ExpertVector, collapsed_key
@@ -79,10 +80,11 @@ def save_session(cache, path) -> None:
             "feed it `token_ids`, then it can be saved."
         )
     stamp, fingerprint = cache.model.weights_fingerprint()
-    is_current = cache.in_force.weights == stamp
+    provenance = cache.provenance
+    is_current = provenance.in_force.weights == stamp
     # States of a text that has to be encoded again are left out, but where a change of expert may be taken back.
     may_be_used = is_current or cache.on_expert_change == "continue"
-    has_states = cache.is_initialized and cache.encoded_under is not None and may_be_used
+    has_states = cache.is_initialized and provenance.encoded is not None and may_be_used
     experts, expert = _experts_of(cache.expert_vector)
     session = Session(
         config=_fields_of(cache.config, cache.depends_on),
@@ -90,14 +92,14 @@ def save_session(cache, path) -> None:
         options=_options_of(cache),
         rows=None if cache.batch_size == -1 else cache.batch_size,
         columns=cache.get_seq_length(),
-        overshoot=cache.clock.overshoot,
-        has_embeddings=cache.log.has_embeddings,
-        is_mixed=cache.is_mixed,
-        can_be_encoded_again=not (cache.log.has_embeddings or cache.is_mixed or cache.is_about_to_mix()),
+        overshoot=cache.lengths.overshoot,
+        has_embeddings=cache.history.has_embeddings,
+        is_mixed=provenance.is_mixed,
+        can_be_encoded_again=cache.can_be_encoded_again,
         is_of_these_weights=is_current,
         has_states=has_states,
         # An expert that is trained has a key of its own even as the base; once it is read it is like any other.
-        encoded_key=collapsed_key(cache.encoded_under.expert_key) if has_states else None,
+        encoded_key=collapsed_key(provenance.encoded.expert_key) if has_states else None,
         experts=[{"fingerprint": e.fingerprint, "name": e.name, "metadata": e.metadata} for e in experts],
         expert=expert,
     )
@@ -143,7 +145,7 @@ def _content_of(expert) -> tuple:
 
 
 def _log_tensors(cache) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in cache.log.buffers().items():
+    for name, buffer in cache.history.buffers().items():
         if buffer.tensor is not None and cache.is_initialized:
             yield f"tokens.{name}", buffer.view(cache.get_seq_length())
 
@@ -208,24 +210,24 @@ def _text_alone(session: Session, tensors: dict[str, Tensor], on_weights_change:
 def _put_expert_in_force(cache, session: Session, experts: list[ExpertVector], stamp) -> None:
     numbers = session.expert if isinstance(session.expert, list) else [session.expert]
     rows = [None if n is None else experts[n] for n in numbers]
-    cache.expert_vector, key = cache.resolve(rows if isinstance(session.expert, list) else rows[0])
-    weights = stamp if session.is_of_these_weights else OTHER_WEIGHTS
-    cache.in_force = replace(cache.in_force, expert_key=key, weights=weights)
-    encoded_key = tuple(session.encoded_key) if isinstance(session.encoded_key, list) else session.encoded_key
-    cache.encoded_under = replace(cache.in_force, expert_key=encoded_key) if session.has_states else None
-    if cache.encoded_under == cache.in_force:
-        cache.encoded_under = cache.in_force
+    expert, key = cache.resolve(rows if isinstance(session.expert, list) else rows[0])
+    in_force = Encoding(key, stamp if session.is_of_these_weights else OTHER_WEIGHTS)
+    encoded = None
+    if session.has_states:
+        encoded_key = tuple(session.encoded_key) if isinstance(session.encoded_key, list) else session.encoded_key
+        encoded = replace(in_force, expert_key=encoded_key)
+    cache.provenance.restore(expert, in_force, encoded, session.columns > 0 and session.is_mixed)
 
 
 def _restore_text(cache, session: Session, tensors: dict[str, Tensor]) -> None:
     device = cache.model.get_input_embeddings().weight.device
     log = {name.removeprefix("tokens."): t.to(device) for name, t in tensors.items() if name.startswith("tokens.")}
-    cache.log.append(0, **log)
-    cache.log.has_embeddings, cache.is_mixed = session.has_embeddings, session.is_mixed
-    is_fixed = cache.max_columns is not None
-    cache.clock.columns = torch.tensor(session.columns, device=device) if is_fixed else session.columns
-    cache.clock.counts = log["mask"].sum(1) if "mask" in log else None
-    cache.clock.is_empty, cache._rows, cache.clock.overshoot = False, session.rows, session.overshoot
+    cache.history.append(cache.lengths, NewTokens(**log))
+    cache.history.has_embeddings = session.has_embeddings
+    is_fixed, lengths = cache.max_columns is not None, cache.lengths
+    lengths.columns = torch.tensor(session.columns, device=device) if is_fixed else session.columns
+    lengths.counts = log["mask"].sum(1) if "mask" in log else None
+    lengths.rows, lengths.overshoot = session.rows, session.overshoot
     if not session.has_states:
         return
     for layer_idx, (layer, module) in enumerate(zip(cache.layers, cache.model.layers, strict=False)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .cache_history_mambaformer import Status
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
 from .cache_use_mambaformer import Owning
 from .expert_vectors_mambaformer import resolve_expert
@@ -82,7 +83,8 @@ class MambaFormerGenerationMixin(GenerationHooks):
         """Whether the next decoding step may run compiled; one that encodes a sequence again may not."""
         if cache is None or not (cache.expert_vector is None or cache.expert_plan is not None):
             return False
-        return cache.is_settled and cache.in_force.weights == weights_stamp(self.base_model)
+        is_current = cache.status == Status.CURRENT
+        return is_current and cache.provenance.in_force.weights == weights_stamp(self.base_model)
 
     def prepare_inputs_for_generation(
         self,

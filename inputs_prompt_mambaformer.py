@@ -77,7 +77,7 @@ def _starts_with(prompt: torch.Tensor, cache) -> bool:
     if prompt.shape[0] != cached.shape[0]:
         return True  # the forward says what is wrong with the rows
     is_same = (prompt[:, :num_cached] == cached) | (cached < 0)
-    mask = cache.log.mask.tensor
+    mask = cache.history.mask.tensor
     return bool((is_same if mask is None else is_same | ~mask[:, :num_cached].to(prompt.device)).all())
 
 
@@ -112,7 +112,7 @@ def _marks_of(cache, embed_tokens: Callable, dtype: torch.dtype) -> torch.Tensor
     token_ids, columns = cache.token_ids, cache.get_seq_length()
     with torch.no_grad():
         marks = embedding_marks(embed_tokens(token_ids.clamp(min=0)).to(dtype))
-    fed, mask = cache.log.embedding_marks, cache.log.mask
+    fed, mask = cache.history.embedding_marks, cache.history.mask
     marks = torch.where(token_ids < 0, 0 if fed.tensor is None else fed.view(columns), marks)
     return marks if mask.tensor is None else marks.masked_fill(~mask.view(columns), 0)
 

@@ -18,8 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .cache_history_mambaformer import UNCHANGED, Change, NewTokens, Status
 from .cache_keys_mambaformer import Span
-from .cache_mambaformer import UNCHANGED, MambaFormerCache, Transition
+from .cache_mambaformer import CacheStep, MambaFormerCache, UncachedStep
 from .cache_use_mambaformer import feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import FewTokens
@@ -46,11 +47,11 @@ from .inputs_padding_mambaformer import (
     Feed,
     Packing,
     Recorder,
-    behind_history,
     check_feed,
     check_is_ours,
     check_output_request,
     packed_sequences,
+    prepend_history,
     refuse_classified,
     starts_as_given,
 )
@@ -239,7 +240,7 @@ def _is_compiled_step(cache: MambaFormerCache | None) -> bool:
     """
     if cache is None or not torch.compiler.is_compiling():
         return False
-    return cache.is_settled and (cache.expert_vector is None or cache.expert_plan is not None)
+    return cache.status == Status.CURRENT and (cache.expert_vector is None or cache.expert_plan is not None)
 
 
 def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
@@ -413,7 +414,7 @@ class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedM
             resolved = resolve_expert(expert_vector, self._expert_library)
             expert, key = _with_key(resolved)
         elif cache is not None:
-            expert, key = cache.expert_vector, cache.in_force.expert_key
+            expert, key = cache.expert_vector, cache.provenance.in_force.expert_key
         if self._merged_modules() and (is_given or expert is not None):
             raise ValueError(
                 "An expert is merged into the weights: call `unmerge_expert_vector()` before naming another one."
@@ -655,31 +656,19 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         cache, places = self._cache_for(use_cache, cache) if sequences is None else None, places_of_model(self)
         if cache is not None:
             check_cache_fits(cache, places)
-        transition = self._transition(feed, plan, cache)
+        change = self._change(feed, plan, cache)
         whole = feed
-        if transition.anew and not transition.drops_text:
-            whole = behind_history(feed, cache, self.embed_tokens)
+        if change.recomputes:
+            whole = prepend_history(feed, cache, self.embed_tokens)
             packing = Packing.of(whole.mask)
         recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
         if recorded.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
-        num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
-        if cache is None:
-            span = Span(num_tokens, lengths=packing.lengths)
-        else:
-            span = cache.begin(transition, num_tokens, packing.lengths, device)
-        try:
-            with without_counted_forwards(self) if plan.weights is not None else nullcontext():
-                hidden_states = self._run(places, whole, packing, span, plan, cache, recorded, sequences, **kwargs)
-        except BaseException:
-            if cache is not None:
-                cache.abandon()
-            raise
-        if cache is not None:
-            marks = None if feed.inputs_embeds is None else embedding_marks(feed.inputs_embeds)
-            cache.commit(transition, span, feed.token_ids, feed.mask, feed.position_ids, marks)
-            if transition is not UNCHANGED:
-                cache.expert_plan = plan if plan.is_reusable else None
+        uncounted = without_counted_forwards(self) if plan.weights is not None else nullcontext()
+        with self._step(cache, change, feed, whole, packing) as step, uncounted:
+            hidden_states = self._run(places, whole, packing, step.span, plan, cache, recorded, sequences, **kwargs)
+        if cache is not None and change is not UNCHANGED:
+            cache.expert_plan = plan if plan.is_reusable else None
         num_new = feed.token_ids.shape[1]
         return MambaFormerModelOutput(
             last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
@@ -745,7 +734,16 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             logger.warning_once("Gradient checkpointing runs layers twice: `use_cache=True` is ignored.")
         return self.make_cache() if wanted and not is_checkpointing else None
 
-    def _transition(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Transition:
+    def _step(self, cache, change: Change, feed: Feed, whole: Feed, packing: Packing) -> CacheStep | UncachedStep:
+        """Context of the run of all layers: with a cache, a transaction on it."""
+        num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
+        if cache is None:
+            return UncachedStep(Span(num_tokens, lengths=packing.lengths))
+        marks = None if feed.inputs_embeds is None else embedding_marks(feed.inputs_embeds)
+        new = NewTokens(feed.token_ids, feed.mask, feed.position_ids, marks)
+        return cache.step(change, new, num_tokens, packing.lengths, device)
+
+    def _change(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Change:
         rows = feed.token_ids.shape[0]
         if _is_compiled_step(cache):
             return UNCHANGED
@@ -754,7 +752,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
                 f"`expert_vector` has {plan.num_rows} entries for {rows} rows of the batch: give one each."
             )
         if cache is None:
-            return Transition(plan.expert, None)
+            return UNCHANGED
         weights = weights_stamp(self) if plan.weights is None else plan.weights
         return cache.plan(plan.expert, plan.key, weights)
 

@@ -16,8 +16,8 @@ from cases import (
     tiny_config,
 )
 from mambaformer import ExpertVector, MambaFormerCache
+from mambaformer.cache_history_mambaformer import CacheLengths, NewTokens, TokenHistory
 from mambaformer.cache_keys_mambaformer import Buffer, Retention, Span, plan_layout
-from mambaformer.cache_layers_mambaformer import TokenLog
 
 
 def same(found, expected):
@@ -87,7 +87,7 @@ def test_nbytes_is_the_sum_of_all_tensors_the_cache_holds(variant):
     cache = model.make_cache(**CACHE_VARIANTS[variant])
     assert cache.nbytes == 0
     model(torch.tensor(random_rows(0)[:1]), past_key_values=cache)
-    held = [buffer.tensor for buffer in cache.log.buffers().values() if buffer.tensor is not None]
+    held = [buffer.tensor for buffer in cache.history.buffers().values() if buffer.tensor is not None]
     for layer in cache.layers:
         held += layer.recurrent.states.values() if layer.recurrent else []
         held += [layer.attention.keys.tensor, layer.attention.values.tensor] if layer.attention else []
@@ -196,7 +196,7 @@ def snapshot(cache):
         for store in layer.stores.values()
         for value in store.tensors().values()
     ]
-    return copies, cache.token_ids.clone(), cache.get_seq_length(), cache.expert_vector, cache.is_stale
+    return copies, cache.token_ids.clone(), cache.get_seq_length(), cache.expert_vector, cache.status == "stale"
 
 
 def bad_calls(model, ids):
@@ -352,20 +352,20 @@ def test_forks_that_went_apart_are_each_encoded_again_from_their_own_text(varian
 @pytest.mark.parametrize("fixed_size", [None, 40])
 def test_tokens_are_remembered_in_few_bytes_and_given_back_as_they_were(vocab_size, width, fixed_size):
     config = tiny_config("mamba", vocab_size=vocab_size)
-    log, ids = TokenLog(config, fixed_size), torch.randint(0, vocab_size, (2, 30))
+    history, ids = TokenHistory(config, fixed_size), torch.randint(0, vocab_size, (2, 30))
     ids[0, :4] = torch.tensor([-1, 0, vocab_size - 1, vocab_size // 2])
     for start in range(0, 30, 10):
-        log.append(start, ids[:, start : start + 10])
-    fork = log.fork()
-    fork.append(30, ids[:, :1])
-    assert torch.equal(log.token_ids.view(30), ids) and torch.equal(fork.token_ids.view(31)[:, 30], ids[:, 0])
-    assert log.token_ids.tensor.element_size() == width
+        history.append(CacheLengths(start), NewTokens(ids[:, start : start + 10]))
+    fork = history.fork()
+    fork.append(CacheLengths(30), NewTokens(ids[:, :1]))
+    assert torch.equal(history.token_ids.view(30), ids) and torch.equal(fork.token_ids.view(31)[:, 30], ids[:, 0])
+    assert history.token_ids.tensor.element_size() == width
 
 
 def test_tokens_survive_a_vocabulary_that_grows():
     config = tiny_config("mamba")
-    log, ids = TokenLog(config), torch.tensor([[-1, 60, 0]])
-    log.append(0, ids)
+    history, ids = TokenHistory(config), torch.tensor([[-1, 60, 0]])
+    history.append(CacheLengths(0), NewTokens(ids))
     config.vocab_size = 100_000
-    log.append(3, ids + 90_000)
-    assert log.token_ids.view(6).tolist() == [[-1, 60, 0, 89_999, 90_060, 90_000]]
+    history.append(CacheLengths(3), NewTokens(ids + 90_000))
+    assert history.token_ids.view(6).tolist() == [[-1, 60, 0, 89_999, 90_060, 90_000]]

@@ -39,7 +39,7 @@ def test_a_forward_that_fails_half_way_leaves_text_and_expert_as_they_were(polic
         with monkeypatch.context() as patch, pytest.raises(TypeError):
             patch.setattr(model.model.embed_tokens, "forward", lambda: None)
             model(ids[:, 5:], past_key_values=cache, expert_vector=expert)
-        assert cache.get_seq_length() == 5 and cache.expert_vector is None and not cache.is_mixed
+        assert cache.get_seq_length() == 5 and cache.expert_vector is None and not cache.provenance.is_mixed
         same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
 
 
@@ -368,7 +368,7 @@ def test_rows_of_one_expert_that_are_left_of_a_mixed_batch_have_that_expert(poli
         model(ids[:, :6].expand(3, -1), past_key_values=cache, expert_vector=[first, second, None])
         bases = cache.fork()
         cache.batch_select_indices(torch.tensor([1]))
-        assert cache.expert_vector == second and not cache.is_stale
+        assert cache.expert_vector == second and cache.status != "stale"
         same(
             model(ids[:, 6:], past_key_values=cache, expert_vector=second).logits,
             whole(model, ids, expert_vector=second)[:, 6:],
@@ -387,7 +387,7 @@ def test_an_expert_that_was_set_and_taken_back_leaves_no_trace():
             model(ids, past_key_values=cache)
             cache.set_expert_vector(expert)
             cache.set_expert_vector(None)
-            assert not cache.is_stale and not cache.is_mixed
+            assert cache.status != "stale" and not cache.provenance.is_mixed
             cache.crop(-4)
             same(model(ids[:, 5:], past_key_values=cache).logits, whole(model, ids)[:, 5:])
 
@@ -789,7 +789,7 @@ def test_a_commit_or_a_reordering_that_is_cut_short_costs_an_encoding_and_never_
         cache = model.make_cache(**STORAGES[storage])
         model(torch.cat([ids, other])[:, :5], past_key_values=cache)
         with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-            patched.setattr(cache.log, "append", out_of_memory)
+            patched.setattr(cache.history, "append", out_of_memory)
             model(torch.cat([ids, other])[:, 5:7], past_key_values=cache)
         both = model(torch.cat([ids, other])[:, 5:7], past_key_values=cache).logits
         same(both[:1], whole(model, ids[:, :7])[:, 5:])

@@ -83,7 +83,7 @@ def test_rolled_back_text_goes_on_as_if_never_fed(pattern, reach):
         text.feed([drafted] * 2, is_padded=False)
         text.crop(removed)
         if reach == "recorded":
-            assert not text.cache.is_stale
+            assert text.cache.status != "stale"
     text.feed([1, 1], is_padded=False)
     text.crop(1)
     text.crop(2)
@@ -98,7 +98,7 @@ def test_rows_are_rolled_back_each_by_its_own_depth(pattern, reach):
         text.feed([4, 4, 4], is_padded=False)
         text.crop(removed)
         if reach == "recorded":
-            assert not text.cache.is_stale
+            assert text.cache.status != "stale"
     text.feed([2, 2, 2], is_padded=False)
 
 
@@ -123,7 +123,7 @@ def test_everything_within_the_reach_comes_back_at_once(pattern):
         for size in sizes:
             text.feed([size], is_padded=False)
         text.crop(REACH)
-        assert not text.cache.is_stale
+        assert text.cache.status != "stale"
         text.feed([5], is_padded=False)
 
 
@@ -133,7 +133,7 @@ def test_a_prompt_of_uneven_rows_longer_than_the_reach(pattern):
     text.feed([20, 9, 15])
     text.feed([3, 3, 3], is_padded=False)
     text.crop([3, 0, 1])
-    assert not text.cache.is_stale
+    assert text.cache.status != "stale"
     text.crop(5)
     text.feed([2, 2, 2], is_padded=False)
 
@@ -146,7 +146,7 @@ def test_surgery_takes_the_past_along(pattern):
     text.cache.reorder_cache(torch.tensor(order))
     text.columns = [list(text.columns[row]) for row in order]
     text.crop([4, 1, 3])
-    assert not text.cache.is_stale
+    assert text.cache.status != "stale"
     text.feed([2, 2, 2], is_padded=False)
 
 
@@ -203,10 +203,10 @@ def test_a_window_that_is_widened_late_does_not_promise_what_it_lost():
     text.feed([20], is_padded=False)
     text.cache.activate_past_recording(REACH)
     text.crop(1)
-    assert text.cache.is_stale  # the ring of five had overwritten the key that is needed again
+    assert text.cache.status == "stale"  # the ring of five had overwritten the key that is needed again
     text.feed([REACH], is_padded=False)
     text.crop(REACH)
-    assert not text.cache.is_stale
+    assert text.cache.status != "stale"
     text.feed([4], is_padded=False)
 
 
@@ -217,9 +217,9 @@ def test_crops_that_add_up_beyond_the_reach_of_a_window():
     text.crop(5)
     text.feed([2], is_padded=False)
     text.crop(5)
-    assert not text.cache.is_stale
+    assert text.cache.status != "stale"
     text.crop(1)
-    assert text.cache.is_stale
+    assert text.cache.status == "stale"
     text.feed([3], is_padded=False)
 
 
@@ -257,7 +257,7 @@ def test_a_row_that_was_fed_little_is_still_behind_where_its_window_has_been():
     text.crop(5)
     text.feed([6, 1])
     text.crop([0, 12])  # the second row loses seven tokens, and was four further before
-    assert text.cache.is_stale
+    assert text.cache.status == "stale"
     text.feed([2, 2], is_padded=False)
 
 
@@ -268,13 +268,13 @@ def test_a_window_that_is_filled_anew_has_never_been_further(is_reset):
     text = Text(model, model.make_cache(rollback_reach=REACH), 1, random.Random(14))
     text.feed([30], is_padded=False)
     text.crop(25)
-    assert text.cache.is_stale
+    assert text.cache.status == "stale"
     if is_reset:
         text.cache.reset()
         text.columns = [[]]
     text.feed([4], is_padded=False)
     text.crop(2)
-    assert not text.cache.is_stale
+    assert text.cache.status != "stale"
     text.feed([3], is_padded=False)
 
 
@@ -287,7 +287,7 @@ def test_a_loaded_window_knows_how_far_it_has_been(tmp_path):
     text.cache.save(tmp_path / "session.safetensors")
     text.cache = model.load_cache(tmp_path / "session.safetensors")
     text.crop(5)
-    assert text.cache.is_stale
+    assert text.cache.status == "stale"
     text.feed([3], is_padded=False)
 
 

@@ -418,9 +418,9 @@ def test_loaded_is_what_was_saved_in_every_public_way(variant, tmp_path):
     assert loaded.expert_vector == cache.expert_vector
     assert [row.name for row in loaded.expert_vector] == [None, "a", None]
     assert (loaded.storage, loaded.max_columns) == (cache.storage, cache.max_columns)
-    assert (loaded.is_stale, loaded.is_mixed, loaded.is_initialized) == (False, False, True)
-    assert torch.equal(loaded.clock.counts, cache.clock.counts)
-    assert type(loaded.clock.columns) is type(cache.clock.columns)
+    assert (loaded.status, loaded.provenance.is_mixed, loaded.is_initialized) == ("current", False, True)
+    assert torch.equal(loaded.lengths.counts, cache.lengths.counts)
+    assert type(loaded.lengths.columns) is type(cache.lengths.columns)
 
 
 def test_a_change_of_expert_that_is_taken_back_after_loading_uses_the_saved_states(tmp_path):
@@ -429,10 +429,10 @@ def test_a_change_of_expert_that_is_taken_back_after_loading_uses_the_saved_stat
     cache = made(model, "waiting_to_be_encoded_again", "dense")
     cache.save(tmp_path / "s")
     loaded = model.load_cache(tmp_path / "s")
-    assert loaded.is_stale
+    assert loaded.status == "stale"
     for one in (cache, loaded):
         one.set_expert_vector(None)
-        assert not one.is_stale
+        assert one.status != "stale"
     assert equal(go_on(model, loaded), go_on(model, cache))
 
 
@@ -453,7 +453,7 @@ def test_weights_that_changed_before_saving_count_as_changed_after_loading(polic
         found, wanted = (model(some_ids(model, 2), past_key_values=one).logits for one in (loaded, cache))
     assert torch.equal(found, wanted)
     assert loaded.get_seq_length() == cache.get_seq_length()
-    assert loaded.is_mixed == cache.is_mixed == (policy == "continue")
+    assert loaded.provenance.is_mixed == cache.provenance.is_mixed == (policy == "continue")
 
 
 def test_an_expert_that_is_being_trained_is_saved_as_it_stands(tmp_path):
@@ -464,7 +464,7 @@ def test_an_expert_that_is_being_trained_is_saved_as_it_stands(tmp_path):
         cache = model(some_ids(model, 1), expert_vector=trained).past_key_values
         cache.save(tmp_path / "s")
         loaded = model.load_cache(tmp_path / "s")
-        assert not loaded.is_stale
+        assert loaded.status != "stale"
         assert not (loaded.expert_vector and loaded.expert_vector.requires_grad)
         found, wanted = (model(some_ids(model, 2), past_key_values=one).logits for one in (loaded, cache))
         assert torch.equal(found, wanted)
@@ -583,7 +583,7 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(saved):
 def test_other_weights_are_refused_unless_the_text_is_to_be_encoded_again(change, saved):
     model, cache, path = saved
     tokens = cache.token_ids.clone()
-    mask = cache.log.mask.view(6).clone()
+    mask = cache.history.mask.view(6).clone()
     if change == "dtype":
         model = model.float()
     elif change == "merged":
@@ -601,7 +601,7 @@ def test_other_weights_are_refused_unless_the_text_is_to_be_encoded_again(change
     with pytest.raises(ValueError, match="on_weights_change"):
         model.load_cache(path, on_weights_change="ignore")
     loaded = MambaFormerCache.load(path, model, on_weights_change="recompute")
-    assert loaded.is_stale
+    assert loaded.status == "stale"
     with torch.no_grad():
         found = model(some_ids(model, 2), past_key_values=loaded).logits
         whole = model(

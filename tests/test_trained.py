@@ -127,7 +127,7 @@ def test_drafts_that_are_taken_back_leave_no_trace_in_a_long_text(name, storage)
     feed(model, cache, [one_turn([row[:180] for row in rows])])
     feed(model, cache, [one_turn(drafts)])
     cache.crop(-40)
-    assert cache.is_stale == (storage != "recorded")
+    assert (cache.status == "stale") == (storage != "recorded")
     mixed = [row[180 : 180 + right] + draft[right:9] for row, draft, right in zip(rows, drafts, rights, strict=True)]
     feed(model, cache, [one_turn(mixed)])
     cache.crop([right - 9 for right in rights])

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .cache_history_mambaformer import Status
 from .cache_mambaformer import MambaFormerCache
 
 
@@ -27,7 +28,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         if cache.max_columns is None:
             raise ValueError("A step needs tensors of fixed size: make the cache with storage='static'.")
-        if not cache.is_settled:
+        if cache.status != Status.CURRENT:
             raise ValueError("The cache holds no text that is encoded as it is now: feed a token first.")
         self.model, self.cache = model, cache.fork()
         for name, holder, key in self._places():
@@ -46,11 +47,11 @@ class DecodeStep(nn.Module):
 
     def _places(self) -> Iterator[tuple[str, dict, str]]:
         """Where the cache keeps its tensors: a name, and the dictionary and key that hold the tensor."""
-        clock = vars(self.cache.clock)
+        lengths = vars(self.cache.lengths)
         for key in ("columns", "counts"):
-            if clock[key] is not None:
-                yield key, clock, key
-        for key, buffer in self.cache.log.buffers().items():
+            if lengths[key] is not None:
+                yield key, lengths, key
+        for key, buffer in self.cache.history.buffers().items():
             if buffer.tensor is not None:
                 yield key, vars(buffer), "tensor"
         for idx, layer in enumerate(self.cache.layers):

@@ -1,4 +1,4 @@
-"""What one forward is fed: checked, behind the text that has to be encoded again, and packed.
+"""The inputs of one forward: checked, behind the sequence that has to be encoded again, and packed.
 
 Padding is dealt with here and nowhere else. Each row's real tokens are put first, every layer runs in that order, and
 `Packing.unpack` is the way back.
@@ -293,7 +293,7 @@ def _check_cache(config, cache: MambaFormerCache, rows: int, num_tokens: int) ->
 
 def check_is_ours(cache: Any) -> None:
     # Not by its class: remote code may have loaded a second copy of it.
-    if cache is not None and not hasattr(cache, "in_force"):
+    if cache is not None and not hasattr(cache, "provenance"):
         raise TypeError(
             f"`cache` is a {type(cache).__name__}, which has no states of Mamba layers: make one with "
             "`model.make_cache()`. Prefix tuning of PEFT makes such caches, of keys and values alone: use prompt "
@@ -333,7 +333,7 @@ def _checked_mask(attention_mask, rows: int, num_tokens: int, cache: MambaFormer
 
 
 def _check_past_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
-    fed = cache.log.mask.tensor
+    fed = cache.history.mask.tensor
     if not bool(mask.all() if fed is None else (mask == fed[:, : mask.shape[1]]).all()):
         raise ValueError(
             "`attention_mask` calls other cached tokens pads than when they were fed: pass the mask that was used "
@@ -341,9 +341,10 @@ def _check_past_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
         )
 
 
-def behind_history(feed: Feed, cache: MambaFormerCache, embed_tokens: Callable) -> Feed:
-    """The columns of `feed` behind those that the cache remembers."""
-    token_ids, mask, position_ids = cache.history()
+def prepend_history(feed: Feed, cache: MambaFormerCache, embed_tokens: Callable) -> Feed:
+    """The columns of the cache's history, and those of `feed` after them."""
+    history = cache.history.read(cache.lengths)
+    token_ids, mask, position_ids = history.token_ids, history.mask, history.position_ids
     earlier, new = torch.ones_like(token_ids, dtype=torch.bool), torch.ones_like(feed.token_ids, dtype=torch.bool)
     if mask is not None or feed.mask is not None:
         mask = torch.cat([earlier if mask is None else mask, new if feed.mask is None else feed.mask], dim=1)
