@@ -11,7 +11,7 @@ LAWS := library laws rollback cache remote_code readme generate generation_modes
 	sessions packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare lint folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist types lint folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -42,6 +42,17 @@ test-cuda:  ## the laws on a GPU, by the python that PYTHON names; needs pytest,
 test-bare: .venv-bare/.installed  ## a model folder where nothing but PyTorch and the newest transformers is installed
 	.venv-bare/bin/python -I -W error tests/bare_environment.py
 
+dist: $(VENV)/.base  ## the wheel and the source distribution of this version, in dist/
+	$(BIN)/pip install --quiet build==1.6.1
+	rm -rf dist build
+	$(BIN)/python -m build
+
+test-wheel: dist  ## the wheel in an environment that has nothing else: imports, loads, generates, saves, converts
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet $(TORCH) $(TRANSFORMERS) dist/*.whl
+	.venv-wheel/bin/python -I -W error tests/wheel_environment.py
+
 test-library: $(VENV)/.dev  ## the library's own common model tests, on our classes
 	$(BIN)/python tests_library/run.py $(ARGS)
 
@@ -58,6 +69,10 @@ lint: $(VENV)/.dev  ## style, and whether the folders in checkpoints/ hold the c
 
 folders:  ## copies the shipped code into the folders in models/
 	$(PYTHON) scripts/folders.py
+
+types: $(VENV)/.dev  ## the types of the shipped package, by pyright in basic mode
+	$(BIN)/pip install --quiet --editable ".[types]"
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test  ## style, then all tests
 
@@ -89,7 +104,7 @@ icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hour
 	$(BIN)/python examples/icl/run.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-* .library demo runs build *.egg-info
+	rm -rf $(VENV) .venv-* .library demo runs build dist *.egg-info
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

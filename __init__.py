@@ -14,7 +14,7 @@ from .modeling_mambaformer import (
     MambaFormerPreTrainedModel,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(MambaFormerConfig.model_type, MambaFormerConfig, exist_ok=True)
 AutoModel.register(MambaFormerConfig, MambaFormerModel, exist_ok=True)
