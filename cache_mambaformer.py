@@ -120,7 +120,7 @@ class MambaFormerCache(Cache):
         self.lengths = CacheLengths()
         self.history = TokenHistory(config, max_cache_len)
         self.provenance = Provenance(on_expert_change)
-        self.expert_plan = None
+        self.prepared_expert_vectors = None
         self._step: CacheStep | None = None
         self.use = CacheUse()
         self.rollback_reach = 0
@@ -255,7 +255,7 @@ class MambaFormerCache(Cache):
 
     def _put_in_force(self, change: Change) -> None:
         if self.provenance.put_in_force(change):
-            self.expert_plan = None
+            self.prepared_expert_vectors = None
 
     @property
     def expert_vector(self) -> Any:
@@ -439,7 +439,7 @@ class MambaFormerCache(Cache):
         rows = as_index(rows).long()
         self._check_rows(rows)
         if self.provenance.select_rows(rows, self.resolve):
-            self.expert_plan = None
+            self.prepared_expert_vectors = None
         if self.lengths.is_empty:
             return
         encoded = self.provenance.invalidate()  # until all layers have followed
@@ -483,7 +483,7 @@ class MambaFormerCache(Cache):
             layer.fork_into(copy)
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()
-        other.expert_plan = self.expert_plan
+        other.prepared_expert_vectors = self.prepared_expert_vectors
         return other
 
     def __deepcopy__(self, memo) -> "MambaFormerCache":

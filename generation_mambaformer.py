@@ -69,7 +69,7 @@ class MambaFormerGenerationMixin(GenerationHooks):
         entries = first_schedule((expert_vector, expert_schedule), *of_configs)
         if entries:
             for expert in entries.values():
-                self._plan(expert, None)
+                self._prepare_in_force(expert, None)
             entries = {n: resolve_expert(expert, self._expert_library) for n, expert in entries.items()}
             has_embeds = kwargs.get("inputs_embeds") is not None
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
@@ -81,7 +81,7 @@ class MambaFormerGenerationMixin(GenerationHooks):
 
     def can_run_compiled(self, cache: MambaFormerCache | None) -> bool:
         """Whether the next decoding step may run compiled; one that encodes a sequence again may not."""
-        if cache is None or not (cache.expert_vector is None or cache.expert_plan is not None):
+        if cache is None or not (cache.expert_vector is None or cache.prepared_expert_vectors is not None):
             return False
         is_current = cache.status == Status.CURRENT
         return is_current and cache.provenance.in_force.weights == weights_stamp(self.base_model)

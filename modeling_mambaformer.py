@@ -5,9 +5,7 @@ Reads from the inside out: a layer, what all models share, the stack, and what s
 """
 
 import functools
-from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,29 +16,18 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .cache_history_mambaformer import UNCHANGED, Change, NewTokens, Status
+from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_keys_mambaformer import Span
 from .cache_mambaformer import CacheStep, MambaFormerCache, UncachedStep
 from .cache_use_mambaformer import feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import FewTokens
-from .expert_bases_mambaformer import SingularBases, SingularBasis
-from .expert_files_mambaformer import load_named_experts, save_experts
-from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear, merged_weight, scale_basis
-from .expert_vectors_mambaformer import (
-    ExpertLibrary,
-    ExpertVector,
-    check_expert,
-    check_spectrum,
-    expert_key,
-    resolve_expert,
-    spectrum_of,
-)
-from .files_folders_mambaformer import staged_folder
+from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
+from .expert_runtime_mambaformer import ExpertRuntimeMixin, PreparedExpertVectors, is_compiled_step, resolve_with_key
 from .files_mambaformer import digest_of
 from .generation_export_mambaformer import DecodeStep
 from .generation_mambaformer import MambaFormerGenerationMixin
-from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor, prepare_to_save
+from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
 from .inputs_mambaformer import check_keywords, check_token_ids
 from .inputs_packing_mambaformer import Sequences, split_borders
 from .inputs_padding_mambaformer import (
@@ -48,7 +35,6 @@ from .inputs_padding_mambaformer import (
     Packing,
     Recorder,
     check_feed,
-    check_is_ours,
     check_output_request,
     packed_sequences,
     prepend_history,
@@ -61,7 +47,6 @@ from .library_mambaformer import (
     MambaFormerCausalLMOutput,
     MambaFormerModelOutput,
     MambaFormerSequenceClassifierOutput,
-    UploadsFolders,
     cache_of,
     name_causal_model,
 )
@@ -76,40 +61,22 @@ from .mixers_mambaformer import (
     plan_attention,
 )
 from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
-from .modeling_stack_mambaformer import Place, check_cache_fits, places_of_model, without_wrappers
+from .modeling_saving_mambaformer import SavingMixin
+from .modeling_stack_mambaformer import Place, check_cache_fits, places_of_model
 from .ops_eligibility_mambaformer import replaceable_by_kernels
 from .weights_parallel_mambaformer import (
     CountsReplacements,
     adapters_of,
-    agreed,
-    base_linear,
-    is_shard,
-    mesh_of,
-    num_shards,
-    placed_like,
-    weight_of,
-    writes_stamp,
 )
 from .weights_quantized_mambaformer import (
-    is_quantized,
-    pack_for_this_processor,
     portable,
     quantized_activations,
-    saved_as_quantized,
 )
-from .weights_quantized_modules_mambaformer import check_can_be_read, keep_codes_in_order, matrix_of, shape_of
-from .weights_version_mambaformer import SeenWeights, version_of, weights_stamp, without_counted_forwards
+from .weights_version_mambaformer import SeenWeights, weights_stamp, without_counted_forwards
 
 logger = logging.get_logger(__name__)
 
 NO_EXPERTS: dict[str, Any] = {}
-# Which class of the saved folder each Auto class finds there.
-AUTO_MAP = {
-    "AutoConfig": "configuration_mambaformer.MambaFormerConfig",
-    "AutoModel": "modeling_mambaformer.MambaFormerModel",
-    "AutoModelForCausalLM": "modeling_mambaformer.MambaFormerForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_mambaformer.MambaFormerForSequenceClassification",
-}
 
 
 @replaceable_by_kernels
@@ -193,73 +160,8 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         return experts.get(self.expert_names[mixer], NO_EXPERTS)
 
 
-@dataclass(frozen=True)
-class ExpertPlan:
-    """An expert made ready for one model.
-
-    Args:
-        expert, key: what was resolved, and what tells it from others by content.
-        num_rows: length of the list that the user gave, if it was one.
-        scaled: {path of a mixer: {name of a linear module: its scaled basis}}.
-        weights, head: stamps of the stack's weights and of the head's.
-    """
-
-    expert: Any = None
-    key: Any = None
-    num_rows: int | None = None
-    scaled: Any = None
-    weights: Any = None
-    head: Any = None
-
-    def experts(self) -> dict[str, dict[str, ScaledBasis]]:
-        return self.scaled or NO_EXPERTS
-
-    @property
-    def is_reusable(self) -> bool:
-        """A plan whose expert is being trained belongs to one graph."""
-        return not _is_trained(self.expert)
-
-
-@contextmanager
-def _outside_inference_mode():
-    """For tensors that outlive a forward: those made in inference mode cannot be used where gradients are wanted."""
-    is_grad_enabled = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(is_grad_enabled):
-        yield
-
-
-def _is_trained(expert: Any) -> bool:
-    rows = expert if isinstance(expert, list) else [expert]
-    return any(vector.requires_grad for row in rows if row is not None for vector in row.vectors.values())
-
-
-def _is_compiled_step(cache: MambaFormerCache | None) -> bool:
-    """Whether a compiled forward goes on from a text as it is.
-
-    It cannot stamp the weights, and takes the expert plan that an eager forward left behind.
-    """
-    if cache is None or not torch.compiler.is_compiling():
-        return False
-    return cache.status == Status.CURRENT and (cache.expert_vector is None or cache.expert_plan is not None)
-
-
-def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
-    """What a user may call an expert -> `(expert, key)`; the base is `(None, None)`."""
-    return _with_key(resolve_expert(expert_vector, library))
-
-
-def _with_key(expert: Any) -> tuple[Any, Any]:
-    """A list of equal rows is one expert, unless they are being trained: then each row has a gradient of its own."""
-    if isinstance(expert, list) and _is_trained(expert):
-        return expert, tuple(expert_key(row) for row in expert)
-    key = expert_key(expert)
-    if isinstance(expert, list) and not isinstance(key, tuple):
-        expert = expert[0]
-    return (None, None) if expert is None else (expert, key)
-
-
-class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedModel):
-    """What all MambaFormers share: loading, initialization, experts and the making of caches."""
+class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingMixin, PreTrainedModel):
+    """What all MambaFormers share: initialization, caches, and by their mixins expert vectors and saved folders."""
 
     config_class = MambaFormerConfig
     base_model_prefix = "model"
@@ -276,10 +178,6 @@ class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedM
 
     def __init__(self, config: MambaFormerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self._expert_library = ExpertLibrary()
-        self._singular_bases = SingularBases()
-        self._unmerged: list[tuple[nn.Module, torch.Tensor, int]] = []
-        self.num_merges = 0
         self._fingerprint: tuple[Any, str] | None = None
 
     @torch.no_grad()
@@ -296,20 +194,6 @@ class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedM
         uniform = torch.rand(module.dt_proj.bias.shape, device=module.dt_proj.bias.device)
         dt = (low * (high / low) ** uniform).clamp(min=self.config.time_step_floor)
         init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a model with the experts that its configuration names, from a folder or the Hub.
-
-        Expert files come from where the configuration came from, under `experts/`: of an adapter, that is its base.
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        pack_for_this_processor(model)
-        keep_codes_in_order(model)
-        model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
-        load_named_experts(model._expert_library, model.config, pretrained_model_name_or_path, kwargs)
-        return loaded
 
     # ---- caches
 
@@ -359,242 +243,6 @@ class MambaFormerPreTrainedModel(CountsReplacements, UploadsFolders, PreTrainedM
         """
         self.base_model.num_replacements += 1
 
-    # ---- experts
-
-    @property
-    def expert_vectors(self) -> ExpertLibrary:
-        """The expert vectors that may be called by name: add, blend, load and save them here."""
-        return self._expert_library
-
-    def load_expert_vectors(self, path: str) -> list[str]:
-        """Adds the expert vector of a file, or all of a folder, to `expert_vectors`; returns their names."""
-        return self._expert_library.load(path)
-
-    def linear_modules(self) -> dict[str, nn.Module]:
-        """The linear modules that an expert may scale, by the names that experts use."""
-        prefix = "" if self.base_model is not self else "model."
-        found = {prefix + name: module for name, module in self.named_modules() if name.endswith("_proj")}
-        found = without_wrappers(found)
-        head = self.get_output_embeddings()
-        found = found if head is None else {**found, "lm_head": head}
-        found = {name: base_linear(module) for name, module in found.items()}
-        # A module that a user put in has no weight that could be scaled, or one of another kind.
-        return {name: module for name, module in found.items() if getattr(module, "weight", None) is not None}
-
-    @property
-    def _bases(self) -> SingularBases:
-        self._singular_bases.look_again(writes_stamp(self))
-        return self._singular_bases
-
-    def prepare_experts(self, names: list[str] | None = None) -> None:
-        """Computes the singular bases of these linear modules (default: all), or reads them from the disk cache.
-
-        Experts do it for what they scale when they are first used; this does it at a chosen time, with a progress bar,
-        and also keeps the bases of weights on disk that were changed after loading.
-        """
-        modules = self.linear_modules()
-        self._bases.prepare({name: functools.partial(weight_of, modules[name]) for name in names or modules})
-
-    def _bases_of(self, names: Iterable[str], **options: Any) -> dict[str, SingularBasis]:
-        modules = self.linear_modules()
-        return self._bases.get_all({name: functools.partial(weight_of, modules[name]) for name in names}, **options)
-
-    def spectrum(self, names: list[str]) -> dict[str, list[float]]:
-        """The first singular values of these linear modules: an expert's `metadata["spectrum"]` ties it to them."""
-        return spectrum_of(self._bases_of(names))
-
-    def _plan(self, expert_vector: Any, cache: MambaFormerCache | None) -> ExpertPlan:
-        """Resolves and checks the expert of a forward; changes nothing."""
-        check_is_ours(cache)
-        is_given = expert_vector is not ...
-        if not is_given and _is_compiled_step(cache):
-            return ExpertPlan() if cache.expert_plan is None else cache.expert_plan
-        expert, key = None, None
-        if is_given:
-            resolved = resolve_expert(expert_vector, self._expert_library)
-            expert, key = _with_key(resolved)
-        elif cache is not None:
-            expert, key = cache.expert_vector, cache.provenance.in_force.expert_key
-        if self._merged_modules() and (is_given or expert is not None):
-            raise ValueError(
-                "An expert is merged into the weights: call `unmerge_expert_vector()` before naming another one."
-            )
-        if is_given:
-            self._check_what_scales_nothing(expert_vector, resolved)
-        rows = expert_vector if is_given else expert
-        num_rows = len(rows) if isinstance(rows, (list, tuple)) else None
-        weights = None if cache is None else weights_stamp(self.base_model)
-        if expert is None:
-            return ExpertPlan(num_rows=num_rows, weights=weights)
-        head = self.get_output_embeddings()
-        head = None if head is None else (weights_stamp(head), self.num_replacements)
-        known = None if cache is None or _is_trained(expert) else cache.expert_plan
-        if known is not None and (known.key, known.weights, known.head) == (key, weights, head):
-            return replace(known, num_rows=num_rows)
-        with _outside_inference_mode():
-            return ExpertPlan(expert, key, num_rows, self._scaled_bases(expert), weights, head)
-
-    def _scaled_bases(self, expert: Any) -> dict[str, dict[str, ScaledBasis]]:
-        modules = self.linear_modules()
-        rows = expert if isinstance(expert, list) else [expert]
-        for row in rows:
-            if row is not None:
-                self.check_expert(row)
-        ranks: dict[str, int] = {}
-        for name, z in (pair for row in rows if row is not None for pair in row.vectors.items()):
-            if name in modules:  # not so the head, for a model without one
-                ranks[name] = max(len(z), ranks.get(name, 0))
-        scaled: dict[str, dict[str, ScaledBasis]] = {}
-        bases = self._bases_of(ranks, ranks=ranks, in_weights_dtype=True)
-        for name, basis in bases.items():
-            z = [None if row is None else row.vectors.get(name) for row in rows]
-            for row in rows:
-                if row is not None:
-                    check_spectrum(row, name, basis.values)
-            owner, _, short = name.removeprefix("model.").rpartition(".")
-            mesh = mesh_of(modules[name])
-            if mesh is not None:
-                basis = replace(basis, vectors=agreed(basis.vectors, mesh))
-            scaled.setdefault(owner, {})[short] = scale_basis(basis, z if isinstance(expert, list) else z[0], mesh)
-        return scaled
-
-    def _check_what_scales_nothing(self, given: Any, resolved: Any) -> None:
-        """Experts of ones are resolved to the base, and would pass whatever modules they name."""
-        pairs = zip(given, resolved, strict=True) if isinstance(resolved, list) else [(given, resolved)]
-        for row, expert in pairs:
-            if row is not None and expert is None:
-                row = self._expert_library[row] if isinstance(row, str) else row
-                self.check_expert(ExpertVector(getattr(row, "vectors", row)))
-
-    def check_expert(self, expert: ExpertVector) -> None:
-        """Refuses an expert (`ValueError`) that names other modules than this model has, or has too many scales."""
-        modules = self.linear_modules()
-        for name in expert.vectors:
-            if name in modules:
-                check_can_be_read(name, modules[name])
-        sizes = {name: shape_of(module) for name, module in modules.items()}
-        if "lm_head" not in sizes:
-            sizes["lm_head"] = (self.config.vocab_size, self.config.hidden_size)
-        check_expert(expert, sizes)
-
-    def merge_expert_vector(self, expert_vector: Any) -> None:
-        """Writes an expert into the weights, W' = U diag(s * z) V^T, so that it costs nothing per token.
-
-        The weights it changes are kept aside for `unmerge_expert_vector`. Caches notice the change by themselves.
-
-        Raises:
-            ValueError: one is merged already, or the expert does not fit the model.
-            TypeError: it is no single expert.
-        """
-        if self._merged_modules():
-            raise ValueError("An expert is merged already: call `unmerge_expert_vector()` first.")
-        expert, _ = resolve_with_key(self._expert_library, expert_vector)
-        if expert is None or isinstance(expert, list):
-            raise TypeError("`merge_expert_vector` takes one expert for all rows, and not the base.")
-        self.check_expert(expert)
-        modules = self.linear_modules()
-        modules = {name: modules[name] for name in expert.vectors if name in modules}  # there may be no head
-        for name, module in modules.items():
-            _check_can_be_merged_into(name, module)
-        merged = []
-        for name, basis in self._bases_of(modules).items():
-            check_spectrum(expert, name, basis.values)
-            new = merged_weight(weight_of(modules[name]), basis, expert.vectors[name].detach())
-            merged.append((modules[name], placed_like(new, modules[name].weight)))
-        for module, weight in merged:
-            old = _swap_weight(module, weight, self._is_tied(module))
-            self._merged_modules().append((module, old, version_of(module.weight)))
-        self.base_model.num_merges += 1
-
-    def unmerge_expert_vector(self) -> None:
-        """Puts back the weights of before `merge_expert_vector`, bit for bit.
-
-        Raises:
-            ValueError: nothing is merged, or the weights were trained or loaded since.
-        """
-        if not self._merged_modules():
-            raise ValueError("No expert is merged: there is nothing to undo.")
-        if any(version_of(module.weight) != version for module, _, version in self._merged_modules()):
-            raise ValueError(
-                "Weights were written since the expert was merged, by training or loading: putting the old ones back "
-                "would mix two models. Load the model anew."
-            )
-        while self._merged_modules():
-            module, weight, _ = self._merged_modules().pop()
-            if isinstance(weight, nn.Parameter):
-                module.weight = weight
-            else:
-                _swap_weight(module, weight, is_tied=False)
-        self.base_model.num_merges += 1
-
-    def _merged_modules(self) -> list[tuple[nn.Module, torch.Tensor, int]]:
-        """What is merged, what undoes it, and the version it has; kept by the stack, which its models share."""
-        return self.base_model._unmerged
-
-    def _is_tied(self, module: nn.Module) -> bool:
-        embedding = self.get_input_embeddings()
-        return module is not embedding and module.weight is embedding.weight
-
-    def tie_weights(self, *args, **kwargs):
-        self._check_tied_head("tying weights")
-        return super().tie_weights(*args, **kwargs)
-
-    def _check_tied_head(self, action: str) -> None:
-        if any(isinstance(weight, nn.Parameter) for _, weight, _ in self._merged_modules()):
-            raise ValueError(
-                f"An expert is merged into the tied `lm_head`: call `unmerge_expert_vector()` before {action}."
-            )
-
-    def _note_whether_tied(self) -> None:
-        """Quantizing only the head unties it, and Transformers may say so where it has not: a file needs the truth."""
-        head = self.get_output_embeddings()
-        if head is not None and (self._is_tied(head) or is_quantized(base_linear(head).weight)):
-            self.config.tie_word_embeddings = self._is_tied(head)
-
-    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library.
-
-        A save that fails leaves the folder as it was, with the model that it held; an upload that fails leaves the
-        new one. Models that are sharded over processes are written in place.
-        """
-        self._check_tied_head("saving")
-        prepare_to_save(getattr(self, "generation_config", None))
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.experts = list(self._expert_library) or None
-        self._note_whether_tied()
-        is_written_by_many = kwargs.get("distributed_checkpoint") or any(map(is_shard, self.parameters()))
-        with ExitStack() as stack:
-            stack.enter_context(saved_as_quantized(self))
-            if is_main_process and not is_written_by_many:
-                save_directory = str(stack.enter_context(staged_folder(save_directory)).path)
-            if is_main_process:
-                self.write_folders(save_directory)
-            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-
-    def write_folders(self, directory) -> list[str]:
-        return save_experts(self._expert_library, directory)
-
-
-def _check_can_be_merged_into(name: str, module: nn.Module) -> None:
-    if "weight" not in module._parameters:
-        raise ValueError(f"`{name}` is parametrized: remove the parametrization before merging.")
-    if is_quantized(module.weight) or matrix_of(module) is not None:
-        raise ValueError(
-            f"`{name}` is quantized, and rounding it again would be another expert: pass it as `expert_vector`, or "
-            "merge it before the model is quantized."
-        )
-
-
-@torch.no_grad()
-def _swap_weight(module: nn.Module, weight: torch.Tensor, is_tied: bool) -> torch.Tensor:
-    """Gives `module` the values of `weight`; returns what puts the old ones back."""
-    if is_tied:
-        old, module.weight = module.weight, nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        return old
-    old = module.weight.detach().clone()
-    module.weight.copy_(weight)
-    return old
-
 
 class MambaFormerModel(MambaFormerPreTrainedModel):
     """The stack without a head: token ids or embeddings -> hidden states (rows, tokens, hidden_size)."""
@@ -620,7 +268,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         expert_vector: Any = ...,
-        expert_plan: ExpertPlan | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         past_key_values: MambaFormerCache | None = None,
@@ -637,7 +284,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             cache: a cache of `make_cache`; by default one is made if `use_cache`. `past_key_values` is the same
                 argument under its older name.
             expert_vector: see `MambaFormerForCausalLM.forward`.
-            expert_plan: the same, prepared by a model that stands on this one.
             output_hidden_states: whether to return hidden states, or the indices of those to return.
             kwargs: `seq_idx` (rows, tokens), another number for each sequence packed into a row; or `cu_seq_lens_q`,
                 `cu_seq_lens_k`, `cu_seqlens` (sequences + 1,), where sequences start among the tokens of all rows.
@@ -652,11 +298,11 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         feed = check_feed(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache)
         packing, is_grouped = Packing.of(feed.mask), can_group(self.config, output_attentions)
         sequences = packed_sequences(feed, packing, borders, attention_mask, cache, use_cache, is_grouped)
-        plan = self._plan(expert_vector, cache) if expert_plan is None else expert_plan
+        prepared = self._prepare_in_force(expert_vector, cache)
         cache, places = self._cache_for(use_cache, cache) if sequences is None else None, places_of_model(self)
         if cache is not None:
             check_cache_fits(cache, places)
-        change = self._change(feed, plan, cache)
+        change = self._change(feed, prepared, cache)
         whole = feed
         if change.recomputes:
             whole = prepend_history(feed, cache, self.embed_tokens)
@@ -664,11 +310,13 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
         if recorded.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
-        uncounted = without_counted_forwards(self) if plan.weights is not None else nullcontext()
+        uncounted = without_counted_forwards(self) if prepared.weights is not None else nullcontext()
         with self._step(cache, change, feed, whole, packing) as step, uncounted:
-            hidden_states = self._run(places, whole, packing, step.span, plan, cache, recorded, sequences, **kwargs)
+            hidden_states = self._run(
+                places, whole, packing, step.span, prepared, cache, recorded, sequences, **kwargs
+            )
         if cache is not None and change is not UNCHANGED:
-            cache.expert_plan = plan if plan.is_reusable else None
+            cache.prepared_expert_vectors = prepared if prepared.is_reusable else None
         num_new = feed.token_ids.shape[1]
         return MambaFormerModelOutput(
             last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
@@ -682,7 +330,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         whole: Feed,
         packing: Packing,
         span: Span,
-        plan: ExpertPlan,
+        prepared: PreparedExpertVectors,
         cache: MambaFormerCache | None,
         recorded: Recorder,
         sequences: Sequences | None,
@@ -700,15 +348,15 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         shown = packing if recorded.wants_attention else None
         attention = plan_attention(places, self.config, span, cache, hidden_states, shown, sequences)
         if not recorded.wants_anything:
-            shared = attention, plan.experts(), position_embeddings, cache, span.lengths
-            of_kernels = self._few_tokens.run(places, plan.weights, hidden_states, *shared)
+            shared = attention, prepared.scaled_bases, position_embeddings, cache, span.lengths
+            of_kernels = self._few_tokens.run(places, prepared.weights, hidden_states, *shared)
             if of_kernels is not None:
                 return self.norm(of_kernels)
         for place in places:
             outputs = place.module(
                 recorded.hidden(hidden_states),
                 attention=attention.get(place.window),
-                experts=place.experts_of(plan.experts()),
+                experts=place.experts_of(prepared.scaled_bases),
                 position_embeddings=position_embeddings,
                 cache=place.cache_of(cache),
                 lengths=span.lengths,
@@ -743,18 +391,18 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         new = NewTokens(feed.token_ids, feed.mask, feed.position_ids, marks)
         return cache.step(change, new, num_tokens, packing.lengths, device)
 
-    def _change(self, feed: Feed, plan: ExpertPlan, cache: MambaFormerCache | None) -> Change:
+    def _change(self, feed: Feed, prepared: PreparedExpertVectors, cache: MambaFormerCache | None) -> Change:
         rows = feed.token_ids.shape[0]
-        if _is_compiled_step(cache):
+        if is_compiled_step(cache):
             return UNCHANGED
-        if plan.num_rows not in (None, rows):
+        if prepared.num_rows not in (None, rows):
             raise ValueError(
-                f"`expert_vector` has {plan.num_rows} entries for {rows} rows of the batch: give one each."
+                f"`expert_vector` has {prepared.num_rows} entries for {rows} rows of the batch: give one each."
             )
         if cache is None:
             return UNCHANGED
-        weights = weights_stamp(self) if plan.weights is None else plan.weights
-        return cache.plan(plan.expert, plan.key, weights)
+        weights = weights_stamp(self) if prepared.weights is None else prepared.weights
+        return cache.plan(prepared.expert_vector, prepared.key, weights)
 
     def _embed(self, feed: Feed) -> torch.Tensor:
         if feed.inputs_embeds is None:
@@ -819,7 +467,7 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         shifted = kwargs.get("shift_labels")
         check_output_request(input_ids, inputs_embeds, labels, logits_to_keep, self.config.vocab_size, shifted)
         cache = cache_of(cache, past_key_values)
-        plan = self._plan(expert_vector, cache)
+        prepared = self._prepare_in_force(expert_vector, cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -827,13 +475,13 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            expert_plan=plan,
+            expert_vector=prepared,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        head_experts = plan.experts().get("", {})
-        logits = apply_expert_linear(self.lm_head, outputs.last_hidden_state[:, kept], head_experts.get("lm_head"))
+        head_bases = prepared.scaled_bases.get("", {})
+        logits = apply_expert_linear(self.lm_head, outputs.last_hidden_state[:, kept], head_bases.get("lm_head"))
         loss = None
         if labels is not None:
             mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
