@@ -11,7 +11,7 @@ LAWS := library laws rollback cache remote_code readme generate generation_modes
 	sessions packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist types lint folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -62,12 +62,17 @@ test-long: $(VENV)/.dev  ## 200,000 operations on caches that no run has tried b
 sanitize: $(VENV)/.dev  ## kernels under AddressSanitizer and UBSan: planted faults, their tests, 300 random models; needs GCC
 	$(BIN)/python tests/sanitize.py $(ARGS)
 
-lint: $(VENV)/.dev  ## style, and whether the folders in checkpoints/ hold the code that is here
+lint: $(VENV)/.dev  ## style of Python and C++, compiler warnings, and whether generated and copied files are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/python scripts/sources.py --check --warnings
 	$(BIN)/python scripts/folders.py --check
 
-folders:  ## copies the shipped code into the folders in models/
+sources:  ## writes the C++ of csrc/ into the Python module that ships it
+	$(PYTHON) scripts/sources.py
+
+folders: sources  ## copies the shipped code into the folders in checkpoints/
 	$(PYTHON) scripts/folders.py
 
 types: $(VENV)/.dev  ## the types of the shipped package, by pyright in basic mode

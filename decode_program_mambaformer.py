@@ -17,36 +17,27 @@ from .modeling_stack_mambaformer import Place
 from .ops_cpu_decode_mambaformer import (
     LANES,
     MOST_ROWS,
-    Weight,
     describe_expert,
     describe_linear,
-    fits_kernel,
     is_stored,
-    kernel_of,
     strides_of_mask,
-    structure,
     takes,
     takes_mask,
 )
+from .ops_cpu_interface_mambaformer import (
+    ATTENTION,
+    MAMBA,
+    MLP,
+    Block,
+    Plan,
+    Recurrence,
+    Tokens,
+    Weight,
+    fits_kernel,
+    kernel_of,
+)
 from .ops_eligibility_mambaformer import SILU_TYPES, Watch, is_own_attention
 
-_Recurrence = structure(
-    "Recurrence",
-    "conv_weight conv_bias A_log D channels taps numbers rank norms eps window next_window state next_state",
-    norms=ctypes.c_int64 * 3,
-    eps=ctypes.c_double * 3,
-)
-_Block = structure(
-    "Block",
-    "kind norm eps weights scaling heads key_heads head_dim plan keys values capacity mamba",
-    eps=ctypes.c_double,
-    weights=Weight * 4,
-    scaling=ctypes.c_double,
-    mamba=_Recurrence,
-)
-_Plan = structure("Plan", "mask mask_row mask_query keys first_slot slots slots_row")
-_Tokens = structure("Tokens", "rows count width cosines sines angle_row")
-_ATTENTION, _MLP, _MAMBA = range(3)
 _PROJECTIONS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -167,35 +158,35 @@ class _Layers:
 
     def _write(self, places: list[Place]) -> None:
         dtype = self.dtype = self.key[1]
-        blocks: list[_Block | None] = []
+        blocks: list[Block | None] = []
         for place in places:
             layer = place.layer
             if layer.has_attention:
                 self.attention.append((len(blocks), place, layer.self_attn))
-                blocks.append(self._block(_ATTENTION, place, "self_attn"))
+                blocks.append(self._block(ATTENTION, place, "self_attn"))
             if layer.has_mamba:
                 self.mamba.append((len(blocks), place))
-                blocks.append(self._block(_MAMBA, place, "mamba"))
+                blocks.append(self._block(MAMBA, place, "mamba"))
             if layer.has_mlp:
-                blocks.append(self._block(_MLP, place, "mlp"))
+                blocks.append(self._block(MLP, place, "mlp"))
         self.takes_mamba = all(blocks[index] is not None for index, _ in self.mamba)
         for index, _ in self.mamba:
-            blocks[index] = blocks[index] or _Block()  # which is left to the layer
+            blocks[index] = blocks[index] or Block()  # which is left to the layer
         self.widths = {norm.weight.shape[0] for norm in self.norms}
         is_known = len(self.widths) == 1 and None not in blocks
         self.is_whole = is_known and kernel_of("run_blocks", dtype) is not None
-        self.blocks = (_Block * len(blocks))(*blocks) if self.is_whole else None
+        self.blocks = (Block * len(blocks))(*blocks) if self.is_whole else None
         self.windows = list(dict.fromkeys(place.window for _, place, _ in self.attention))
         for index, place, _ in self.attention if self.is_whole else ():
             self.blocks[index].plan = self.windows.index(place.window)
         self.in_one = [range(len(blocks))]
         self.in_parts = list(_around(self.mamba, len(blocks)))
 
-    def _block(self, kind: int, place: Place, name: str) -> _Block | None:
+    def _block(self, kind: int, place: Place, name: str) -> Block | None:
         layer = place.layer
         mixer, norm = getattr(layer, name), getattr(layer, f"{name}_layernorm")
         self.norms.append(norm)
-        scaled, block = layer.experts_of(name, place.experts_of(self.experts)), _Block(kind=kind)
+        scaled, block = layer.experts_of(name, place.experts_of(self.experts)), Block(kind=kind)
         for i, short in enumerate(_PROJECTIONS[name]):
             described = self._described(getattr(mixer, short), scaled.get(short))
             if described is None:
@@ -207,9 +198,9 @@ class _Layers:
             return None
         block.norm = self.memory.address_of(norm._parameters, "weight")
         shapes = [(weight.outputs, weight.inputs) for weight in block.weights]
-        if kind == _MAMBA:
+        if kind == MAMBA:
             return block if self._add_recurrence(block.mamba, mixer, shapes, width) else None
-        if kind == _MLP:
+        if kind == MLP:
             inner = shapes[0][0]
             fits = shapes[:3] == [(inner, width), (inner, width), (width, inner)]
             return block if fits and type(mixer.act_fn) in SILU_TYPES else None
@@ -220,7 +211,7 @@ class _Layers:
         fits = fits and block.key_heads > 0 and block.heads % block.key_heads == 0
         return block if fits and mixer.head_dim % LANES[self.dtype] == 0 else None
 
-    def _add_recurrence(self, mamba: _Recurrence, mixer: nn.Module, shapes: list[tuple[int, int]], width: int) -> bool:
+    def _add_recurrence(self, mamba: Recurrence, mixer: nn.Module, shapes: list[tuple[int, int]], width: int) -> bool:
         conv, rank, numbers = mixer.conv1d, mixer.rank, mixer.state_size
         channels, _, taps = conv.weight.shape
         norms = [getattr(mixer, name) for name in _INNER_NORMS] if mixer.has_inner_norms else []
@@ -287,7 +278,7 @@ class _Layers:
         for part in parts:
             if isinstance(part, range):
                 inputs, hidden_states = hidden_states.contiguous(), hidden_states.new_empty(hidden_states.shape)
-                first = start + part.start * ctypes.sizeof(_Block)
+                first = start + part.start * ctypes.sizeof(Block)
                 kernel(inputs.data_ptr(), ctypes.addressof(step.tokens), first, len(part),
                        ctypes.addressof(step.plans), hidden_states.data_ptr(), get_num_threads())  # fmt: skip
             else:
@@ -326,7 +317,7 @@ class _Step:
     def __init__(self, hidden_states: Tensor, angles: tuple[Tensor, Tensor] | None, num_windows: int):
         rows, count, width = hidden_states.shape
         self.hidden_states, self.angles = hidden_states, angles
-        self.tokens, self.plans = _Tokens(rows, count, width), (_Plan * max(num_windows, 1))()
+        self.tokens, self.plans = Tokens(rows, count, width), (Plan * max(num_windows, 1))()
         self.layouts: dict[int | None, Any] = {}
         self.kept: list[Tensor] = []  # what the structures point to
         self._like: Tensor | None = None

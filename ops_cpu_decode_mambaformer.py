@@ -9,70 +9,31 @@ Each function says by `None` that it does not take what it is given; the caller 
 """
 
 import ctypes
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, nn
 
-from .ops_cpu_build_mambaformer import are_readable, cpu_library, held
-from .ops_cpu_decode_source_mambaformer import DECODE_SOURCE
-from .ops_cpu_scan_source_mambaformer import SCAN_SOURCE
-from .ops_cpu_stack_source_mambaformer import STACK_SOURCE
+from .ops_cpu_build_mambaformer import are_readable, held
+from .ops_cpu_interface_mambaformer import (
+    INT4,
+    INT8,
+    PLAIN,
+    Shape,
+    Weight,
+    as_integers,
+    kernel_of,
+    rows_of_block,
+)
 from .ops_eligibility_mambaformer import is_replaceable
 from .weights_quantized_mambaformer import PackedWeight, packed_weight
 
 # Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float64: 16}
-STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 # Bytes of a vector, in numbers: heads whose width is no multiple of it are left to PyTorch.
 LANES = {torch.float32: 16, torch.bfloat16: 16, torch.float64: 8}
 
-_KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
-_ARGUMENTS = {
-    "linear": "pnpp",
-    "rescale": "pnpp",
-    "unpack_int4": "pnnnpp",
-    "rms_norm": "pnnpdp",
-    "rotate": "pnnnnnnnppnp",
-    "gate": "ppnp",
-    "attend": "ppppdpp",
-    "run_blocks": "pppnpp",
-}
-_SOURCE = SCAN_SOURCE + DECODE_SOURCE + STACK_SOURCE
-_FUNCTIONS = (
-    "rows_of_block",
-    "fits",
-    *(f"{name}_{stored}" for name in _ARGUMENTS if name != "unpack_int4" for stored in STORED.values()),
-    *(f"unpack_int4_{stored}_{scale}" for stored in ("float32", "bfloat16") for scale in ("float32", "bfloat16")),
-)
-
-
-def structure(name: str, integers: str, **others: Any) -> type[ctypes.Structure]:
-    """The C structure `name`: integers of 64 bits, pointers among them, and others by name."""
-    fields = [(field, others.get(field, ctypes.c_int64)) for field in integers.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-Weight = structure(
-    "Weight",
-    "kind data scale bias outputs inputs group has_narrow_scales "
-    "basis basis_stride rank delta delta_stride on_outputs",
-)
-_PLAIN, _INT8, _INT4 = range(3)
-# Sizes, the strides of query, key and value, and those of the mask.
-_Shape = ctypes.c_int64 * 17
-
-
-@lru_cache
-def kernel_of(name: str, *stored: torch.dtype) -> Any:
-    """The C function for activations (and scales) stored so; `None` where there is none."""
-    library = cpu_library(_SOURCE, _FUNCTIONS) if all(dtype in STORED for dtype in stored) else None
-    function = getattr(library, "_".join((name, *(STORED.get(dtype, "") for dtype in stored))), None)
-    if function is not None:
-        function.argtypes = [*(_KINDS[kind] for kind in _ARGUMENTS[name]), ctypes.c_int]
-        function.restype = None
-    return function
+_Shape = as_integers(Shape)
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -98,7 +59,7 @@ def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if not weight.data_ptr():
         return None  # its memory is freed, as PyTorch says
     address_of_bias = 0 if bias is None else bias.data_ptr()
-    return _product(states, Weight(_PLAIN, weight.data_ptr(), 0, address_of_bias, *weight.shape))
+    return _product(states, Weight(PLAIN, weight.data_ptr(), 0, address_of_bias, *weight.shape))
 
 
 def _is_bias(bias: Tensor, outputs: int) -> bool:
@@ -113,7 +74,7 @@ def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = No
     bias = held(bias)
     if bias is not None and not _is_bias(bias, described.outputs):
         return None
-    if described.kind == _INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
+    if described.kind == INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
         weight, scales = states.new_empty(packed.shape[::-1]), packed.scale_and_zero
         unpack = kernel_of("unpack_int4", states.dtype, scales.dtype)
         unpack(described.data, *packed.shape, packed.group_size, described.scale, weight.data_ptr(), get_num_threads())
@@ -138,30 +99,17 @@ def _describe_packed(packed: PackedWeight, dtype: torch.dtype) -> Weight | None:
         return None
     if packed.kind == "int8":
         is_known = scale.dtype is torch.float32
-        described = Weight(_INT8, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape)
+        described = Weight(INT8, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape)
     else:
         is_known = _has_our_blocks(packed) and scale.dtype in (torch.float32, torch.bfloat16)
-        described = Weight(_INT4, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape, packed.group_size,
+        described = Weight(INT4, packed.qdata.data_ptr(), scale.data_ptr(), 0, *packed.shape, packed.group_size,
                            scale.dtype is torch.bfloat16)  # fmt: skip
     return described if is_known else None
 
 
 def _has_our_blocks(packed: PackedWeight) -> bool:
     """Whether a block is four vectors of rows, as the kernels read it."""
-    return packed.has_halves and packed.block_n == _rows_of_block() and packed.shape[0] % packed.block_n == 0
-
-
-@lru_cache
-def _rows_of_block() -> int:
-    return getattr(cpu_library(_SOURCE, _FUNCTIONS), "rows_of_block", lambda: 0)()
-
-
-@lru_cache
-def fits_kernel() -> Any:
-    """The C function that says whether blocks read and write keys within their capacity."""
-    function = cpu_library(_SOURCE, _FUNCTIONS).fits
-    function.argtypes, function.restype = [*(_KINDS[kind] for kind in "ppnp")], ctypes.c_int
-    return function
+    return packed.has_halves and packed.block_n == rows_of_block() and packed.shape[0] % packed.block_n == 0
 
 
 def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
@@ -308,7 +256,7 @@ def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is nn.Parameter:
         is_known = is_stored(weight, dtype, weight.shape) and weight.ndim == 2
-        described = Weight(_PLAIN, weight.data_ptr(), 0, 0, *weight.shape) if is_known else None
+        described = Weight(PLAIN, weight.data_ptr(), 0, 0, *weight.shape) if is_known else None
     else:
         packed = packed_weight(weight)
         described = None if packed is None else _describe_packed(packed, dtype)

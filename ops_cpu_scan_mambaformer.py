@@ -6,21 +6,30 @@ numbers of one channel, so states, A, B and C are read as they are stored, and o
 arithmetic. Training keeps the states before each chunk and computes those inside once more on the way back.
 """
 
-import ctypes
 import math
-from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .ops_cpu_build_mambaformer import SWITCH, are_readable, cpu_library, held, is_differentiated
-from .ops_cpu_scan_source_mambaformer import CHUNK, MOST_TAPS, SCAN_SOURCE
+from .ops_cpu_build_mambaformer import SWITCH, are_readable, held, is_differentiated
+from .ops_cpu_interface_mambaformer import (
+    CHUNK,
+    MOST_TAPS,
+    Convolution,
+    ConvolutionGradient,
+    Scan,
+    ScanGradient,
+    as_integers,
+    kernel_of,
+    kernels,
+)
 
-# What activations may be stored in, by the ending of the functions below; the arithmetic is in float or double.
-STORED = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float64: "double"}
-_NAMES = ("convolve", "convolve_back", "scan", "scan_back")
-_FUNCTIONS = tuple(f"{name}_{stored}" for name in _NAMES for stored in STORED.values())
+_ARGUMENTS = {
+    "convolve": as_integers(Convolution),
+    "convolve_back": as_integers(ConvolutionGradient),
+    "scan": as_integers(Scan),
+    "scan_back": as_integers(ScanGradient),
+}
 # So many exponentials are worth a second thread.
 PARALLEL_WORK = 100_000
 SHARES_PER_THREAD = 4
@@ -28,7 +37,7 @@ SHARES_PER_THREAD = 4
 
 def takes_on_cpu(*tensors: Tensor | None) -> bool:
     """Whether the functions below may be given these: plain CPU tensors, the first not empty."""
-    return are_readable(*tensors) and tensors[0].numel() > 0 and cpu_library(SCAN_SOURCE, _FUNCTIONS) is not None
+    return are_readable(*tensors) and tensors[0].numel() > 0 and kernels() is not None
 
 
 def convolve_on_cpu(
@@ -206,7 +215,7 @@ def _scan(
 def _convolution_fields(
     x, weight, bias, initial_state, lengths, positions, y=None, final_state=None
 ) -> tuple[int, ...]:
-    """The struct `Convolution` of the source."""
+    """The fields of the structure `Convolution`."""
     states = _addresses(weight, bias, initial_state, final_state)
     return *_views(x, y), *states, weight.shape[1], *_shares(x, 1, lengths, positions)
 
@@ -228,14 +237,14 @@ def _scan_fields(
     y=None,
     final_state=None,
 ) -> tuple[int, ...]:
-    """The struct `Scan` of the source."""
+    """The fields of the structure `Scan`."""
     states = _addresses(A, D, initial_state, final_state, checkpoints)
     views, sizes = _views(B, C, u, dt, gate, y), _shares(u, A.shape[1], lengths, positions)
     return *views, *states, A.shape[1], dt_softplus, A_is_log, *sizes
 
 
 def _shares(tensor: Tensor, numbers: int, lengths: Tensor | None, positions: Tensor | None) -> tuple[int, ...]:
-    """The struct `Shares` of the source."""
+    """The fields of the structure `Shares`."""
     counts = (*tensor.shape, _splits(tensor, numbers), _threads(tensor, numbers))
     return *_addresses(lengths), *counts, *_addresses(positions)
 
@@ -251,7 +260,7 @@ def _splits(tensor: Tensor, numbers: int) -> int:
 
 
 def _views(*tensors: Tensor | None) -> list[int]:
-    """The structs `View` of the source."""
+    """The fields of a structure `View` for each tensor."""
     fields: list[int] = []
     for tensor in tensors:
         fields += (0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2])
@@ -263,15 +272,8 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
 
 
 def _run(name: str, dtype: torch.dtype, *fields: int) -> None:
-    """Calls a function of the library with a struct, of which all fields are eight bytes wide."""
-    _function(name, dtype)((ctypes.c_int64 * len(fields))(*fields))
-
-
-@lru_cache
-def _function(name: str, dtype: torch.dtype) -> Callable:
-    function = getattr(cpu_library(SCAN_SOURCE, _FUNCTIONS), f"{name}_{STORED[dtype]}")
-    function.argtypes, function.restype = [ctypes.c_void_p], None
-    return function
+    """Calls a function of the library with the fields of its structure."""
+    kernel_of(name, dtype)(_ARGUMENTS[name](*fields))
 
 
 def _new_like(tensor: Tensor) -> Tensor:

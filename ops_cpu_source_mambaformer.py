@@ -1,29 +1,217 @@
-"""What all CPU kernels share, as C++: vectors of the processor's width, half precision, exponentials.
+# Generated from csrc/ by scripts/sources.py: edit the files in csrc/ and run `make sources`.
+"""The C++ of all CPU kernels. A model's folder on the Hub holds Python files only, so the source is a string."""
 
-The source is a string because a model's folder on the Hub holds Python files only. It keeps to vector extensions that
-GCC and Clang have on every processor; `ops_cpu_build_mambaformer` defines `VECTOR_BYTES`, the width of a vector.
-`T` is what is stored (float, double or bfloat16), `A` what is computed in (float, or double for double).
-"""
+SOURCE = r"""
+#line 1 "csrc/kernels.cpp"
+// The exported functions, and the only file that is compiled.
+#line 1 "csrc/attention.h"
+// Attention of few queries: each key is read once for all heads that share it.
+//
+// A line is one query of one head. Scores are in powers of two: queries are multiplied by log2(e).
 
-COMMON_SOURCE = r"""
-#include <math.h>
-#include <stdint.h>
+
+#line 1 "csrc/storage.h"
+// Activations between kernels: numbers of type A, rounded to the type T that they are stored in.
+
+
 #include <stdlib.h>
+
+#line 1 "csrc/vector.h"
+// Vectors of the processor's width, bfloat16, exponentials, activation functions.
+//
+// T is the type that numbers are stored in (float, double or bfloat16), A the type of the arithmetic: float, or double
+// for double. The code uses vector extensions that GCC and Clang have for every processor. The build defines
+// VECTOR_BYTES, the width of a vector.
+
+
+#include <math.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+#line 1 "csrc/interface.h"
+// The interface of the kernel library: every structure and every exported function.
+//
+// `ops_cpu_interface_mambaformer.py` declares the same structures for ctypes. All their fields are eight bytes wide,
+// so they have no padding. Python compares sizes and constants (`interface_value`) when it loads the library, and does
+// not use a library that disagrees.
+//
+// Letters (B, L, D, N, K, dt, A, B, C) are those of the table in `ops_mambaformer.py`. A function whose name ends in a
+// storage type reads and writes activations and weights of that type; it computes in float, or in double for float64.
+
+
+#include <stdint.h>
 
 typedef int64_t Long;
 
-struct bfloat16 { uint16_t bits; };
+struct bfloat16 {
+    uint16_t bits;
+};
 
-// A vector of A, the integers of the same width, and how many fit.
+// Increase it whenever a structure or a function changes.
+static const Long INTERFACE_VERSION = 1;
+
+// Tokens that the scan processes at a time. With N = 16, the states that training keeps take half the memory of u.
+static const int CHUNK = 32;
+// Bounds of the arguments: kernel size of a convolution, rows of activations in a product.
+static const int MOST_TAPS = 16, MOST_ROWS = 16;
+
+// ---- convolution and scan
+
+// A tensor (rows, tokens, channels or numbers) whose last axis is contiguous; `data` is null if it was left out.
+struct View {
+    void *data;
+    Long row, token;  // strides
+};
+
+// The batch, and how its rows are cut: into `splits` shares of whole vectors of channels. There are more shares than
+// threads, so another program that takes a processor away delays one share and not half of the work.
+struct Shares {
+    const Long *lengths;  // (B,); null if every row has `length` tokens
+    Long rows, length, channels, splits, threads;
+    const Long *positions;  // (B, L), of each token in its own sequence; null if every row is one sequence
+};
+
+// Weights and bias are stored in the type of the arithmetic, states in the type of the activations.
+struct Convolution {
+    View x, y;
+    const void *weight, *bias;  // (D, K), (D,)
+    const void *initial_state;  // (B, K - 1, D)
+    void *final_state;          // (B, K - 1, D)
+    Long taps;
+    Shares shares;
+};
+
+struct ConvolutionGradient {
+    Convolution of;
+    View dy, dx;
+    const void *dfinal_state;
+    void *dweight, *dbias, *dinitial_state;  // (B, D, K), (B, D), (B, K - 1, D)
+};
+
+// A, D and the states are stored in the type of the arithmetic.
+struct Scan {
+    View B, C, u, dt, gate, y;
+    const void *A, *D, *initial_state;
+    void *final_state;  // (B, D, N)
+    void *checkpoints;  // (B, chunks, D, N): the states before each chunk, for training; or null
+    Long numbers, dt_softplus, A_is_log;
+    Shares shares;
+};
+
+struct ScanGradient {
+    Scan of;
+    View dy, du, ddt, dgate;
+    const void *dfinal_state;
+    void *dA, *dB, *dC, *dD, *dinitial_state;  // (B, D, N), twice (B, splits, L, N), (B, D), (B, D, N)
+};
+
+// ---- products and attention
+
+enum WeightKind { PLAIN, INT8, INT4 };
+
+// The weight of a linear module: data (outputs, inputs), and an expert vector if `rank` is not 0.
+struct Weight {
+    Long kind, data, scale, bias, outputs, inputs, group, has_narrow_scales;
+    Long basis, basis_stride, rank, delta, delta_stride, on_outputs;
+};
+
+// Sizes and strides of query (rows, heads, queries, width), key and value (rows, key heads, keys, width), and of the
+// mask (rows or 1, queries, keys); `group` heads share a key head. Strides are those of rows, heads and tokens.
+struct Shape {
+    Long rows, key_heads, group, queries, keys, width;
+    Long query[3], key[3], value[3];
+    Long mask_row, mask_query;
+};
+
+// ---- blocks of layers
+
+// The part of a Mamba block that is no product. Weights are stored as activations are.
+struct Recurrence {
+    Long conv_weight, conv_bias, A_log, D, channels, taps, numbers, rank;
+    Long norms[3];  // weights of the inner norms of dt, B and C; 0 without inner norms
+    double eps[3];
+    Long window, next_window;  // (rows, taps - 1, channels), stored as activations are; before and after the token
+    Long state, next_state;    // (rows, channels, numbers); `window` and `state` are 0 before the first token
+};
+
+enum BlockKind { ATTENTION, MLP, MAMBA };
+
+// A block is a norm, products with an operation between them, and the residual: x += block(norm(x)).
+struct Block {
+    Long kind, norm;
+    double eps;
+    Weight weights[4];  // attention: q, k, v, output; MLP: gate, up, down; Mamba: in, x, dt, out
+    // Attention: the factor of queries, heads, and the memory of keys and values (rows, key heads, capacity,
+    // head_dim).
+    double scaling;
+    Long heads, key_heads, head_dim, plan, keys, values, capacity;
+    Recurrence mamba;
+};
+
+// Shared by the attention blocks that retain the same keys: the mask with its strides as in `Shape`, the number of
+// keys with the new ones, and the slots of the new ones: from `first_slot` on, or `slots` (rows or 1, tokens) if not
+// 0.
+struct Plan {
+    Long mask, mask_row, mask_query, keys, first_slot, slots, slots_row;
+};
+
+// The new tokens, and their cosines and sines (rows or 1, tokens, head_dim), or 0.
+struct Tokens {
+    Long rows, count, width, cosines, sines, angle_row;
+};
+
+// ---- functions
+
+#define DECLARE_FOR_STORAGE(name, T)                                                                                  \
+    void convolve_##name(const Convolution *conv);                                                                    \
+    void convolve_back_##name(const ConvolutionGradient *gradient);                                                   \
+    void scan_##name(const Scan *scan);                                                                               \
+    void scan_back_##name(const ScanGradient *gradient);                                                              \
+    void linear_##name(const T *x, Long rows, const Weight *weight, T *y, int threads);                               \
+    void rescale_##name(const T *x, Long rows, const Weight *weight, T *y, int threads);                              \
+    void rms_norm_##name(const T *x, Long rows, Long width, const T *weight, double eps, T *y, int threads);          \
+    void rotate_##name(const T *x, Long rows, Long heads, Long tokens, Long half, Long row_stride, Long head_stride,  \
+                       Long token_stride, const T *cosines, const T *sines, Long angle_row, T *y, int threads);       \
+    void gate_##name(const T *gates, const T *x, Long count, T *y, int threads);                                      \
+    void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
+                       const Shape *shape, int threads);                                                              \
+    void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans,      \
+                           T *y, int threads);
+
+#define DECLARE_FOR_INT4(name, T, scale_name, S)                                                                      \
+    void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \
+                                           int threads);
+
+extern "C" {
+DECLARE_FOR_STORAGE(float32, float)
+DECLARE_FOR_STORAGE(bfloat16, bfloat16)
+DECLARE_FOR_STORAGE(float64, double)
+
+DECLARE_FOR_INT4(float32, float, float32, float)
+DECLARE_FOR_INT4(float32, float, bfloat16, bfloat16)
+DECLARE_FOR_INT4(bfloat16, bfloat16, float32, float)
+DECLARE_FOR_INT4(bfloat16, bfloat16, bfloat16, bfloat16)
+
+// Rows of W in a block of four-bit weights, which depends on the width of a vector.
+int rows_of_block(void);
+
+// Whether all keys that are read, and all slots that are written, lie within the capacity of their blocks.
+int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans);
+
+// The size of a structure, or the value of a constant above, by its name; -1 for an unknown name.
+Long interface_value(const char *name);
+}
+#line 15 "csrc/vector.h"
+
+#ifndef VECTOR_BYTES
+#define VECTOR_BYTES 16
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+// A vector of A, a vector of integers of the same width, and their number of elements.
 template <typename A> struct Lanes;
 template <> struct Lanes<float> {
     typedef float Vec __attribute__((vector_size(VECTOR_BYTES)));
@@ -38,7 +226,7 @@ template <> struct Lanes<double> {
 typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 
-// Adjoining small integers as words. GCC makes long work of it unless it is told the instruction.
+// Contiguous small integers as 32-bit words. GCC 12 converts them one by one unless the instruction is named.
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
 static ALWAYS_INLINE Words widen(const uint16_t *from) { return (Words)_mm512_cvtepu16_epi32(*(__m256i_u *)from); }
 static ALWAYS_INLINE Words widen(const uint8_t *from) { return (Words)_mm512_cvtepu8_epi32(*(__m128i_u *)from); }
@@ -59,9 +247,15 @@ template <typename I> static ALWAYS_INLINE Words widen(const I *from) {
 }
 #endif
 
-// What is computed in, by what is stored.
-template <typename T> struct Arithmetic { typedef float type; };
-template <> struct Arithmetic<double> { typedef double type; };
+// The type of the arithmetic for numbers that are stored as T.
+template <typename T> struct Arithmetic {
+    typedef float type;
+};
+template <> struct Arithmetic<double> {
+    typedef double type;
+};
+
+template <typename T> using Real = typename Arithmetic<T>::type;
 
 template <typename A> using Vec = typename Lanes<A>::Vec;
 
@@ -84,7 +278,7 @@ static ALWAYS_INLINE void from_float(float value, bfloat16 *to) {
     to->bits = is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
 }
 
-// A whole vector from adjoining numbers, and back.
+// Load a vector from contiguous numbers; store it.
 template <typename A> static ALWAYS_INLINE Vec<A> load(const A *from) {
     Vec<A> values;
     memcpy(&values, from, sizeof values);
@@ -107,7 +301,7 @@ template <typename A> static ALWAYS_INLINE void store(Vec<A> values, bfloat16 *t
     memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` numbers of a vector, zeros behind them; and the first `count` back.
+// Load the first `count` elements of a vector and fill the rest with zeros; store the first `count`.
 template <typename A, typename T> static ALWAYS_INLINE Vec<A> load_some(const T *from, int count) {
     if (count >= Lanes<A>::count) return load<A>(from);
     T some[Lanes<A>::count];
@@ -134,7 +328,7 @@ template <> ALWAYS_INLINE float sum<float>(Vec<float> values) { return _mm512_re
 template <> ALWAYS_INLINE double sum<double>(Vec<double> values) { return _mm512_reduce_add_pd((__m512d)values); }
 #endif
 
-// 2^x to a rounding of float for any x up to 127; below -126 it is about zero. NaN stays NaN.
+// 2^x for x up to 127, exact to a rounding of float; about 0 for x below -126. NaN stays NaN.
 static ALWAYS_INLINE Vec<float> power_series(Vec<float> part) {
     Vec<float> y = broadcast<float>(1.535336188319500e-4f);
     y = y * part + 1.339887440266574e-3f;
@@ -147,14 +341,14 @@ static ALWAYS_INLINE Vec<float> power_series(Vec<float> part) {
 static ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
     const Vec<float> low = broadcast<float>(-126.0f);
 #if VECTOR_BYTES == 64 && defined(__AVX512F__)
-    x = (Vec<float>)_mm512_max_ps((__m512)low, (__m512)x);  // of NaN and a number it is the second
-    Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, 8);  // 8: to nearest, without exceptions
+    x = (Vec<float>)_mm512_max_ps((__m512)low, (__m512)x);  // of a NaN and a number it returns the second operand
+    Vec<float> whole = (Vec<float>)_mm512_roundscale_ps((__m512)x, 8);  // 8: round to nearest, without exceptions
     return (Vec<float>)_mm512_scalef_ps((__m512)power_series(x - whole), (__m512)whole);
 #else
     const Vec<float> high = broadcast<float>(127.0f);
     x = x < low ? low : x;
     x = x > high ? high : x;
-    const Vec<float> shift = broadcast<float>(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
+    const Vec<float> shift = broadcast<float>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     Vec<float> shifted = x + shift, whole = shifted - shift;
     Lanes<float>::Int power;
     memcpy(&power, &shifted, sizeof power);
@@ -169,7 +363,7 @@ static ALWAYS_INLINE Vec<double> exp2_of(Vec<double> x) {
     return x;
 }
 
-// log(1 + x) for x from 0 to 1, to a rounding of x itself however small: 2 atanh(x / (2 + x)) as a series.
+// log(1 + x) for x from 0 to 1, exact to a rounding of x itself, by the series of 2 atanh(x / (2 + x)).
 static ALWAYS_INLINE Vec<float> log1p_of(Vec<float> x) {
     Vec<float> ratio = x / (x + 2.0f), square = ratio * ratio, total = broadcast<float>(1.0f / 15);
     for (int odd = 13; odd > 0; odd -= 2) total = total * square + 1.0f / odd;
@@ -185,7 +379,1444 @@ static const double LOG2_E = 1.4426950408889634074;
 template <typename A> static ALWAYS_INLINE Vec<A> exp_of(Vec<A> x) { return exp2_of(x * (A)LOG2_E); }
 template <typename A> static ALWAYS_INLINE Vec<A> sigmoid(Vec<A> x) { return (A)1 / ((A)1 + exp_of<A>(-x)); }
 
+// The derivative of silu(x) = x sigmoid(x).
+template <typename R> static ALWAYS_INLINE Vec<R> silu_slope(Vec<R> x) {
+    Vec<R> open = sigmoid<R>(x);
+    return open * ((R)1 + x * ((R)1 - open));
+}
+
+// log(1 + e^x), and x itself above 20, as in PyTorch.
+template <typename R> static ALWAYS_INLINE Vec<R> softplus(Vec<R> x) {
+    Vec<R> size = x<(R)0 ? -x : x, above = x>(R) 0 ? x : Vec<R>{};
+    return x > (R)20 ? x : above + log1p_of(exp_of<R>(-size));
+}
+
 static ALWAYS_INLINE int least(int one, Long other) { return other < one ? (int)other : one; }
+#line 7 "csrc/storage.h"
+
+// `widened` and `room_for` give numbers in the type of the arithmetic: in place, or in new memory that is filled or
+// not. `narrowed` rounds them back to their place and frees the memory; `dropped` only frees it.
+template <typename A> static A *widened(const A *stored, Long) { return (A *)stored; }
+template <typename A> static A *widened(const bfloat16 *stored, Long count) {
+    A *wide = (A *)malloc(count * sizeof(A));
+    for (Long i = 0; i < count; i++) wide[i] = to_float(stored[i]);
+    return wide;
+}
+template <typename A> static A *room_for(A *stored, Long) { return stored; }
+template <typename A> static A *room_for(bfloat16 *, Long count) { return (A *)malloc(count * sizeof(A)); }
+template <typename A> static void narrowed(A *, Long, A *) {}
+template <typename A> static void narrowed(A *wide, Long count, bfloat16 *stored) {
+    for (Long i = 0; i < count; i++) from_float(wide[i], stored + i);
+    free(wide);
+}
+template <typename A> static void dropped(const A *, const A *) {}
+template <typename A> static void dropped(const A *wide, const bfloat16 *) { free((void *)wide); }
+
+template <typename T, typename A> static ALWAYS_INLINE A as_stored(A value) {
+    T stored;
+    from_float(value, &stored);
+    return to_float(stored);
+}
+// Stores the first `count` elements of a vector, rounded to T, as activations (X = A) or in their storage (X = T).
+template <typename T, typename A, typename X>
+static ALWAYS_INLINE void store_rounded(Vec<A> values, X *to, int count) {
+    T stored[Lanes<A>::count];
+    store<A>(values, stored);
+    store_some<A>(load<A>(stored), to, count);
+}
+#line 7 "csrc/attention.h"
+#line 1 "csrc/threads.h"
+// Work shared by threads, and views of tensors.
+
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+
+
+// All threads of a team call a function that is marked TEAM. They share the iterations of its `omp for` loops, each of
+// which ends with a barrier.
+#define TEAM static
+
+// Numbers that a kernel reads (SMALL) or changes (FEW): up to as many, one thread is faster than two.
+static const Long SMALL = 32768, FEW = 65536;
+
+static int own_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// The owner of item `number`, where owner i has the items before ends[i]; `number` becomes its index at the owner.
+static int owner_of(Long *number, const Long *ends) {
+    int owner = 0;
+    while (*number >= ends[owner]) owner++;
+    if (owner) *number -= ends[owner - 1];
+    return owner;
+}
+
+// ---- shares of the batch
+
+static Long length_of(const Shares &shares, Long row) {
+    if (!shares.lengths) return shares.length;
+    Long length = shares.lengths[row];
+    return length < 0 ? 0 : length < shares.length ? length : shares.length;
+}
+
+static Long position_of(const Shares &shares, Long row, Long token) {
+    return shares.positions ? shares.positions[row * shares.length + token] : token;
+}
+
+template <typename R, typename Work> static void for_each_share(const Shares &shares, Work work) {
+    const Long lanes = Lanes<R>::count, blocks = (shares.channels + lanes - 1) / lanes;
+#pragma omp parallel for schedule(dynamic) num_threads((int)shares.threads) if (shares.threads > 1)
+    for (Long share = 0; share < shares.rows * shares.splits; share++) {
+        Long row = share / shares.splits, split = share % shares.splits;
+        Long first = blocks * split / shares.splits * lanes, last = blocks * (split + 1) / shares.splits * lanes;
+        work(row, split, first, last < shares.channels ? last : shares.channels);
+    }
+}
+
+// ---- views
+
+template <typename T> static ALWAYS_INLINE T *at(const View &view, Long row, Long token) {
+    return (T *)view.data + row * view.row + token * view.token;
+}
+
+template <typename T> static void clear(const View &view, Long row, Long start, Long stop, Long first, Long last) {
+    if (!view.data || first >= last) return;
+    for (Long token = start; token < stop; token++)
+        memset(at<T>(view, row, token) + first, 0, (last - first) * sizeof(T));
+}
+
+template <typename R> static void copy_or_clear(const R *from, R *to, Long count) {
+    if (from) memcpy(to, from, count * sizeof(R));
+    else memset(to, 0, count * sizeof(R));
+}
+#line 8 "csrc/attention.h"
+
+static const int KEYS_AT_A_TIME = 64, MOST_PARTS = 64;
+
+// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
+// values.
+template <typename A, typename T, int LINES>
+static void attend_part(const A *queries, const T *keys, const T *values, Long key_stride, Long value_stride,
+                        Long width, const uint8_t *const *masks, Long first, Long last, A *most, A *weight, A *mixed) {
+    const int lanes = Lanes<A>::count;
+    A scores[LINES][KEYS_AT_A_TIME];
+    for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
+    memset(mixed, 0, LINES * width * sizeof(A));
+    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
+        const int count = least(KEYS_AT_A_TIME, last - start);
+        for (int i = 0; i < count; i++) {
+            const T *key = keys + (start + i) * key_stride;
+            Vec<A> totals[LINES] = {};
+            for (Long c = 0; c < width; c += lanes) {
+                Vec<A> part = load<A>(key + c);
+                for (int line = 0; line < LINES; line++) totals[line] += part * load<A>(queries + line * width + c);
+            }
+            for (int line = 0; line < LINES; line++)
+                scores[line][i] = !masks[line] || masks[line][start + i] ? sum<A>(totals[line]) : (A)-INFINITY;
+        }
+        for (int line = 0; line < LINES; line++) {
+            A highest = most[line];  // NaN from the first score that is NaN
+            for (int i = 0; i < count; i++) {
+                A score = scores[line][i];
+                highest = score > highest || score != score ? score : highest;
+            }
+            for (int i = count; i < KEYS_AT_A_TIME; i++) scores[line][i] = -INFINITY;
+            if (highest == (A)-INFINITY) {
+                memset(scores[line], 0, sizeof scores[line]);
+                continue;
+            }
+            Vec<A> total = {};
+            for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
+                Vec<A> exponent = load<A>(scores[line] + i) - highest;
+                Vec<A> share = exp2_of(exponent);
+                typename Lanes<A>::Int is_unseen = exponent == (A)-INFINITY;
+                share = is_unseen ? Vec<A>{} : share;
+                total += share;
+                store<A>(share, scores[line] + i);
+            }
+            A kept = most[line] == (A)-INFINITY ? 0 : exp2_of(broadcast<A>(most[line] - highest))[0];
+            weight[line] = weight[line] * kept + sum<A>(total);
+            for (Long c = 0; c < width; c += lanes)
+                store<A>(load<A>(mixed + line * width + c) * kept, mixed + line * width + c);
+            most[line] = highest;
+        }
+        for (Long c = 0; c < width; c += 2 * lanes) {
+            const int wide = c + lanes < width;
+            Vec<A> sums[LINES][2];
+            for (int line = 0; line < LINES; line++) {
+                sums[line][0] = load<A>(mixed + line * width + c);
+                sums[line][1] = wide ? load<A>(mixed + line * width + c + lanes) : Vec<A>{};
+            }
+            for (int i = 0; i < count; i++) {
+                const T *value = values + (start + i) * value_stride + c;
+                Vec<A> one = load<A>(value), other = wide ? load<A>(value + lanes) : Vec<A>{};
+                for (int line = 0; line < LINES; line++) {
+                    sums[line][0] += scores[line][i] * one;
+                    sums[line][1] += scores[line][i] * other;
+                }
+            }
+            for (int line = 0; line < LINES; line++) {
+                store<A>(sums[line][0], mixed + line * width + c);
+                if (wide) store<A>(sums[line][1], mixed + line * width + c + lanes);
+            }
+        }
+    }
+}
+
+static Long parts_of(Long keys, int threads) { return keys < 2 * KEYS_AT_A_TIME ? 1 : least(MOST_PARTS, threads); }
+
+// The place of a query for `attend`, which reads the queries of the heads that share keys together.
+template <typename A> static A *place_of(A *scaled, const Shape &s, Long row, Long head, Long query) {
+    return scaled + (((row * s.key_heads + head / s.group) * s.group + head % s.group) * s.queries + query) * s.width;
+}
+
+// Attention of scaled queries: mixed (rows, queries, heads, width). `found` has room for the results of each part of
+// the keys: rows * heads * queries * parts * (2 + width) numbers.
+template <typename T, typename A>
+TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *mask, const Shape &s, int threads,
+                 A *found, A *mixed) {
+    const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width, size = 2 + width;
+    const Long parts = parts_of(s.keys, threads), step = (s.keys + parts - 1) / parts;
+#pragma omp for schedule(static) collapse(2)
+    for (Long head = 0; head < heads; head++)
+        for (Long part = 0; part < parts; part++) {
+            Long row = head / s.key_heads, own = head % s.key_heads;
+            const T *keys = key + row * s.key[0] + own * s.key[1];
+            const T *values = value + row * s.value[0] + own * s.value[1];
+            Long first = part * step, last = first + step < s.keys ? first + step : s.keys;
+            A *here = found + (head * parts + part) * lines * size;
+            for (Long line = 0; line < lines;) {
+                const uint8_t *masks[4];
+                for (int i = 0; i < 4; i++)
+                    masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
+                const A *queries = scaled + (head * lines + line) * width;
+                A *most = here + line, *weight = here + lines + line, *sums = here + 2 * lines + line * width;
+#define ATTEND(N)                                                                                                     \
+    attend_part<A, T, N>(queries, keys, values, s.key[2], s.value[2], width, masks, first, last, most, weight, sums)
+                const int count = least(4, lines - line);
+                if (count == 1) ATTEND(1);
+                if (count == 2) ATTEND(2);
+                if (count == 3) ATTEND(3);
+                if (count == 4) ATTEND(4);
+#undef ATTEND
+                line += count;
+            }
+        }
+#pragma omp for schedule(static) collapse(2)
+    for (Long head = 0; head < heads; head++)
+        for (Long line = 0; line < lines; line++) {
+            Long row = head / s.key_heads, own = head % s.key_heads * s.group + line / s.queries;
+            A *to = mixed + ((row * s.queries + line % s.queries) * s.key_heads * s.group + own) * width;
+            A most = -INFINITY, weight = 0;
+            for (Long part = 0; part < parts; part++) {
+                A other = found[(head * parts + part) * lines * size + line];
+                most = other > most ? other : most;
+            }
+            A shares[MOST_PARTS];
+            for (Long part = 0; part < parts; part++) {
+                const A *here = found + (head * parts + part) * lines * size;
+                shares[part] = here[line] == (A)-INFINITY ? 0 : (A)exp2(here[line] - most);
+                weight += shares[part] * here[lines + line];
+            }
+            for (Long c = 0; c < width; c++) {
+                A total = 0;
+                for (Long part = 0; part < parts; part++) {
+                    const A *here = found + (head * parts + part) * lines * size;
+                    total += shares[part] * here[2 * lines + line * width + c];
+                }
+                to[c] = as_stored<T>(weight == 0 ? (A)0 : total / weight);
+            }
+        }
+}
+
+template <typename T>
+static void attend_all(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,
+                       const Shape *shape, int threads) {
+    typedef Real<T> A;
+    const Shape s = *shape;
+    const Long heads = s.key_heads * s.group, lines = s.rows * heads * s.queries, count = lines * s.width;
+    A *scaled = (A *)malloc(count * sizeof(A)), *mixed = room_for<A>(y, count);
+    A *found = (A *)malloc(lines * parts_of(s.keys, threads) * (2 + s.width) * sizeof(A));
+    for (Long row = 0; row < s.rows; row++)
+        for (Long head = 0; head < heads; head++)
+            for (Long token = 0; token < s.queries; token++) {
+                const T *from = query + row * s.query[0] + head * s.query[1] + token * s.query[2];
+                A *to = place_of(scaled, s, row, head, token);
+                for (Long c = 0; c < s.width; c++) to[c] = to_float(from[c]) * (A)(scaling * LOG2_E);
+            }
+#pragma omp parallel num_threads(threads) if (lines / s.group * s.keys * s.width > SMALL)
+    attend<T>(scaled, key, value, mask, s, threads, found, mixed);
+    free(found);
+    free(scaled);
+    narrowed(mixed, count, y);
+}
+#line 3 "csrc/kernels.cpp"
+#line 1 "csrc/blocks.h"
+// Blocks of layers over a few tokens: attention, gated MLP and Mamba, built from the kernels of single operations.
+
+
+
+#line 1 "csrc/expert_vector.h"
+// Expert vectors: y = x + Q ((z - 1) * Q^T x) with Q (width, rank), on the input or the output of a product.
+
+
+#line 1 "csrc/linear.h"
+// Products with few rows: y (rows, N) = x (rows, K) W^T + bias, for weights that are plain, int8 by row or int4 by
+// group.
+//
+// A product reads each weight once. The products of a layer that have the same input are computed together.
+
+
+#line 1 "csrc/int4.h"
+// Weights of four bits, as torchao packs them: w = (q - 8) * scale + zero, with a scale and a zero for each group of
+// inputs. A block holds ROWS_OF_BLOCK rows of W column by column; a byte holds two of them.
+
+
+
+
+static ALWAYS_INLINE Vec<float> from_words(Words words) {
+    Vec<float> values;
+    memcpy(&values, &words, sizeof values);
+    return values;
+}
+// Scales and zeros of a vector of rows, which are stored in pairs.
+static ALWAYS_INLINE void load_pairs(const float *from, Vec<float> *scale, Vec<float> *zero) {
+    typedef uint64_t Pairs __attribute__((vector_size(2 * VECTOR_BYTES)));
+    Pairs pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    *scale = from_words(__builtin_convertvector(pairs, Words));
+    *zero = from_words(__builtin_convertvector(pairs >> 32, Words));
+}
+static ALWAYS_INLINE void load_pairs(const bfloat16 *from, Vec<float> *scale, Vec<float> *zero) {
+    Words pairs;
+    memcpy(&pairs, from, sizeof pairs);
+    *scale = from_words(pairs << 16);
+    *zero = from_words(pairs & 0xffff0000u);
+}
+
+static const int PER_HALF = 2;  // vectors for the low halves of the bytes of a column
+static const int ROWS_OF_BLOCK = 2 * PER_HALF * Lanes<float>::count;
+
+// The four bits of each word as numbers.
+static ALWAYS_INLINE Vec<float> numbers_of(Words words) {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (Vec<float>)_mm512_permutexvar_ps((__m512i)words, table);  // reads four bits only
+#else
+    return __builtin_convertvector((Lanes<float>::Int)(words & 15), Vec<float>);
+#endif
+}
+
+static ALWAYS_INLINE void load_column(const uint8_t *from, Vec<float> column[2 * PER_HALF]) {
+    for (int part = 0; part < PER_HALF; part++) {
+        Words both = widen(from + part * Lanes<float>::count);
+        column[part] = numbers_of(both);
+        column[PER_HALF + part] = numbers_of(both >> 4);
+    }
+}
+
+template <typename S, int M>
+static ALWAYS_INLINE void multiply_block(const float *x, const uint8_t *block, Long K, Long group, const S *scales,
+                                         Long stride, float *y, Long N) {
+    const int vectors = 2 * PER_HALF, lanes = Lanes<float>::count;
+    Vec<float> totals[M][vectors] = {};
+    for (Long start = 0; start < K; start += group, scales += stride) {
+        Vec<float> products[M][vectors] = {};
+        float sums[M] = {};
+        for (Long k = start; k < start + group; k++) {
+            Vec<float> column[vectors];
+            load_column(block + k * (ROWS_OF_BLOCK / 2), column);
+            for (int m = 0; m < M; m++) {
+                float state = x[m * K + k];
+                sums[m] += state;
+                for (int v = 0; v < vectors; v++) products[m][v] += state * column[v];
+            }
+        }
+        for (int v = 0; v < vectors; v++) {
+            Vec<float> scale, zero;
+            load_pairs(scales + 2 * v * lanes, &scale, &zero);
+            for (int m = 0; m < M; m++) totals[m][v] += scale * (products[m][v] - 8 * sums[m]) + zero * sums[m];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < vectors; v++) store<float>(totals[m][v], y + m * N + v * lanes);
+}
+
+// Products of some rows of x with all rows of one block: found (rows, ROWS_OF_BLOCK).
+template <typename S>
+static void multiply_codes(const float *x, Long rows, const uint8_t *block, Long K, Long group, const S *scales,
+                           Long stride, float *found) {
+    for (; rows >= 2; rows -= 2, x += 2 * K, found += 2 * ROWS_OF_BLOCK)
+        multiply_block<S, 2>(x, block, K, group, scales, stride, found, ROWS_OF_BLOCK);
+    if (rows) multiply_block<S, 1>(x, block, K, group, scales, stride, found, ROWS_OF_BLOCK);
+}
+
+// Writes the whole W^T (K, N).
+template <typename T, typename S>
+static void unpack_int4(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y, int threads) {
+    const int vectors = 2 * PER_HALF, lanes = Lanes<float>::count;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (Long k = 0; k < K; k++)
+        for (Long first = 0; first < N; first += ROWS_OF_BLOCK) {
+            Vec<float> column[vectors];
+            load_column(packed + first * K / 2 + k * (ROWS_OF_BLOCK / 2), column);
+            for (int v = 0; v < vectors; v++) {
+                Vec<float> scale, zero;
+                load_pairs(scales + 2 * (k / group * N + first + v * lanes), &scale, &zero);
+                store<float>(scale * (column[v] - 8) + zero, y + k * N + first + v * lanes);
+            }
+        }
+}
+#line 8 "csrc/linear.h"
+
+
+
+static const int READ_AHEAD = 4096;  // bytes
+
+static ALWAYS_INLINE Vec<float> load_weights(const int8_t *from) {
+    return __builtin_convertvector((Lanes<float>::Int)widen(from), Vec<float>);
+}
+static ALWAYS_INLINE Vec<float> load_weights(const float *from) { return load<float>(from); }
+static ALWAYS_INLINE Vec<float> load_weights(const bfloat16 *from) { return load<float>(from); }
+static ALWAYS_INLINE Vec<double> load_weights(const double *from) { return load<double>(from); }
+
+// `M` rows of x times one row of W, which is read sequentially. The order of additions is the same for any M.
+template <typename A, typename W, int M>
+static ALWAYS_INLINE void multiply(const A *x, const W *weights, Long K, A *y, Long stride) {
+    const int lanes = Lanes<A>::count, parts = 4;
+    Vec<A> totals[M][parts] = {};
+    Long k = 0;
+    for (; k + parts * lanes <= K; k += parts * lanes)
+        for (int part = 0; part < parts; part++) {
+            __builtin_prefetch((const char *)(weights + k + part * lanes) + READ_AHEAD);
+            Vec<A> column = load_weights(weights + k + part * lanes);
+            for (int m = 0; m < M; m++) totals[m][part] += load<A>(x + m * K + k + part * lanes) * column;
+        }
+    for (; k < K; k += lanes) {
+        W some[lanes];
+        const int count = least(lanes, K - k);
+        memset(some, 0, sizeof some);
+        memcpy(some, weights + k, count * sizeof(W));
+        Vec<A> column = load_weights(some);
+        for (int m = 0; m < M; m++) totals[m][0] += load_some<A>(x + m * K + k, count) * column;
+    }
+    for (int m = 0; m < M; m++) y[m * stride] = sum<A>((totals[m][0] + totals[m][1]) + (totals[m][2] + totals[m][3]));
+}
+
+template <typename A, typename W, int M>
+static void multiply_rows(const A *x, const W *weights, Long first, Long last, Long K, A *y, Long N) {
+    for (Long n = first; n < last; n++) multiply<A, W, M>(x, weights + n * K, K, y + n, N);
+}
+
+template <typename A, typename W>
+static void multiply_any(const A *x, Long rows, const W *weights, Long first, Long last, Long K, A *y, Long N) {
+    for (; rows >= 4; rows -= 4, x += 4 * K, y += 4 * N) multiply_rows<A, W, 4>(x, weights, first, last, K, y, N);
+    if (rows == 3) multiply_rows<A, W, 3>(x, weights, first, last, K, y, N);
+    if (rows == 2) multiply_rows<A, W, 2>(x, weights, first, last, K, y, N);
+    if (rows == 1) multiply_rows<A, W, 1>(x, weights, first, last, K, y, N);
+}
+
+// ---- the products of a layer
+
+// One product of several that are computed together.
+template <typename A> struct Product {
+    const Weight *weight;
+    const A *x;
+    A *y;
+};
+
+static const int ROWS_AT_A_TIME = 32;  // rows of W, if they are contiguous
+static const int MOST_AT_A_TIME = ROWS_OF_BLOCK > ROWS_AT_A_TIME ? ROWS_OF_BLOCK : ROWS_AT_A_TIME;
+
+static Long rows_at_a_time(const Weight *w) { return w->kind == INT4 ? ROWS_OF_BLOCK : ROWS_AT_A_TIME; }
+
+static void multiply_coded(const Weight *, const double *, Long, Long, Long, double *) {}
+static void multiply_coded(const Weight *w, const float *x, Long rows, Long first, Long count, float *found) {
+    const Long K = w->inputs, N = w->outputs;
+    if (w->kind == INT8) {
+        multiply_any<float, int8_t>(x, rows, (const int8_t *)w->data + first * K, 0, count, K, found, ROWS_AT_A_TIME);
+        const float *scale = (const float *)w->scale + first;
+        for (Long m = 0; m < rows; m++)
+            for (Long n = 0; n < count; n++) found[m * ROWS_AT_A_TIME + n] *= scale[n];
+        return;
+    }
+    const uint8_t *block = (const uint8_t *)w->data + first * K / 2;
+    if (w->has_narrow_scales)
+        multiply_codes(x, rows, block, K, w->group, (const bfloat16 *)w->scale + 2 * first, 2 * N, found);
+    else multiply_codes(x, rows, block, K, w->group, (const float *)w->scale + 2 * first, 2 * N, found);
+}
+
+// y = x W^T + bias for all products; with a residual, y = residual + x W^T + bias.
+template <typename T, typename A, int COUNT>
+TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual = 0) {
+    Long ends[COUNT], blocks = 0;
+    for (int i = 0; i < COUNT; i++) {
+        const Long size = rows_at_a_time(all[i].weight);
+        ends[i] = blocks += (all[i].weight->outputs + size - 1) / size;
+    }
+#pragma omp for schedule(static)
+    for (Long number = 0; number < blocks; number++) {
+        Long block = number;
+        const int i = owner_of(&block, ends);
+        const Weight *w = all[i].weight;
+        const T *bias = (const T *)w->bias;
+        const Long N = w->outputs, K = w->inputs, size = rows_at_a_time(w);
+        const Long first = block * size, count = least((int)size, N - first);
+        A found[MOST_ROWS * MOST_AT_A_TIME];
+        if (w->kind == PLAIN)
+            multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, count, K, found, size);
+        else multiply_coded(w, all[i].x, rows, first, count, found);
+        for (Long m = 0; m < rows; m++) {
+            A *to = all[i].y + m * N + first;
+            for (Long n = 0; n < count; n++) {
+                A value = as_stored<T>(found[m * size + n] + (bias ? to_float(bias[first + n]) : (A)0));
+                to[n] = residual ? as_stored<T>(residual[m * N + first + n] + value) : value;
+            }
+        }
+    }
+}
+
+template <typename T> static void linear(const T *x, Long rows, const Weight *weight, T *y, int threads) {
+    typedef Real<T> A;
+    A *wide = widened<A>(x, rows * weight->inputs), *found = room_for<A>(y, rows * weight->outputs);
+    const Product<A> product[] = {{weight, wide, found}};
+#pragma omp parallel num_threads(threads) if (weight -> outputs * weight->inputs > SMALL)
+    products<T>(product, rows);
+    narrowed(found, rows * weight->outputs, y);
+    dropped(wide, x);
+}
+#line 5 "csrc/expert_vector.h"
+
+static const int CHANNELS_AT_A_TIME = 32;
+
+static Long width_of_expert(const Weight *w) { return w->on_outputs ? w->outputs : w->inputs; }
+static Long strips_of(Long width) { return (width + CHANNELS_AT_A_TIME - 1) / CHANNELS_AT_A_TIME; }
+// The number of elements that `rescale` needs in `room`: coordinates (rows, rank) for each strip, and a sum for each
+// thread.
+static Long room_to_rescale(const Weight *w, Long rows, int threads) {
+    return w->rank ? (strips_of(width_of_expert(w)) + threads) * rows * w->rank : 0;
+}
+// The contribution of some channels to Q^T x, for all rows: found (rows, rank).
+template <typename A, typename T>
+static void coordinates_of(const A *x, Long rows, Long width, const T *basis, Long stride, Long rank, Long first,
+                           Long last, A *found) {
+    const int lanes = Lanes<A>::count, parts = 4;
+    for (Long r = 0; r < rank; r += parts * lanes)
+        for (Long m = 0; m < rows; m++) {
+            Vec<A> totals[parts] = {};
+            for (Long i = first; i < last; i++)
+                for (int v = 0; v < parts; v++) {
+                    const Long column = r + v * lanes;
+                    if (column >= rank) break;
+                    totals[v] +=
+                        x[m * width + i] * load_some<A>(basis + i * stride + column, least(lanes, rank - column));
+                }
+            for (int v = 0; v < parts; v++) {
+                const Long column = r + v * lanes;
+                if (column >= rank) break;
+                store_some<A>(totals[v], found + m * rank + column, least(lanes, rank - column));
+            }
+        }
+}
+
+// (z - 1) * Q^T x (rows, rank) from the coordinates of all strips; every thread computes it for itself.
+template <typename A> static void add_up(const Weight *w, Long rows, const A *found, A *to) {
+    const int lanes = Lanes<A>::count;
+    const Long rank = w->rank, size = rows * rank, strips = strips_of(width_of_expert(w));
+    for (Long m = 0; m < rows; m++)
+        for (Long r = 0; r < rank; r += lanes) {
+            const int count = least(lanes, rank - r);
+            Vec<A> total = {};
+            for (Long strip = 0; strip < strips; strip++)
+                total += load_some<A>(found + strip * size + m * rank + r, count);
+            total *= load_some<A>((const A *)w->delta + m * w->delta_stride + r, count);
+            store_some<A>(total, to + m * rank + r, count);
+        }
+}
+
+// The expert vectors of several products; y may be x. A thread changes the channels that it has read, so it reads its
+// part of Q from memory once.
+template <typename T, typename A, int COUNT>
+TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int threads, const A *residual = 0) {
+    Long ends[COUNT], strips = 0;
+    A *found[COUNT], *total[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        const Weight *w = all[i].weight;
+        const Long own = w->rank ? strips_of(width_of_expert(w)) : 0;
+        ends[i] = strips += own;
+        found[i] = room;
+        total[i] = room + (own + own_number()) * rows * w->rank;
+        room += room_to_rescale(w, rows, threads);
+    }
+    if (!strips) return;
+#pragma omp for schedule(static)
+    for (Long number = 0; number < strips; number++) {
+        Long strip = number;
+        const int i = owner_of(&strip, ends);
+        const Weight *w = all[i].weight;
+        const Long width = width_of_expert(w), first = strip * CHANNELS_AT_A_TIME;
+        coordinates_of<A, T>(all[i].x, rows, width, (const T *)w->basis, w->basis_stride, w->rank, first,
+                             first + least(CHANNELS_AT_A_TIME, width - first), found[i] + strip * rows * w->rank);
+    }
+    for (int i = 0; i < COUNT; i++)
+        if (all[i].weight->rank) add_up(all[i].weight, rows, found[i], total[i]);
+#pragma omp for schedule(static)
+    for (Long number = 0; number < strips; number++) {
+        Long strip = number;
+        const int i = owner_of(&strip, ends);
+        const Weight *w = all[i].weight;
+        const int lanes = Lanes<A>::count;
+        const Long width = width_of_expert(w), first = strip * CHANNELS_AT_A_TIME;
+        for (Long c = first; c < first + least(CHANNELS_AT_A_TIME, width - first); c++)
+            for (Long m = 0; m < rows; m++) {
+                const T *direction = (const T *)w->basis + c * w->basis_stride;
+                Vec<A> change = {};
+                for (Long r = 0; r < w->rank; r += lanes)
+                    change += load_some<A>(total[i] + m * w->rank + r, least(lanes, w->rank - r)) *
+                              load_some<A>(direction + r, least(lanes, w->rank - r));
+                const A value = as_stored<T>(all[i].x[m * width + c] + sum<A>(change));
+                all[i].y[m * width + c] = residual ? as_stored<T>(residual[m * width + c] + value) : value;
+            }
+    }
+}
+
+template <typename T> static void rescale_all(const T *x, Long rows, const Weight *weight, T *y, int threads) {
+    typedef Real<T> A;
+    const Long count = rows * weight->inputs;
+    A *wide = widened<A>(x, count), *found = room_for<A>(y, count);
+    A *room = (A *)malloc(room_to_rescale(weight, rows, threads) * sizeof(A));
+    const Product<A> product[] = {{weight, wide, found}};
+#pragma omp parallel num_threads(threads) if (count * weight -> rank > SMALL)
+    rescale<T>(product, rows, room, threads);
+    free(room);
+    narrowed(found, count, y);
+    dropped(wide, x);
+}
+#line 6 "csrc/blocks.h"
+
+#line 1 "csrc/norm_rope_gate.h"
+// RMS norm, rotary position embedding, gated activation.
+//
+// X is A for activations between kernels, or T for tensors in their storage; y may be x.
+
+
+
+
+
+template <typename T, typename X>
+static void rms_norm_of_row(const X *x, Long width, const T *weight, double eps, X *y) {
+    typedef Real<T> A;
+    const int lanes = Lanes<A>::count;
+    Vec<A> squares = {};
+    for (Long i = 0; i < width; i += lanes) {
+        Vec<A> values = load_some<A>(x + i, least(lanes, width - i));
+        squares += values * values;
+    }
+    A factor = (A)1 / (A)sqrt(sum<A>(squares) / (A)width + (A)eps);
+    for (Long i = 0; i < width; i += lanes) {
+        const int count = least(lanes, width - i);
+        T rounded[lanes];  // the norm rounds to T before it multiplies by the weight
+        store<A>(load_some<A>(x + i, count) * factor, rounded);
+        store_rounded<T, A>(load<A>(rounded) * load_some<A>(weight + i, count), y + i, count);
+    }
+}
+
+template <typename T, typename X>
+TEAM void rms_norm(const X *x, Long rows, Long width, const T *weight, double eps, X *y) {
+#pragma omp for schedule(static)
+    for (Long m = 0; m < rows; m++) rms_norm_of_row<T>(x + m * width, width, weight, eps, y + m * width);
+}
+
+// Rotates one head of one token, which has 2 half numbers.
+template <typename T, typename X>
+static ALWAYS_INLINE void turn(const X *from, Long half, const T *cosine, const T *sine, X *to) {
+    typedef Real<T> A;
+    for (Long i = 0; i < half; i++) {
+        A first = to_float(from[i]), second = to_float(from[half + i]);
+        A one = first * to_float(cosine[i]) - second * to_float(sine[i]);
+        A other = second * to_float(cosine[half + i]) + first * to_float(sine[half + i]);
+        from_float(as_stored<T>(one), to + i);
+        from_float(as_stored<T>(other), to + half + i);
+    }
+}
+
+template <typename T, typename X> TEAM void gate(const X *gates, const X *x, Long count, X *y) {
+    typedef Real<T> A;
+    const int lanes = Lanes<A>::count;
+#pragma omp for schedule(static)
+    for (Long i = 0; i < count; i += lanes) {
+        const int some = least(lanes, count - i);
+        Vec<A> opened = load_some<A>(gates + i, some);
+        store_rounded<T, A>(opened * sigmoid<A>(opened) * load_some<A>(x + i, some), y + i, some);
+    }
+}
+
+// x (rows, heads, tokens, 2 half) with strides; cosines and sines (rows or 1, tokens, 2 half); y is contiguous.
+template <typename T>
+static void rotate_all(const T *x, Long rows, Long heads, Long tokens, Long half, const Long *stride, const T *cosines,
+                       const T *sines, Long row_stride, T *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(3) if (rows * heads * tokens * half > FEW)
+    for (Long row = 0; row < rows; row++)
+        for (Long head = 0; head < heads; head++)
+            for (Long token = 0; token < tokens; token++) {
+                const Long angle = row * row_stride + token * 2 * half;
+                turn<T>(x + row * stride[0] + head * stride[1] + token * stride[2], half, cosines + angle,
+                        sines + angle, y + ((row * heads + head) * tokens + token) * 2 * half);
+            }
+}
+#line 8 "csrc/blocks.h"
+#line 1 "csrc/scan.h"
+// The selective scan (Mamba, equations 2a and 2b), forward and backward, in chunks of tokens.
+//
+// A vector holds the N numbers of one channel, so states, A, B and C are read in the order in which they are stored.
+// T is the type that activations are stored in, R the type of the arithmetic.
+
+
+
+
+// The tokens of one chunk for one vector of channels. B and C hold vectors of N numbers, the others of channels.
+template <typename R> struct Chunk {
+    Long row, start, channel;
+    int tokens, lanes;
+    bool is_first[CHUNK + 1];  // whether a sequence starts at this token; the last one: at any token of the chunk
+    Vec<R> B[CHUNK], C[CHUNK], u[CHUNK], dt[CHUNK], dt_u[CHUNK], y[CHUNK], elapsed;
+};
+
+// Load the chunk's channels of a token, or zeros if the tensor was left out; store them.
+template <typename T, typename R>
+static ALWAYS_INLINE Vec<R> channels_of(const View &view, const Chunk<R> &chunk, int token) {
+    if (!view.data) return Vec<R>{};
+    return load_some<R>(at<const T>(view, chunk.row, chunk.start + token) + chunk.channel, chunk.lanes);
+}
+template <typename T, typename R>
+static ALWAYS_INLINE void store_channels(Vec<R> values, const View &view, const Chunk<R> &chunk, int token) {
+    store_some<R>(values, at<T>(view, chunk.row, chunk.start + token) + chunk.channel, chunk.lanes);
+}
+
+// The same channels of two tokens are far apart in memory, so the processor does not prefetch them by itself.
+template <typename T, typename R>
+static ALWAYS_INLINE void fetch_next_channels(const View &view, const Chunk<R> &chunk, int token) {
+    if (view.data) __builtin_prefetch(at<T>(view, chunk.row, chunk.start + token) + chunk.channel + chunk.lanes, 0, 2);
+}
+
+template <typename T, typename R> static ALWAYS_INLINE void load_tokens(const Scan &scan, Chunk<R> &chunk) {
+    Vec<R> D = scan.D ? load_some<R>((const R *)scan.D + chunk.channel, chunk.lanes) : Vec<R>{};
+    chunk.elapsed = Vec<R>{}, chunk.is_first[chunk.tokens] = false;
+    for (int token = 0; token < chunk.tokens; token++) {
+        chunk.is_first[token] = scan.shares.positions && position_of(scan.shares, chunk.row, chunk.start + token) == 0;
+        chunk.is_first[chunk.tokens] |= chunk.is_first[token];
+        Vec<R> dt = channels_of<T, R>(scan.dt, chunk, token), u = channels_of<T, R>(scan.u, chunk, token);
+        for (const View *view = &scan.u; view <= &scan.y; view++) fetch_next_channels<T, R>(*view, chunk, token);
+        if (scan.dt_softplus) dt = softplus<R>(dt);
+        chunk.elapsed += dt;
+        chunk.u[token] = u, chunk.dt[token] = dt, chunk.dt_u[token] = dt * u, chunk.y[token] = D * u;
+    }
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void load_numbers(const Scan &scan, Long first, int count, Chunk<R> &chunk) {
+    for (int token = 0; token < chunk.tokens; token++) {
+        chunk.B[token] = load_some<R>(at<const T>(scan.B, chunk.row, chunk.start + token) + first, count);
+        chunk.C[token] = load_some<R>(at<const T>(scan.C, chunk.row, chunk.start + token) + first, count);
+    }
+}
+
+template <typename R> static ALWAYS_INLINE Vec<R> load_A(const Scan &scan, Long first, int count) {
+    Vec<R> A = load_some<R>((const R *)scan.A + first, count);
+    return scan.A_is_log ? -exp_of<R>(A) : A;
+}
+
+// Exponentials have a long latency but can overlap, so many are computed before the first is used. The last one is the
+// decay of the whole chunk: a product of many rounded decays near 1 would lose a state that lives for thousands of
+// tokens.
+template <typename R> static ALWAYS_INLINE void decay(Vec<R> A, int lane, const Chunk<R> &chunk, Vec<R> *decays) {
+    Vec<R> rate = A * (R)LOG2_E;
+    for (int token = 0; token < chunk.tokens; token++) decays[token] = exp2_of(chunk.dt[token][lane] * rate);
+    decays[chunk.tokens] = chunk.tokens == 1 ? decays[0] : exp2_of(chunk.elapsed[lane] * rate);
+}
+
+// Equations 2a and 2b for one channel.
+template <typename R>
+static ALWAYS_INLINE Vec<R> advance(Vec<R> before, const Vec<R> *decays, int lane, Chunk<R> &chunk) {
+    Vec<R> h = before, written = {};
+    for (int token = 0; token < chunk.tokens; token++) {
+        Vec<R> write = chunk.dt_u[token][lane] * chunk.B[token];
+        if (chunk.is_first[token]) h = written = Vec<R>{};  // no decay of 0: 0 times NaN is NaN
+        h = decays[token] * h + write;
+        written = decays[token] * written + write;
+        chunk.y[token][lane] += sum<R>(h * chunk.C[token]);
+    }
+    return chunk.is_first[chunk.tokens] ? written : decays[chunk.tokens] * before + written;
+}
+
+template <typename T, typename R> static ALWAYS_INLINE void store_outputs(const Scan &scan, const Chunk<R> &chunk) {
+    for (int token = 0; token < chunk.tokens; token++) {
+        Vec<R> y = chunk.y[token], gate = channels_of<T, R>(scan.gate, chunk, token);
+        if (scan.gate.data) y *= gate * sigmoid<R>(gate);
+        store_channels<T, R>(y, scan.y, chunk, token);
+    }
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void scan_chunk(const Scan &scan, Chunk<R> &chunk, const R *before, R *after) {
+    Vec<R> decays[CHUNK + 1];
+    const int size = chunk.tokens + 1, together = (CHUNK + 1) / size;
+    load_tokens<T, R>(scan, chunk);
+    for (Long first = 0; first < scan.numbers; first += Lanes<R>::count) {
+        int count = least(Lanes<R>::count, scan.numbers - first);
+        load_numbers<T, R>(scan, first, count, chunk);
+        for (int lane = 0; lane < chunk.lanes; lane += together) {
+            int stop = least(lane + together, chunk.lanes);
+            Long own = (chunk.channel + lane) * scan.numbers + first;
+            for (int each = lane; each < stop; each++, own += scan.numbers)
+                decay<R>(load_A<R>(scan, own, count), each, chunk, decays + (each - lane) * size);
+            own = (chunk.channel + lane) * scan.numbers + first;
+            for (int each = lane; each < stop; each++, own += scan.numbers) {
+                Vec<R> h = before ? load_some<R>(before + own, count) : Vec<R>{};
+                h = advance<R>(h, decays + (each - lane) * size, each, chunk);
+                store_some<R>(h, after + own, count);
+            }
+        }
+    }
+    store_outputs<T, R>(scan, chunk);
+}
+
+template <typename R> static ALWAYS_INLINE R *checkpoint(const Scan &scan, Long row, Long start) {
+    Long chunks = (scan.shares.length + CHUNK - 1) / CHUNK;
+    return (R *)scan.checkpoints + (row * chunks + start / CHUNK) * scan.shares.channels * scan.numbers;
+}
+
+template <typename T> static void scan_share(const Scan &scan, Long row, Long first, Long last) {
+    typedef Real<T> R;
+    const Long length = length_of(scan.shares, row), size = scan.shares.channels * scan.numbers;
+    const Long own = first * scan.numbers, owned = (last - first) * scan.numbers;
+    const R *before = scan.initial_state ? (const R *)scan.initial_state + row * size : 0;
+    R *after = (R *)scan.final_state + row * size;
+    if (first >= last) return;
+    for (Long start = 0; start < length; start += CHUNK) {
+        if (scan.checkpoints)
+            copy_or_clear<R>(before ? before + own : 0, checkpoint<R>(scan, row, start) + own, owned);
+        for (Long channel = first; channel < last; channel += Lanes<R>::count) {
+            Chunk<R> chunk;
+            chunk.row = row, chunk.start = start, chunk.channel = channel;
+            chunk.tokens = least(CHUNK, length - start), chunk.lanes = least(Lanes<R>::count, last - channel);
+            scan_chunk<T, R>(scan, chunk, before, after);
+        }
+        before = after;
+    }
+    if (length == 0) copy_or_clear<R>(before ? before + own : 0, after + own, owned);
+    clear<T>(scan.y, row, length, scan.shares.length, first, last);
+}
+
+// For each token, vectors of channels: the gradient of y before the gate, and the gradients through the state, of dt u
+// (written) and of dt by the decay (decayed). Vectors of N numbers: dB and dC.
+template <typename R> struct ChunkGradient {
+    Vec<R> dy[CHUNK], written[CHUNK], decayed[CHUNK], dB[CHUNK], dC[CHUNK];
+};
+
+template <typename T, typename R>
+static ALWAYS_INLINE void load_dy(const ScanGradient &gradient, const Chunk<R> &chunk, ChunkGradient<R> &back) {
+    for (int token = 0; token < chunk.tokens; token++) {
+        Vec<R> dy = channels_of<T, R>(gradient.dy, chunk, token);
+        Vec<R> gate = channels_of<T, R>(gradient.of.gate, chunk, token);
+        if (gradient.of.gate.data) dy *= gate * sigmoid<R>(gate);
+        back.dy[token] = dy, back.written[token] = Vec<R>{}, back.decayed[token] = Vec<R>{};
+    }
+}
+
+// One channel forward and backward: `dh` is the gradient of the state after the chunk and becomes that before it.
+template <typename R>
+static ALWAYS_INLINE void advance_back(Vec<R> h, Vec<R> A, int lane, Chunk<R> &chunk, ChunkGradient<R> &back,
+                                       Vec<R> &dh, Vec<R> &dA) {
+    Vec<R> states[CHUNK + 1], decays[CHUNK + 1];
+    decay<R>(A, lane, chunk, decays);
+    states[0] = h;
+    for (int token = 0; token < chunk.tokens; token++) {
+        if (chunk.is_first[token]) h = Vec<R>{};
+        h = decays[token] * h + chunk.dt_u[token][lane] * chunk.B[token];
+        states[token + 1] = h;
+        chunk.y[token][lane] += sum<R>(h * chunk.C[token]);
+    }
+    for (int token = chunk.tokens - 1; token >= 0; token--) {
+        back.dC[token] += back.dy[token][lane] * states[token + 1];
+        dh += back.dy[token][lane] * chunk.C[token];
+        back.dB[token] += chunk.dt_u[token][lane] * dh;
+        back.written[token][lane] += sum<R>(dh * chunk.B[token]);
+        if (chunk.is_first[token]) {
+            dh = Vec<R>{};
+            continue;
+        }
+        dh *= decays[token];
+        Vec<R> kept = dh * states[token];
+        back.decayed[token][lane] += sum<R>(kept * A);
+        dA += chunk.dt[token][lane] * kept;
+    }
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void store_gradients(const ScanGradient &gradient, const Chunk<R> &chunk,
+                                          const ChunkGradient<R> &back) {
+    const Scan &scan = gradient.of;
+    Vec<R> D = scan.D ? load_some<R>((const R *)scan.D + chunk.channel, chunk.lanes) : Vec<R>{}, dD = {};
+    for (int token = 0; token < chunk.tokens; token++) {
+        Vec<R> du = chunk.dt[token] * back.written[token] + D * back.dy[token];
+        Vec<R> ddt = back.decayed[token] + chunk.u[token] * back.written[token];
+        Vec<R> dy = channels_of<T, R>(gradient.dy, chunk, token), gate = channels_of<T, R>(scan.gate, chunk, token);
+        Vec<R> dgate = dy * chunk.y[token] * silu_slope<R>(gate);
+        if (scan.dt_softplus) ddt *= sigmoid<R>(channels_of<T, R>(scan.dt, chunk, token));
+        store_channels<T, R>(du, gradient.du, chunk, token);
+        store_channels<T, R>(ddt, gradient.ddt, chunk, token);
+        if (scan.gate.data) store_channels<T, R>(dgate, gradient.dgate, chunk, token);
+        dD += back.dy[token] * chunk.u[token];
+    }
+    R *to = (R *)gradient.dD + chunk.row * scan.shares.channels + chunk.channel;
+    store_some<R>(load_some<R>(to, chunk.lanes) + dD, to, chunk.lanes);
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void scan_chunk_back(const ScanGradient &gradient, Long split, Chunk<R> &chunk) {
+    const Scan &scan = gradient.of;
+    const Long size = scan.shares.channels * scan.numbers;
+    const R *before = checkpoint<R>(scan, chunk.row, chunk.start);
+    R *dA = (R *)gradient.dA + chunk.row * size, *dh = (R *)gradient.dinitial_state + chunk.row * size;
+    Long summed = ((chunk.row * scan.shares.splits + split) * scan.shares.length + chunk.start) * scan.numbers;
+    ChunkGradient<R> back;
+    load_tokens<T, R>(scan, chunk);
+    load_dy<T, R>(gradient, chunk, back);
+    for (Long first = 0; first < scan.numbers; first += Lanes<R>::count) {
+        int count = least(Lanes<R>::count, scan.numbers - first);
+        R *dB = (R *)gradient.dB + summed + first, *dC = (R *)gradient.dC + summed + first;
+        load_numbers<T, R>(scan, first, count, chunk);
+        for (int token = 0; token < chunk.tokens; token++) {
+            back.dB[token] = load_some<R>(dB + token * scan.numbers, count);
+            back.dC[token] = load_some<R>(dC + token * scan.numbers, count);
+        }
+        for (int lane = 0; lane < chunk.lanes; lane++) {
+            Long own = (chunk.channel + lane) * scan.numbers + first;
+            Vec<R> A = load_A<R>(scan, own, count), h = load_some<R>(before + own, count);
+            Vec<R> own_dA = load_some<R>(dA + own, count), own_dh = load_some<R>(dh + own, count);
+            advance_back<R>(h, A, lane, chunk, back, own_dh, own_dA);
+            store_some<R>(own_dA, dA + own, count), store_some<R>(own_dh, dh + own, count);
+        }
+        for (int token = 0; token < chunk.tokens; token++) {
+            store_some<R>(back.dB[token], dB + token * scan.numbers, count);
+            store_some<R>(back.dC[token], dC + token * scan.numbers, count);
+        }
+    }
+    store_gradients<T, R>(gradient, chunk, back);
+}
+
+template <typename T>
+static void scan_share_back(const ScanGradient &gradient, Long row, Long split, Long first, Long last) {
+    typedef Real<T> R;
+    const Scan &scan = gradient.of;
+    const Long length = length_of(scan.shares, row), own = (row * scan.shares.channels + first) * scan.numbers;
+    const R *dfinal = gradient.dfinal_state ? (const R *)gradient.dfinal_state + own : 0;
+    if (first >= last) return;
+    copy_or_clear<R>(dfinal, (R *)gradient.dinitial_state + own, (last - first) * scan.numbers);
+    for (Long chunks = (length + CHUNK - 1) / CHUNK; chunks > 0; chunks--)
+        for (Long channel = first; channel < last; channel += Lanes<R>::count) {
+            Chunk<R> chunk;
+            chunk.row = row, chunk.start = (chunks - 1) * CHUNK, chunk.channel = channel;
+            chunk.tokens = least(CHUNK, length - chunk.start), chunk.lanes = least(Lanes<R>::count, last - channel);
+            scan_chunk_back<T, R>(gradient, split, chunk);
+        }
+    clear<T>(gradient.du, row, length, scan.shares.length, first, last);
+    clear<T>(gradient.ddt, row, length, scan.shares.length, first, last);
+    clear<T>(gradient.dgate, row, length, scan.shares.length, first, last);
+}
+#line 9 "csrc/blocks.h"
+
+template <typename A> struct Room {
+    A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts;
+    int threads;
+};
+
+static Long most(Long one, Long other) { return one > other ? one : other; }
+
+// One piece of memory for the activations and for all intermediate results of a block; the caller frees `x`.
+template <typename A>
+static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const Plan *plans, int threads) {
+    Long wide = 0, changed = 0, heads = 0, found = 0, experts = 0;
+    const Long all = t.rows * t.count;
+    for (const Block *b = blocks; b < blocks + count; b++) {
+        // The first weights have the same input and are used together; the others are used one after the other.
+        const int together = b->kind == ATTENTION ? 3 : b->kind == MLP ? 2 : 1, weights = b->kind == MLP ? 3 : 4;
+        Long outputs = 0, needed = 0;
+        for (int i = 0; i < weights; i++) {
+            const Weight *w = b->weights + i;
+            if (i < together || b->kind == MAMBA) outputs += w->outputs;
+            needed = i < together ? needed + room_to_rescale(w, all, threads)
+                                  : most(needed, room_to_rescale(w, all, threads));
+            changed = most(changed, i < together ? together * w->inputs : w->inputs);
+        }
+        const Recurrence &m = b->mamba;
+        if (b->kind == MAMBA) outputs += 2 * m.channels + m.rank + m.channels * m.numbers + m.channels;
+        wide = most(wide, outputs);
+        experts = most(experts, needed);
+        if (b->kind != ATTENTION) continue;
+        heads = most(heads, b->heads * b->head_dim);
+        found = most(found, b->heads * parts_of(plans[b->plan].keys, threads) * (2 + b->head_dim));
+    }
+    const Long sizes[] = {all * t.width, all * t.width, all * wide,  all * changed,
+                          all * heads,   all * found,   all * heads, experts};
+    Long sum = 0;
+    for (Long size : sizes) sum += size;
+    A *pieces[8], *next = (A *)malloc(sum * sizeof(A));
+    for (int i = 0; i < 8; i++) pieces[i] = next, next += sizes[i];
+    return {pieces[0], pieces[1], pieces[2], pieces[3], pieces[4], pieces[5], pieces[6], pieces[7], threads};
+}
+
+// Products of the same x with several weights, each with its expert vector: y[i] = W'[i] x, or residual + W'[i] x.
+template <typename T, int COUNT, typename A>
+TEAM void project(const Weight *weights, const A *x, Long rows, A *const (&y)[COUNT], const Room<A> &room,
+                  const A *residual = 0) {
+    static const Weight none = {};
+    Product<A> before[COUNT], between[COUNT], after[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        const Weight *w = weights + i;
+        const bool on_inputs = w->rank && !w->on_outputs, on_outputs = w->rank && w->on_outputs;
+        before[i] = {on_inputs ? w : &none, x, room.changed + i * rows * w->inputs};
+        between[i] = {w, on_inputs ? before[i].y : x, on_outputs && residual ? room.normed : y[i]};
+        after[i] = {on_outputs ? w : &none, between[i].y, y[i]};
+    }
+    rescale<T>(before, rows, room.experts, room.threads);
+    products<T>(between, rows, after[0].weight->rank ? 0 : residual);
+    rescale<T>(after, rows, room.experts, room.threads, residual);
+}
+
+// Rotates queries and keys, scales queries for `attend`, and writes keys and values to their slots.
+template <typename T, typename A>
+TEAM void place(const Block &b, const Plan &p, const Tokens &t, const Shape &s, A *query, A *key, const A *value,
+                A *scaled) {
+    const Long width = b.head_dim;
+#pragma omp for schedule(static) collapse(3)
+    for (Long row = 0; row < t.rows; row++)
+        for (Long head = 0; head < b.heads + 2 * b.key_heads; head++)
+            for (Long token = 0; token < t.count; token++) {
+                const Long index = row * t.count + token, own = (head - b.heads) % b.key_heads;
+                const bool is_query = head < b.heads, is_value = head >= b.heads + b.key_heads;
+                A *from = is_query   ? query + (index * b.heads + head) * width
+                          : is_value ? (A *)value + (index * b.key_heads + own) * width
+                                     : key + (index * b.key_heads + own) * width;
+                if (t.cosines && !is_value) {
+                    const Long angle = row * t.angle_row + token * width;
+                    turn<T>(from, width / 2, (const T *)t.cosines + angle, (const T *)t.sines + angle, from);
+                }
+                if (is_query) {
+                    A *to = place_of(scaled, s, row, head, token);
+                    for (Long c = 0; c < width; c++) to[c] = from[c] * (A)(b.scaling * LOG2_E);
+                } else {
+                    const Long *slots = (const Long *)p.slots;
+                    const Long slot = slots ? slots[row * p.slots_row + token] : p.first_slot + token;
+                    T *to = (T *)(is_value ? b.values : b.keys);
+                    to += ((row * b.key_heads + own) * b.capacity + slot) * width;
+                    for (Long c = 0; c < width; c++) from_float(from[c], to + c);
+                }
+            }
+}
+
+template <typename T, typename A>
+TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A> &room) {
+    const Long all = t.rows * t.count, row = b.key_heads * b.capacity * b.head_dim, head = b.capacity * b.head_dim;
+    Shape s = {};
+    s.rows = t.rows, s.key_heads = b.key_heads, s.group = b.heads / b.key_heads;
+    s.queries = t.count, s.keys = p.keys, s.width = b.head_dim;
+    s.key[0] = s.value[0] = row, s.key[1] = s.value[1] = head, s.key[2] = s.value[2] = b.head_dim;
+    s.mask_row = p.mask_row, s.mask_query = p.mask_query;
+    A *query = room.wide, *key = query + all * b.weights[0].outputs, *value = key + all * b.weights[1].outputs;
+    A *const inputs[] = {query, key, value}, *const outputs[] = {room.x};
+    rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
+    project<T>(b.weights, room.normed, all, inputs, room);
+    place<T>(b, p, t, s, query, key, value, room.scaled);
+    attend<T>(room.scaled, (const T *)b.keys, (const T *)b.values, (const uint8_t *)p.mask, s, room.threads,
+              room.found, room.mixed);
+    project<T>(b.weights + 3, room.mixed, all, outputs, room, room.x);
+}
+
+template <typename T, typename A> TEAM void gated_mlp(const Block &b, const Tokens &t, const Room<A> &room) {
+    const Long all = t.rows * t.count, inner = b.weights[0].outputs;
+    A *gates = room.wide, *up = gates + all * inner;
+    A *const inputs[] = {gates, up}, *const outputs[] = {room.x};
+    rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
+    project<T>(b.weights, room.normed, all, inputs, room);
+    gate<T>(gates, up, all * inner, gates);
+    project<T>(b.weights + 2, gates, all, outputs, room, room.x);
+}
+
+// One token: silu of the convolution of x (rows, channels) with the stride of its rows, and the next window.
+template <typename T, typename A>
+TEAM void convolve_token(const Recurrence &m, Long rows, const A *x, Long stride, A *u) {
+    const int lanes = Lanes<A>::count;
+    const Long kept = m.taps - 1, D = m.channels;
+    const T *window = (const T *)m.window, *weight = (const T *)m.conv_weight, *bias = (const T *)m.conv_bias;
+    T *next = (T *)m.next_window;
+#pragma omp for schedule(static) collapse(2)
+    for (Long row = 0; row < rows; row++)
+        for (Long c = 0; c < D; c += lanes) {
+            const int count = least(lanes, D - c);
+            Vec<A> total = bias ? load_some<A>(bias + c, count) : Vec<A>{};
+            for (Long tap = 0; tap < m.taps; tap++) {
+                Vec<A> input = {}, taps = {};
+                if (tap == kept) input = load_some<A>(x + row * stride + c, count);
+                else if (window) input = load_some<A>(window + (row * kept + tap) * D + c, count);
+                for (int lane = 0; lane < count; lane++) taps[lane] = to_float(weight[(c + lane) * m.taps + tap]);
+                total += taps * input;
+                if (tap) store_some<A>(input, next + (row * kept + tap - 1) * D + c, count);
+            }
+            store_rounded<T, A>(total * sigmoid<A>(total), u + row * D + c, count);
+        }
+}
+
+// A weight in the type of the arithmetic: in place, or converted into `room`.
+template <typename A> TEAM const A *wide_weight(Long weight, Long, A *, const A *) { return (const A *)weight; }
+template <typename A> TEAM const A *wide_weight(Long weight, Long count, A *room, const bfloat16 *) {
+#pragma omp for schedule(static)
+    for (Long i = 0; i < count; i++) room[i] = to_float(((const bfloat16 *)weight)[i]);
+    return room;
+}
+
+// Applies the inner norms, if there are any, to dt, B and C in `chosen` (rows, rank + 2 numbers), and copies dt to
+// `dt`.
+template <typename T, typename A> TEAM void part(const Recurrence &m, Long rows, A *chosen, A *dt) {
+    const Long widths[] = {m.rank, m.numbers, m.numbers}, stride = m.rank + 2 * m.numbers;
+#pragma omp for schedule(static)
+    for (Long row = 0; row < rows; row++) {
+        A *from = chosen + row * stride;
+        for (int i = 0; i < 3; from += widths[i], i++)
+            if (m.norms[i]) rms_norm_of_row<T>(from, widths[i], (const T *)m.norms[i], m.eps[i], from);
+        memcpy(dt + row * m.rank, chosen + row * stride, m.rank * sizeof(A));
+    }
+}
+
+// One token of the selective scan, in shares of channels.
+template <typename T, typename A> TEAM void scan_token(const Scan &scan) {
+    const Long lanes = Lanes<A>::count, blocks = (scan.shares.channels + lanes - 1) / lanes;
+#pragma omp for schedule(static) collapse(2)
+    for (Long row = 0; row < scan.shares.rows; row++)
+        for (Long share = 0; share < scan.shares.splits; share++) {
+            const Long first = blocks * share / scan.shares.splits * lanes;
+            const Long end = blocks * (share + 1) / scan.shares.splits * lanes;
+            const Long last = end < scan.shares.channels ? end : scan.shares.channels;
+            scan_share<A>(scan, row, first, last);
+            A *y = at<A>(scan.y, row, 0);
+            for (Long c = first; c < last; c++) y[c] = as_stored<T>(y[c]);
+        }
+}
+
+template <typename T, typename A> TEAM void mamba(const Block &b, const Tokens &t, const Room<A> &room) {
+    const Recurrence &m = b.mamba;
+    const Long rows = t.rows, D = m.channels, N = m.numbers, chosen_width = m.rank + 2 * N;
+    A *both = room.wide, *u = both + rows * 2 * D, *chosen = u + rows * D, *dt_inputs = chosen + rows * chosen_width;
+    A *dt = dt_inputs + rows * m.rank, *y = dt + rows * D, *widened = y + rows * D;
+    A *const after_in[] = {both}, *const after_x[] = {chosen}, *const after_dt[] = {dt}, *const outputs[] = {room.x};
+    rms_norm<T>(room.x, rows, t.width, (const T *)b.norm, b.eps, room.normed);
+    project<T>(b.weights, room.normed, rows, after_in, room);
+    convolve_token<T>(m, rows, both, 2 * D, u);
+    project<T>(b.weights + 1, u, rows, after_x, room);
+    part<T>(m, rows, chosen, dt_inputs);
+    project<T>(b.weights + 2, dt_inputs, rows, after_dt, room);
+    const A *A_log = wide_weight<A>(m.A_log, D * N, widened, (const T *)0);
+    const A *skip = wide_weight<A>(m.D, D, widened + D * N, (const T *)0);
+    Scan scan = {};
+    scan.B = {chosen + m.rank, chosen_width, 0}, scan.C = {chosen + m.rank + N, chosen_width, 0};
+    scan.u = {u, D, 0}, scan.dt = {dt, D, 0}, scan.gate = {both + D, 2 * D, 0}, scan.y = {y, D, 0};
+    scan.A = A_log, scan.D = skip, scan.initial_state = (const void *)m.state, scan.final_state = (void *)m.next_state;
+    scan.numbers = N, scan.dt_softplus = scan.A_is_log = 1;
+    scan.shares = {0, rows, 1, D, 2 * room.threads, room.threads, 0};
+    scan_token<T, A>(scan);
+    project<T>(b.weights + 3, y, rows, outputs, room, room.x);
+}
+
+// Whether all keys that are read, and all slots that are written, lie within the capacity of their blocks.
+static bool fits(const Tokens &t, const Block *blocks, Long count, const Plan *plans) {
+    for (const Block *b = blocks; b < blocks + count; b++) {
+        if (b->kind != ATTENTION) continue;
+        const Plan &p = plans[b->plan];
+        const Long *slots = (const Long *)p.slots;
+        if (p.keys < 0 || p.keys > b->capacity) return false;
+        if (!slots && (p.first_slot < 0 || p.first_slot + t.count > b->capacity)) return false;
+        for (Long row = 0; slots && row < (p.slots_row ? t.rows : 1); row++)
+            for (Long token = 0; token < t.count; token++) {
+                const Long slot = slots[row * p.slots_row + token];
+                if (slot < 0 || slot >= b->capacity) return false;
+            }
+    }
+    return true;
+}
+
+// Runs all blocks on x (rows, tokens, width); y is the output of the last one.
+template <typename T>
+static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans, T *y,
+                       int threads) {
+    typedef Real<T> A;
+    const Tokens t = *tokens;
+    const Room<A> room = make_room<A>(t, blocks, count, plans, threads);
+    const Long numbers = t.rows * t.count * t.width;
+    for (Long i = 0; i < numbers; i++) room.x[i] = to_float(x[i]);
+#pragma omp parallel num_threads(threads) if (t.width * t.width > SMALL)
+    for (const Block *b = blocks; b < blocks + count; b++) {
+        if (b->kind == ATTENTION) attention<T>(*b, plans[b->plan], t, room);
+        else if (b->kind == MLP) gated_mlp<T>(*b, t, room);
+        else mamba<T>(*b, t, room);
+    }
+    for (Long i = 0; i < numbers; i++) from_float(room.x[i], y + i);
+    free(room.x);
+}
+#line 4 "csrc/kernels.cpp"
+#line 1 "csrc/convolution.h"
+// Causal depthwise convolution with silu, forward and backward.
+//
+// Inputs are numbered from the first one of the initial state, so token t reads inputs t to t + K - 1. T is the type
+// that activations are stored in, R the type of the arithmetic.
+
+
+
+
+template <typename T> static const T *input_at(const Convolution &conv, Long row, Long input) {
+    Long kept = conv.taps - 1;
+    if (input >= kept) return at<T>(conv.x, row, input - kept);
+    return conv.initial_state ? (const T *)conv.initial_state + (row * kept + input) * conv.shares.channels : 0;
+}
+
+template <typename R> struct Taps {
+    Vec<R> weight[MOST_TAPS], bias;
+};
+
+template <typename R>
+static ALWAYS_INLINE void load_taps(const Convolution &conv, Long channel, int lanes, Taps<R> &taps) {
+    for (int tap = 0; tap < conv.taps; tap++) taps.weight[tap] = Vec<R>{};
+    const R *weight = (const R *)conv.weight + channel * conv.taps;
+    for (int lane = 0; lane < lanes; lane++)
+        for (int tap = 0; tap < conv.taps; tap++) taps.weight[tap][lane] = weight[lane * conv.taps + tap];
+    taps.bias = conv.bias ? load_some<R>((const R *)conv.bias + channel, lanes) : Vec<R>{};
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void load_inputs(const Convolution &conv, Long row, Long channel, int lanes, Long first,
+                                      int count, Vec<R> *inputs) {
+    Long stop = length_of(conv.shares, row) + conv.taps - 1;
+    for (int each = 0; each < count; each++) {
+        Long input = first + each;
+        const T *from = input < 0 || input >= stop ? 0 : input_at<T>(conv, row, input);
+        inputs[each] = from ? load_some<R>(from + channel, lanes) : Vec<R>{};
+    }
+}
+
+// The first tap of a token that reads an input of the token's own sequence.
+static ALWAYS_INLINE int first_tap(const Convolution &conv, Long row, Long token) {
+    if (!conv.shares.positions) return 0;
+    Long missing = conv.taps - 1 - position_of(conv.shares, row, token);
+    return missing > 0 ? (int)missing : 0;
+}
+
+template <typename R>
+static ALWAYS_INLINE Vec<R> convolve(const Taps<R> &taps, int first, int count, const Vec<R> *inputs) {
+    Vec<R> total = taps.bias;
+    for (int tap = first; tap < count; tap++) total += taps.weight[tap] * inputs[tap];
+    return total;
+}
+
+template <typename T>
+static ALWAYS_INLINE void convolve_chunk(const Convolution &conv, Long row, Long channel, int lanes, Long start,
+                                         int tokens) {
+    typedef Real<T> R;
+    Taps<R> taps;
+    Vec<R> inputs[CHUNK + MOST_TAPS];
+    load_taps<R>(conv, channel, lanes, taps);
+    load_inputs<T, R>(conv, row, channel, lanes, start, tokens + conv.taps - 1, inputs);
+    for (int token = 0; token < tokens; token++) {
+        Vec<R> total = convolve<R>(taps, first_tap(conv, row, start + token), conv.taps, inputs + token);
+        store_some<R>(total * sigmoid<R>(total), at<T>(conv.y, row, start + token) + channel, lanes);
+    }
+}
+
+template <typename T> static void convolve_share(const Convolution &conv, Long row, Long first, Long last) {
+    Long length = length_of(conv.shares, row), kept = conv.taps - 1;
+    for (Long start = 0; start < length; start += CHUNK)
+        for (Long channel = first; channel < last; channel += Lanes<Real<T>>::count)
+            convolve_chunk<T>(conv, row, channel, least(Lanes<Real<T>>::count, last - channel), start,
+                              least(CHUNK, length - start));
+    clear<T>(conv.y, row, length, conv.shares.length, first, last);
+    for (Long input = 0; input < kept && first < last; input++) {
+        const T *from = input_at<T>(conv, row, length + input);
+        T *to = (T *)conv.final_state + (row * kept + input) * conv.shares.channels;
+        copy_or_clear<T>(from ? from + first : 0, to + first, last - first);
+    }
+}
+
+// Gradients of some inputs, from the tokens that read them, and the share of these tokens in the gradients of the
+// taps.
+template <typename T>
+static ALWAYS_INLINE void convolve_chunk_back(const ConvolutionGradient &gradient, Long row, Long channel, int lanes,
+                                              Long start, int count) {
+    typedef Real<T> R;
+    const Convolution &conv = gradient.of;
+    const Long kept = conv.taps - 1, length = length_of(conv.shares, row), channels = conv.shares.channels;
+    const T *dfinal_state = gradient.dfinal_state ? (const T *)gradient.dfinal_state + row * kept * channels : 0;
+    Taps<R> taps, dtaps = {};
+    Vec<R> inputs[CHUNK + 2 * MOST_TAPS], dtotal[CHUNK + MOST_TAPS];
+    int first[CHUNK + MOST_TAPS];
+    load_taps<R>(conv, channel, lanes, taps);
+    load_inputs<T, R>(conv, row, channel, lanes, start - kept, count + 2 * kept, inputs);
+    for (int each = 0; each < count + kept; each++) {
+        Long token = start - kept + each;
+        dtotal[each] = Vec<R>{}, first[each] = 0;
+        if (token < 0 || token >= length || !gradient.dy.data) continue;
+        first[each] = first_tap(conv, row, token);
+        Vec<R> total = convolve<R>(taps, first[each], conv.taps, inputs + each);
+        Vec<R> dy = load_some<R>(at<const T>(gradient.dy, row, token) + channel, lanes);
+        dtotal[each] = dy * silu_slope<R>(total);
+        if (each < kept) continue;
+        dtaps.bias += dtotal[each];
+        for (int tap = first[each]; tap < conv.taps; tap++) dtaps.weight[tap] += dtotal[each] * inputs[each + tap];
+    }
+    for (int each = 0; each < count; each++) {
+        Long input = start + each;
+        Vec<R> dinput = {};
+        for (int tap = 0; tap < conv.taps; tap++)
+            if (tap >= first[each + kept - tap]) dinput += taps.weight[tap] * dtotal[each + kept - tap];
+        if (dfinal_state && input >= length)
+            dinput += load_some<R>(dfinal_state + (input - length) * channels + channel, lanes);
+        T *to = input >= kept ? at<T>(gradient.dx, row, input - kept)
+                              : (T *)gradient.dinitial_state + (row * kept + input) * channels;
+        store_some<R>(dinput, to + channel, lanes);
+    }
+    for (int lane = 0; lane < lanes; lane++) {
+        Long own = row * channels + channel + lane;
+        ((R *)gradient.dbias)[own] += dtaps.bias[lane];
+        for (int tap = 0; tap < conv.taps; tap++)
+            ((R *)gradient.dweight)[own * conv.taps + tap] += dtaps.weight[tap][lane];
+    }
+}
+
+template <typename T>
+static void convolve_share_back(const ConvolutionGradient &gradient, Long row, Long first, Long last) {
+    typedef Real<T> R;
+    const Convolution &conv = gradient.of;
+    Long length = length_of(conv.shares, row), inputs = length + conv.taps - 1;
+    for (Long start = 0; start < inputs; start += CHUNK)
+        for (Long channel = first; channel < last; channel += Lanes<R>::count)
+            convolve_chunk_back<T>(gradient, row, channel, least(Lanes<R>::count, last - channel), start,
+                                   least(CHUNK, inputs - start));
+    clear<T>(gradient.dx, row, length, conv.shares.length, first, last);
+}
+#line 5 "csrc/kernels.cpp"
+
+
+
+
+
+
+
+#define DEFINE_FOR_STORAGE(name, T)                                                                                   \
+    void convolve_##name(const Convolution *conv) {                                                                   \
+        for_each_share<Real<T>>(conv->shares, [&](Long row, Long, Long first, Long last) {                            \
+            convolve_share<T>(*conv, row, first, last);                                                               \
+        });                                                                                                           \
+    }                                                                                                                 \
+    void convolve_back_##name(const ConvolutionGradient *gradient) {                                                  \
+        for_each_share<Real<T>>(gradient->of.shares, [&](Long row, Long, Long first, Long last) {                     \
+            convolve_share_back<T>(*gradient, row, first, last);                                                      \
+        });                                                                                                           \
+    }                                                                                                                 \
+    void scan_##name(const Scan *scan) {                                                                              \
+        for_each_share<Real<T>>(                                                                                      \
+            scan->shares, [&](Long row, Long, Long first, Long last) { scan_share<T>(*scan, row, first, last); });    \
+    }                                                                                                                 \
+    void scan_back_##name(const ScanGradient *gradient) {                                                             \
+        for_each_share<Real<T>>(gradient->of.shares, [&](Long row, Long split, Long first, Long last) {               \
+            scan_share_back<T>(*gradient, row, split, first, last);                                                   \
+        });                                                                                                           \
+    }                                                                                                                 \
+    void linear_##name(const T *x, Long rows, const Weight *weight, T *y, int threads) {                              \
+        linear<T>(x, rows, weight, y, threads);                                                                       \
+    }                                                                                                                 \
+    void rescale_##name(const T *x, Long rows, const Weight *weight, T *y, int threads) {                             \
+        rescale_all<T>(x, rows, weight, y, threads);                                                                  \
+    }                                                                                                                 \
+    void rms_norm_##name(const T *x, Long rows, Long width, const T *weight, double eps, T *y, int threads) {         \
+        _Pragma("omp parallel num_threads(threads) if (rows * width > FEW)")                                          \
+            rms_norm<T>(x, rows, width, weight, eps, y);                                                              \
+    }                                                                                                                 \
+    void rotate_##name(const T *x, Long rows, Long heads, Long tokens, Long half, Long row_stride, Long head_stride,  \
+                       Long token_stride, const T *cosines, const T *sines, Long angle_row, T *y, int threads) {      \
+        const Long strides[] = {row_stride, head_stride, token_stride};                                               \
+        rotate_all<T>(x, rows, heads, tokens, half, strides, cosines, sines, angle_row, y, threads);                  \
+    }                                                                                                                 \
+    void gate_##name(const T *gates, const T *x, Long count, T *y, int threads) {                                     \
+        _Pragma("omp parallel num_threads(threads) if (count > FEW)") gate<T>(gates, x, count, y);                    \
+    }                                                                                                                 \
+    void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
+                       const Shape *shape, int threads) {                                                             \
+        attend_all<T>(query, key, value, mask, scaling, y, shape, threads);                                           \
+    }                                                                                                                 \
+    void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans,      \
+                           T *y, int threads) {                                                                       \
+        run_blocks<T>(x, tokens, blocks, count, plans, y, threads);                                                   \
+    }
+DEFINE_FOR_STORAGE(float32, float)
+DEFINE_FOR_STORAGE(bfloat16, bfloat16)
+DEFINE_FOR_STORAGE(float64, double)
+
+#define DEFINE_FOR_INT4(name, T, scale_name, S)                                                                       \
+    void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \
+                                           int threads) {                                                             \
+        unpack_int4<T, S>(packed, N, K, group, scales, y, threads);                                                   \
+    }
+DEFINE_FOR_INT4(float32, float, float32, float)
+DEFINE_FOR_INT4(float32, float, bfloat16, bfloat16)
+DEFINE_FOR_INT4(bfloat16, bfloat16, float32, float)
+DEFINE_FOR_INT4(bfloat16, bfloat16, bfloat16, bfloat16)
+
+int rows_of_block(void) { return ROWS_OF_BLOCK; }
+
+int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans) {
+    return fits(*tokens, blocks, count, plans);
+}
+
+#define CONSTANT(name) {#name, name}
+#define SIZE(type) {#type, sizeof(type)}
+static const struct {
+    const char *name;
+    Long value;
+} INTERFACE[] = {
+    CONSTANT(INTERFACE_VERSION),
+    CONSTANT(CHUNK),
+    CONSTANT(MOST_TAPS),
+    CONSTANT(MOST_ROWS),
+    CONSTANT(PLAIN),
+    CONSTANT(INT8),
+    CONSTANT(INT4),
+    CONSTANT(ATTENTION),
+    CONSTANT(MLP),
+    CONSTANT(MAMBA),
+    SIZE(View),
+    SIZE(Shares),
+    SIZE(Convolution),
+    SIZE(ConvolutionGradient),
+    SIZE(Scan),
+    SIZE(ScanGradient),
+    SIZE(Weight),
+    SIZE(Shape),
+    SIZE(Recurrence),
+    SIZE(Block),
+    SIZE(Plan),
+    SIZE(Tokens),
+};
+
+Long interface_value(const char *name) {
+    for (const auto &entry : INTERFACE)
+        if (!strcmp(name, entry.name)) return entry.value;
+    return -1;
+}
 """
 
-__all__ = ["COMMON_SOURCE"]
+__all__ = ["SOURCE"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mambaformer.ops_cpu_build_mambaformer import cpu_library
+from mambaformer.ops_cpu_interface_mambaformer import kernels
 
 PACKAGES = ("torch", "transformers", "torchao", "llama-cpp-python")
 HOLDS, MISSED = "holds", "**MISSED**"
@@ -112,7 +112,7 @@ def machine() -> dict[str, object]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "kernels": "compiled" if cpu_library("") else "none, all is computed by PyTorch",
+        "kernels": "compiled" if kernels() else "none, all is computed by PyTorch",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},

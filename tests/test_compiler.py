@@ -14,9 +14,10 @@ import torch
 
 from loops import conv_arguments, scan_arguments
 from mambaformer import ops_cpu_build_mambaformer as compiler
+from mambaformer import ops_cpu_interface_mambaformer as interface
 from mambaformer.files_mambaformer import private_folder
 from mambaformer.ops_cpu_build_mambaformer import cpu_library
-from mambaformer.ops_cpu_scan_mambaformer import STORED
+from mambaformer.ops_cpu_interface_mambaformer import STORED
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 
 ANSWER = 'extern "C" int answer() { return 42; }'
@@ -60,6 +61,14 @@ def the_file(folder):
 def without_compiler(monkeypatch):
     monkeypatch.setattr(compiler, "COMPILERS", ("no-such-compiler",))
     monkeypatch.delenv("CXX", raising=False)
+
+
+def built(path, source):
+    """The content of a library of this source; the file is gone."""
+    subprocess.run(["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=source.encode(), check=True)
+    content = path.read_bytes()
+    path.unlink()
+    return content
 
 
 def run(script, *arguments, **environment):
@@ -212,14 +221,49 @@ def test_a_stored_library_without_the_functions_is_compiled_again(folder, monkey
     cpu_library(ANSWER)
     path = the_file(folder)
     monkeypatch.setattr(compiler, "_libraries", {})
-    other = path.with_name("other.so")
-    subprocess.run(["c++", "-shared", "-x", "c++", "-", "-o", other], input=b"int nothing;", check=True)
-    content = other.read_bytes()
-    other.unlink(), path.unlink()
+    content = built(path.with_name("other.so"), "int nothing;")
+    path.unlink()
     planted = path.with_name(f"{path.stem.split('-')[0]}-{compiler._digest(content)}.so")
     planted.write_bytes(content)
     planted.chmod(0o600)
     assert cpu_library(ANSWER, ["answer"]).answer() == 42
+    assert list(folder.iterdir()) == [path]
+
+
+# A library whose `interface_value` disagrees with Python about the size of `Weight`.
+DISAGREEING = "extern \"C\" long interface_value(const char *name) { return *name == 'V' ? 1 : 104; }"
+VALUES = {"VERSION": 1, "Weight": 112}
+
+
+def test_a_library_with_a_structure_of_another_size_is_not_used(folder, warnings):
+    assert cpu_library(DISAGREEING, ["interface_value"], VALUES) is None
+    assert "Weight (104, not 112)" in warnings()
+    assert not list(folder.iterdir()), "the library is not found the next time"
+
+
+def test_a_forward_is_right_with_a_library_of_other_structures(folder, monkeypatch, warnings):
+    monkeypatch.setenv(compiler.SWITCH, "0")
+    expected = [selective_scan(**scan_arguments()), causal_conv1d(**conv_arguments())]
+    monkeypatch.delenv(compiler.SWITCH)
+    forget(monkeypatch)
+    for name, planted in {"SOURCE": DISAGREEING, "FUNCTIONS": ["interface_value"], "VALUES": VALUES}.items():
+        monkeypatch.setattr(interface, name, planted)
+    found = [selective_scan(**scan_arguments()), causal_conv1d(**conv_arguments())]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert interface.kernels() is None and "Weight" in warnings()
+
+
+def test_a_stored_library_of_other_structures_is_compiled_again(folder, monkeypatch):
+    agreeing = DISAGREEING.replace("104", "112")
+    assert cpu_library(agreeing, ["interface_value"], VALUES)
+    path = the_file(folder)
+    monkeypatch.setattr(compiler, "_libraries", {})
+    content = built(path.with_name("other.so"), DISAGREEING)
+    path.unlink()
+    planted = path.with_name(f"{path.stem.split('-')[0]}-{compiler._digest(content)}.so")
+    planted.write_bytes(content)
+    planted.chmod(0o600)
+    assert cpu_library(agreeing, ["interface_value"], VALUES)
     assert list(folder.iterdir()) == [path]
 
 
@@ -383,12 +427,12 @@ def test_an_import_compiles_nothing(tmp_path):
 ON_OTHER_PROCESSOR = """
 import json, sys, torch
 from loops import conv_arguments, scan_arguments
-from mambaformer import ops_cpu_build_mambaformer as compiler, ops_cpu_scan_mambaformer as cpu_scan
+from mambaformer.ops_cpu_interface_mambaformer import kernels
 from test_compiler import all_results
 
 assert torch.backends.cpu.get_cpu_capability() == sys.argv[1]
 print(json.dumps(all_results()))
-assert compiler._libraries[cpu_scan.SCAN_SOURCE] is not None
+assert kernels() is not None
 """
 
 

@@ -469,7 +469,7 @@ def test_more_keys_than_slots_are_left_to_pytorch():
     model(ids[:, 5:6], past_key_values=cache)
     written = model.model._few_tokens.written
     block = copy.copy(written.blocks[written.attention[0][0]])
-    tokens, plans = stack._Tokens(1, 1, 32), (stack._Plan * 1)()
+    tokens, plans = stack.Tokens(1, 1, 32), (stack.Plan * 1)()
     block.capacity = 8
     fits = lambda: stack.fits_kernel()(*map(stack.ctypes.addressof, (tokens, block)), 1, stack.ctypes.addressof(plans))  # noqa: E731
     for keys, first_slot, does_fit in ((8, 7, 1), (9, 7, 0), (8, 8, 0), (-1, 0, 0), (8, -1, 0)):

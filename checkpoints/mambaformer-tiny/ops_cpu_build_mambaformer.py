@@ -16,7 +16,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from torch import nn
 
 from .files_mambaformer import cache_folder, check_private_file, private_folder, temporary_beside
 from .library_mambaformer import is_every_operation_seen
-from .ops_cpu_source_mambaformer import COMMON_SOURCE
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +58,17 @@ class _CompilerFailed(_NoKernels):
     """A compiler that ran to its end and refused; other flags may help."""
 
 
-def cpu_library(source: str, functions: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """C++ `source`, behind what all kernels share, as a library that has these `functions`.
+def cpu_library(
+    source: str, functions: Sequence[str] = (), values: Mapping[str, int] | None = None
+) -> ctypes.CDLL | None:
+    """The library of C++ `source`, which has these `functions` and whose `interface_value` returns these `values`.
 
-    `None` where kernels are switched off or cannot be had, which is said once.
+    Returns `None` where kernels are switched off or cannot be had, and logs one warning with the reason.
     """
     if source not in _libraries:
         with _lock:
             if source not in _libraries:
-                _libraries[source] = _load_or_compile(source, functions)
+                _libraries[source] = _load_or_compile(source, functions, values or {})
     return _libraries[source]
 
 
@@ -94,14 +95,14 @@ def is_differentiated(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _load_or_compile(source: str, functions: Sequence[str]) -> ctypes.CDLL | None:
+def _load_or_compile(source: str, functions: Sequence[str], values: Mapping[str, int]) -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     folder: Path | str = "the folder of kernels"
     try:
         folder = cache_folder("kernels")
         with private_folder(folder) as private:
-            return _library_in(private, source, functions)
+            return _library_in(private, source, functions, values)
     except _NoKernels as error:
         _warn_once(str(error))
     except OSError as error:  # those of the compiler are `_NoKernels`
@@ -130,15 +131,15 @@ def _announce() -> None:
     )
 
 
-def _library_in(folder: Path, source: str, functions: Sequence[str]) -> ctypes.CDLL:
+def _library_in(folder: Path, source: str, functions: Sequence[str], values: Mapping[str, int]) -> ctypes.CDLL:
     """The library of this source, compiler and processor: the one in `folder`, or a new one that is kept there."""
     compiler, flags = _compiler(), _flags()
-    source = f"#define VECTOR_BYTES {_capability()[0]}\n{COMMON_SOURCE}{source}"
+    source = f"#define VECTOR_BYTES {_capability()[0]}\n{source}"
     identity = "\n".join((source, _version_of(compiler), platform.machine(), *flags))
     name = _digest(identity.encode())
     for path in folder.glob(f"{name}-*.so"):
-        library = _loaded(path, functions)
-        if library is not None:
+        library = _loaded(path, functions, values)
+        if isinstance(library, ctypes.CDLL):
             return library
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise PermissionError(
@@ -151,17 +152,18 @@ def _library_in(folder: Path, source: str, functions: Sequence[str]) -> ctypes.C
         temporary.chmod(0o700)
         path = folder / f"{name}-{_digest(content)}.so"
         os.replace(temporary, path)
-    library = _loaded(path, functions)
-    if library is None:
-        raise _NoKernels(f"`{compiler}` made a library that cannot be loaded or lacks functions: use another compiler")
+    library = _loaded(path, functions, values)
+    if isinstance(library, str):
+        raise _NoKernels(f"`{compiler}` made a library that {library}")
     return library
 
 
-def _loaded(path: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
-    """`None`, and the file is gone, if it is no whole library with these functions; `PermissionError` as in `files_`.
+def _loaded(path: Path, functions: Sequence[str], values: Mapping[str, int]) -> ctypes.CDLL | str:
+    """The library, or its fault; a faulty file is removed. Raises `PermissionError` as in `files_`.
 
     Its name ends in its content, for a process dies of a library that was cut short.
     """
+    fault = "cannot be loaded: use another compiler"
     with open(path, "rb") as file:
         check_private_file(cache_folder("kernels") / path.name, os.fstat(file.fileno()))
         content = file.read()
@@ -169,11 +171,28 @@ def _loaded(path: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
         try:
             # Reports of sanitizers name lines only of a file that is still there under the name it was loaded by.
             library = ctypes.CDLL(str(path.resolve() if os.environ.get(SANITIZERS) else path))
-            if all(hasattr(library, function) for function in functions):
+            fault = _disagreement(library, functions, values)
+            if fault is None:
                 return library
         except OSError as error:
             logger.info("%s cannot be loaded: %s", path.name, error)
     path.unlink(missing_ok=True)
+    return fault
+
+
+def _disagreement(library: ctypes.CDLL, functions: Sequence[str], values: Mapping[str, int]) -> str | None:
+    """The first difference between a library and the interface that Python declares; `None` if there is none."""
+    for function in functions:
+        if not hasattr(library, function):
+            return f"lacks functions, {function} for one: use another compiler"
+    for name, expected in values.items():
+        library.interface_value.argtypes, library.interface_value.restype = [ctypes.c_char_p], ctypes.c_int64
+        found = library.interface_value(name.encode())
+        if found != expected:
+            return (
+                f"disagrees with Python about {name} ({found}, not {expected}): its code is of two versions, so load "
+                "or install it again"
+            )
     return None
 
 

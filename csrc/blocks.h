@@ -1,45 +1,26 @@
-"""The CPU kernel of `decode_program_mambaformer` in C++: blocks of layers, built from the decode and scan kernels."""
+// Blocks of layers over a few tokens: attention, gated MLP and Mamba, built from the kernels of single operations.
+#pragma once
 
-STACK_SOURCE = r"""
-// What a Mamba block has besides its products: letters as in the table of ops_mambaformer.py.
-struct Recurrence {
-    Long conv_weight, conv_bias, A_log, D, channels, taps, numbers, rank;  // weights are stored as activations are
-    Long norms[3];  // inner norms of dt, B and C, or none
-    double eps[3];
-    Long window, next_window;  // (rows, taps - 1, channels), stored as activations are; before and after the token
-    Long state, next_state;    // (rows, channels, numbers) of A; `window` and `state` are null before the first token
+#include "attention.h"
+#include "expert_vector.h"
+#include "linear.h"
+#include "norm_rope_gate.h"
+#include "scan.h"
+
+template <typename A> struct Room {
+    A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts;
+    int threads;
 };
-
-// A block is a norm, products with something between them, and the residual: x += block(norm(x)).
-struct Block {
-    Long kind, norm;
-    double eps;
-    Weight weights[4];  // attention: q, k, v and output; MLP: gate, up and down; Mamba: in, x, dt and out
-    // Attention: how queries are scaled, heads, and where keys and values are, (rows, key heads, capacity, head_dim)
-    double scaling;
-    Long heads, key_heads, head_dim, plan, keys, values, capacity;
-    Recurrence mamba;
-};
-enum { ATTENTION, MLP, MAMBA };
-
-// What attention blocks that retain alike share: the mask, as `Shape` has it, how many keys there are with the new
-// ones, and where these go: from `first_slot` on, or to the slots (rows or 1, tokens).
-struct Plan { Long mask, mask_row, mask_query, keys, first_slot, slots, slots_row; };
-
-// The tokens, and their cosines and sines (rows or 1, tokens, head_dim), if there are any.
-struct Tokens { Long rows, count, width, cosines, sines, angle_row; };
-
-template <typename A> struct Room { A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts; int threads; };
 
 static Long most(Long one, Long other) { return one > other ? one : other; }
 
-// One piece of memory for what a block needs between its steps, and the activations; `x` is to be freed.
+// One piece of memory for the activations and for all intermediate results of a block; the caller frees `x`.
 template <typename A>
 static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const Plan *plans, int threads) {
     Long wide = 0, changed = 0, heads = 0, found = 0, experts = 0;
     const Long all = t.rows * t.count;
     for (const Block *b = blocks; b < blocks + count; b++) {
-        // Weights that multiply the same; those behind them have the room for themselves, one after the other.
+        // The first weights have the same input and are used together; the others are used one after the other.
         const int together = b->kind == ATTENTION ? 3 : b->kind == MLP ? 2 : 1, weights = b->kind == MLP ? 3 : 4;
         Long outputs = 0, needed = 0;
         for (int i = 0; i < weights; i++) {
@@ -57,8 +38,8 @@ static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const
         heads = most(heads, b->heads * b->head_dim);
         found = most(found, b->heads * parts_of(plans[b->plan].keys, threads) * (2 + b->head_dim));
     }
-    const Long sizes[] = {all * t.width, all * t.width, all * wide, all * changed, all * heads, all * found,
-                          all * heads, experts};
+    const Long sizes[] = {all * t.width, all * t.width, all * wide,  all * changed,
+                          all * heads,   all * found,   all * heads, experts};
     Long sum = 0;
     for (Long size : sizes) sum += size;
     A *pieces[8], *next = (A *)malloc(sum * sizeof(A));
@@ -66,7 +47,7 @@ static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const
     return {pieces[0], pieces[1], pieces[2], pieces[3], pieces[4], pieces[5], pieces[6], pieces[7], threads};
 }
 
-// Products of the same x with several weights, each with its expert: y[i] = W'[i] x, or residual + that.
+// Products of the same x with several weights, each with its expert vector: y[i] = W'[i] x, or residual + W'[i] x.
 template <typename T, int COUNT, typename A>
 TEAM void project(const Weight *weights, const A *x, Long rows, A *const (&y)[COUNT], const Room<A> &room,
                   const A *residual = 0) {
@@ -84,7 +65,7 @@ TEAM void project(const Weight *weights, const A *x, Long rows, A *const (&y)[CO
     rescale<T>(after, rows, room.experts, room.threads, residual);
 }
 
-// Turns queries and keys, scales queries as `attend` wants them, and puts keys and values into their slots.
+// Rotates queries and keys, scales queries for `attend`, and writes keys and values to their slots.
 template <typename T, typename A>
 TEAM void place(const Block &b, const Plan &p, const Tokens &t, const Shape &s, A *query, A *key, const A *value,
                 A *scaled) {
@@ -118,8 +99,11 @@ TEAM void place(const Block &b, const Plan &p, const Tokens &t, const Shape &s, 
 template <typename T, typename A>
 TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A> &room) {
     const Long all = t.rows * t.count, row = b.key_heads * b.capacity * b.head_dim, head = b.capacity * b.head_dim;
-    const Shape s = {t.rows, b.key_heads, b.heads / b.key_heads, t.count, p.keys, b.head_dim, {},
-                     {row, head, b.head_dim}, {row, head, b.head_dim}, p.mask_row, p.mask_query};
+    Shape s = {};
+    s.rows = t.rows, s.key_heads = b.key_heads, s.group = b.heads / b.key_heads;
+    s.queries = t.count, s.keys = p.keys, s.width = b.head_dim;
+    s.key[0] = s.value[0] = row, s.key[1] = s.value[1] = head, s.key[2] = s.value[2] = b.head_dim;
+    s.mask_row = p.mask_row, s.mask_query = p.mask_query;
     A *query = room.wide, *key = query + all * b.weights[0].outputs, *value = key + all * b.weights[1].outputs;
     A *const inputs[] = {query, key, value}, *const outputs[] = {room.x};
     rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
@@ -140,7 +124,7 @@ template <typename T, typename A> TEAM void gated_mlp(const Block &b, const Toke
     project<T>(b.weights + 2, gates, all, outputs, room, room.x);
 }
 
-// One token: silu of the convolution of x (rows, channels; `stride` from row to row), and the window moves on.
+// One token: silu of the convolution of x (rows, channels) with the stride of its rows, and the next window.
 template <typename T, typename A>
 TEAM void convolve_token(const Recurrence &m, Long rows, const A *x, Long stride, A *u) {
     const int lanes = Lanes<A>::count;
@@ -164,7 +148,7 @@ TEAM void convolve_token(const Recurrence &m, Long rows, const A *x, Long stride
         }
 }
 
-// A weight as it is computed with: where it is, or in the room given.
+// A weight in the type of the arithmetic: in place, or converted into `room`.
 template <typename A> TEAM const A *wide_weight(Long weight, Long, A *, const A *) { return (const A *)weight; }
 template <typename A> TEAM const A *wide_weight(Long weight, Long count, A *room, const bfloat16 *) {
 #pragma omp for schedule(static)
@@ -172,7 +156,8 @@ template <typename A> TEAM const A *wide_weight(Long weight, Long count, A *room
     return room;
 }
 
-// dt, B and C side by side in `chosen` (rows, rank + 2 numbers): normed, if there are norms; and dt by itself as well.
+// Applies the inner norms, if there are any, to dt, B and C in `chosen` (rows, rank + 2 numbers), and copies dt to
+// `dt`.
 template <typename T, typename A> TEAM void part(const Recurrence &m, Long rows, A *chosen, A *dt) {
     const Long widths[] = {m.rank, m.numbers, m.numbers}, stride = m.rank + 2 * m.numbers;
 #pragma omp for schedule(static)
@@ -213,10 +198,12 @@ template <typename T, typename A> TEAM void mamba(const Block &b, const Tokens &
     project<T>(b.weights + 2, dt_inputs, rows, after_dt, room);
     const A *A_log = wide_weight<A>(m.A_log, D * N, widened, (const T *)0);
     const A *skip = wide_weight<A>(m.D, D, widened + D * N, (const T *)0);
-    const View B = {chosen + m.rank, chosen_width, 0}, C = {chosen + m.rank + N, chosen_width, 0};
-    const Scan scan = {B, C, {u, D, 0}, {dt, D, 0}, {both + D, 2 * D, 0}, {y, D, 0}, A_log, skip,
-                       (const void *)m.state, (void *)m.next_state, 0, N, 1, 1,
-                       {0, rows, 1, D, 2 * room.threads, room.threads}};
+    Scan scan = {};
+    scan.B = {chosen + m.rank, chosen_width, 0}, scan.C = {chosen + m.rank + N, chosen_width, 0};
+    scan.u = {u, D, 0}, scan.dt = {dt, D, 0}, scan.gate = {both + D, 2 * D, 0}, scan.y = {y, D, 0};
+    scan.A = A_log, scan.D = skip, scan.initial_state = (const void *)m.state, scan.final_state = (void *)m.next_state;
+    scan.numbers = N, scan.dt_softplus = scan.A_is_log = 1;
+    scan.shares = {0, rows, 1, D, 2 * room.threads, room.threads, 0};
     scan_token<T, A>(scan);
     project<T>(b.weights + 3, y, rows, outputs, room, room.x);
 }
@@ -238,11 +225,11 @@ static bool fits(const Tokens &t, const Block *blocks, Long count, const Plan *p
     return true;
 }
 
-// Blocks, one after the other, for x (rows, tokens, width); y has what comes out of the last one.
+// Runs all blocks on x (rows, tokens, width); y is the output of the last one.
 template <typename T>
 static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans, T *y,
                        int threads) {
-    typedef typename Arithmetic<T>::type A;
+    typedef Real<T> A;
     const Tokens t = *tokens;
     const Room<A> room = make_room<A>(t, blocks, count, plans, threads);
     const Long numbers = t.rows * t.count * t.width;
@@ -256,19 +243,3 @@ static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Lo
     for (Long i = 0; i < numbers; i++) from_float(room.x[i], y + i);
     free(room.x);
 }
-
-#define FOR_BLOCKS(name, T)                                                                                           \
-    extern "C" void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count,              \
-                                      const Plan *plans, T *y, int n) {                                               \
-        run_blocks<T>(x, tokens, blocks, count, plans, y, n);                                                         \
-    }
-FOR_BLOCKS(float32, float)
-FOR_BLOCKS(bfloat16, bfloat16)
-FOR_BLOCKS(float64, double)
-
-extern "C" int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans) {
-    return fits(*tokens, blocks, count, plans);
-}
-"""
-
-__all__ = ["STACK_SOURCE"]

@@ -1,0 +1,102 @@
+"""Writes the C++ of `csrc/` into the one Python module that ships it, `ops_cpu_source_mambaformer.py`.
+
+    python scripts/sources.py            # writes the module if it is out of date
+    python scripts/sources.py --check    # writes nothing; exit code 1 if the module is out of date
+    python scripts/sources.py --warnings # writes nothing; exit code 1 if the C++ compiler warns, 0 without one
+
+`csrc/kernels.cpp` is the only file that is compiled. The module holds it with each of its own headers in the place of
+the first `#include`. `#line` keeps the names and line numbers of `csrc/` in the reports of compilers and sanitizers.
+Needs nothing but Python; `--warnings` needs the package.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, ENTRY, MODULE = "csrc", "kernels.cpp", "ops_cpu_source_mambaformer.py"
+WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
+OWN_INCLUDE = re.compile(r'#include "([^"]+)"')
+TEMPLATE = '''\
+# Generated from {folder}/ by scripts/sources.py: edit the files in {folder}/ and run `make sources`.
+"""The C++ of all CPU kernels. A model's folder on the Hub holds Python files only, so the source is a string."""
+
+SOURCE = r"""
+{source}"""
+
+__all__ = ["SOURCE"]
+'''
+
+
+def joined(folder: Path) -> str:
+    """`kernels.cpp` with its own headers, each included once. Every file of `folder` must be among them."""
+    included: set[str] = set()
+    source = "".join(_lines_of(folder, ENTRY, included))
+    left_out = {path.name for path in folder.iterdir()} - included
+    if left_out:
+        raise ValueError(
+            f"{ENTRY} does not include {', '.join(sorted(left_out))}: add an #include, or remove the file."
+        )
+    return source
+
+
+def _lines_of(folder: Path, name: str, included: set[str]) -> list[str]:
+    included.add(name)
+    lines = [f'#line 1 "{FOLDER}/{name}"\n']
+    for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        own = OWN_INCLUDE.match(line)
+        if own and own[1] not in included:
+            lines += [*_lines_of(folder, own[1], included), f'#line {number + 1} "{FOLDER}/{name}"\n']
+        else:
+            lines.append("\n" if own or line.startswith("#pragma once") else line)
+    return lines
+
+
+def module_of(root: Path) -> str:
+    """The text of the generated module."""
+    source = joined(root / FOLDER)
+    if '"""' in source:
+        raise ValueError(f'{FOLDER}/ contains """, which ends the string of {MODULE}.')
+    return TEMPLATE.format(folder=FOLDER, source=source)
+
+
+def has_warnings(root: Path) -> bool:
+    """Whether the compiler warns for any width of vectors that this kind of processor has; its words are printed."""
+    from mambaformer.ops_cpu_build_mambaformer import CAPABILITIES, COMPILERS
+
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+    if compiler is None:
+        return False
+    widths = [(16, ()), *(CAPABILITIES.values() if os.uname().machine == "x86_64" else ())]
+    command = [compiler, *WARNINGS, "-Wno-unknown-pragmas" if "clang" in compiler else "-fopenmp"]
+    command += ["-S", "-o", os.devnull, str(root / FOLDER / ENTRY)]
+    runs = [subprocess.run([*command, f"-DVECTOR_BYTES={width}", *flags]) for width, flags in widths]
+    return any(run.returncode for run in runs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if the module is out of date")
+    parser.add_argument("--warnings", action="store_true", help="write nothing, and fail if the compiler warns")
+    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of the code, with a folder `{FOLDER}`")
+    args = parser.parse_args(argv)
+    if args.warnings and has_warnings(args.root):
+        return 1
+    if args.warnings and not args.check:
+        return 0
+    text, path = module_of(args.root), args.root / MODULE
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return 0
+    if args.check:
+        print(f"{path} is out of date. Run `make sources`.")
+        return 1
+    path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

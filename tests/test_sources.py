@@ -1,0 +1,97 @@
+"""The C++ of `csrc/`: the module that ships it is up to date, and Python declares the interface of `interface.h`."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mambaformer import ops_cpu_interface_mambaformer as interface
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "sources.py"
+HEADER = re.sub(r"//.*|\\\n", "", (ROOT / "csrc" / "interface.h").read_text())
+DECLARED = dict(re.findall(r"struct (\w+) \{(.*?)\};", HEADER, re.DOTALL))
+TYPES = {"Long": ctypes.c_int64, "double": ctypes.c_double} | {of.__name__: of for of in interface.STRUCTURES}
+LETTERS = {"Long": "n", "double": "d", "int": "i"}
+
+
+def run(root, *options):
+    return subprocess.run([sys.executable, SCRIPT, "--root", root, *options], capture_output=True, text=True)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of `csrc/` with its generated module."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert run(tmp_path).returncode == 0
+    return tmp_path
+
+
+def test_the_shipped_module_is_what_csrc_generates():
+    done = run(ROOT, "--check")
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_changed_header_makes_the_module_out_of_date(repository):
+    header = repository / "csrc" / "scan.h"
+    header.write_text(header.read_text() + "// changed\n")
+    done = run(repository, "--check")
+    assert done.returncode == 1 and "make sources" in done.stdout
+    assert run(repository).returncode == 0 and run(repository, "--check").returncode == 0
+
+
+def test_a_header_that_is_not_included_is_refused(repository):
+    (repository / "csrc" / "other.h").touch()
+    done = run(repository, "--check")
+    assert done.returncode != 0 and "other.h" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_the_compiler_warns_about_nothing_but_a_planted_fault(repository):
+    assert run(repository, "--warnings").returncode == 0
+    source = repository / "csrc" / "kernels.cpp"
+    source.write_text(source.read_text() + "static int never_used() { return 1; }\n")
+    done = run(repository, "--warnings")
+    assert done.returncode == 1 and "never_used" in done.stderr
+
+
+def fields_of(body):
+    """The ctypes fields of a structure's C++ declarations."""
+    fields = []
+    for kind, names in re.findall(r"(?:const )?(\w+) (.*?);", body):
+        for name in names.split(","):
+            name, count = re.fullmatch(r"\s*(\**\w+)(?:\[(\d+)\])?", name).groups()
+            of = ctypes.c_int64 if name.startswith("*") else TYPES[kind]
+            fields.append((name.lstrip("*"), of * int(count) if count else of))
+    return fields
+
+
+def test_python_declares_the_structures_of_the_header():
+    assert [of.__name__ for of in interface.STRUCTURES] == [name for name in DECLARED if name != "bfloat16"]
+
+
+@pytest.mark.parametrize("of", interface.STRUCTURES, ids=lambda of: of.__name__)
+def test_python_declares_the_fields_of_the_header(of):
+    assert of._fields_ == fields_of(DECLARED[of.__name__])
+
+
+def test_python_declares_the_functions_of_the_header():
+    assert set(re.findall(r"^(?:int|Long) (\w+)\(", HEADER, re.MULTILINE)) <= set(interface.FUNCTIONS)
+    templates = re.findall(r"void (\w+)_##name[\w#]*\((.*?)\);", HEADER, re.DOTALL)
+    letters = {
+        name: "".join("p" if "*" in each else LETTERS[each.split()[-2]] for each in arguments.split(","))
+        for name, arguments in templates
+    }
+    assert letters == interface._ARGUMENTS
+
+
+def test_the_library_has_the_values_that_python_expects():
+    library = interface.kernels()
+    if library is None:
+        pytest.skip("no kernels")
+    assert {name: library.interface_value(name.encode()) for name in interface.VALUES} == interface.VALUES
+    assert library.interface_value(b"nothing") == -1
