@@ -7,7 +7,7 @@ to do with it.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,6 +91,14 @@ class CacheLengths:
         last, columns = self.last_read, self.columns
         return last is not None and last[0] is columns and last[1] == columns._version
 
+    def buffers(self) -> dict[str, Tensor]:
+        pairs = {"columns": self.columns, "counts": self.counts}
+        return {name: value for name, value in pairs.items() if isinstance(value, Tensor)}
+
+    def set_buffers(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.buffers():
+            setattr(self, name, tensors[name])
+
     def before_first_token(self) -> "CacheLengths":
         """The lengths of an empty sequence, on the same device."""
         return CacheLengths(columns=self.columns * 0)
@@ -122,8 +130,7 @@ class CacheLengths:
 # ------------------------------------------------------------------------------------------------------------ tokens
 
 
-@dataclass(frozen=True)
-class NewTokens:
+class NewTokens(NamedTuple):
     """The columns that a forward adds to the history, (rows, tokens) each; `None` where the caller gave none.
 
     `mask` is boolean; `embedding_marks` identify columns that were given as embeddings, whose `token_ids` are -1.
@@ -231,8 +238,15 @@ class TokenHistory:
         other.has_embeddings = self.has_embeddings
         return other
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: buffer.tensor for name, buffer in self.buffers().items() if buffer.tensor is not None}
+
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.tensors():
+            getattr(self, name).tensor = tensors[name]
+
     def nbytes(self) -> dict[str, int]:
-        return {name: each.tensor.nbytes for name, each in self.buffers().items() if each.tensor is not None}
+        return {name: tensor.nbytes for name, tensor in self.tensors().items()}
 
 
 def _positions_of(new: NewTokens, start: Any) -> Tensor:
@@ -316,6 +330,10 @@ class Change:
     def recomputes(self) -> bool:
         return self.action is Action.RECOMPUTE
 
+    @property
+    def drops_tokens(self) -> bool:
+        return self.action is Action.RESET
+
 
 # Nothing changes. A compiled step takes it without comparing expert keys, on which its graph would depend.
 UNCHANGED = Change(Action.KEEP)
@@ -348,6 +366,19 @@ class Provenance:
             return Status.STALE
         return Status.DIVERGED
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether what is in force encoded the whole sequence, or is to encode it again."""
+        return not self.is_mixed and self.status is not Status.DIVERGED
+
+    def check_uniform(self) -> None:
+        if not self.is_uniform:
+            raise ValueError(
+                "The cached text was encoded under several experts or weights (on_expert_change='continue') and cannot"
+                " be rolled back so far: make the cache with a larger `rollback_reach`, or fork it before feeding what"
+                " may have to be taken back."
+            )
+
     def plan_change(self, expert: Any, key: Any, weights: Any, lengths: CacheLengths, history: TokenHistory) -> Change:
         """The change to an expert vector, identified by `key`, and to weights with this stamp; changes nothing.
 
@@ -357,7 +388,7 @@ class Provenance:
         encoding = Encoding(key, weights)
         if encoding == self.encoded:
             encoding = self.encoded
-        if lengths.is_empty or encoding is self.encoded:
+        if encoding is self.encoded or lengths.is_empty:
             return Change(Action.KEEP, expert, encoding)
         is_change = encoding != self.in_force
         if self.policy == "continue" and (is_change or self.encoded is not None):

@@ -1,7 +1,5 @@
 """One decoding step as a module of its own, for `torch.export` and what comes after it."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -31,36 +29,21 @@ class DecodeStep(nn.Module):
         if cache.status != Status.CURRENT:
             raise ValueError("The cache holds no text that is encoded as it is now: feed a token first.")
         self.model, self.cache = model, cache.fork()
-        for name, holder, key in self._places():
-            self.register_buffer(name, holder[key], persistent=False)
+        # The name of a buffer has no dots.
+        self.buffer_names = {name: name.replace(".", "_") for name in self.cache.buffers()}
+        for name, tensor in self.cache.buffers().items():
+            self.register_buffer(self.buffer_names[name], tensor, persistent=False)
 
     @torch.no_grad()
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Token ids (rows, 1) -> logits (rows, 1, vocab_size)."""
-        for name, holder, key in self._places():
-            holder[key] = getattr(self, name)
+        own = {name: getattr(self, buffer_name) for name, buffer_name in self.buffer_names.items()}
+        self.cache.set_buffers(own)
         logits = self.model(input_ids, cache=self.cache).logits
-        for name, holder, key in self._places():
-            if holder[key] is not getattr(self, name):
-                getattr(self, name).copy_(holder[key])
+        for name, tensor in self.cache.buffers().items():
+            if tensor is not own[name]:
+                own[name].copy_(tensor)
         return logits
-
-    def _places(self) -> Iterator[tuple[str, dict, str]]:
-        """Where the cache keeps its tensors: a name, and the dictionary and key that hold the tensor."""
-        lengths = vars(self.cache.lengths)
-        for key in ("columns", "counts"):
-            if lengths[key] is not None:
-                yield key, lengths, key
-        for key, buffer in self.cache.history.buffers().items():
-            if buffer.tensor is not None:
-                yield key, vars(buffer), "tensor"
-        for idx, layer in enumerate(self.cache.layers):
-            if layer.attention is not None:
-                yield f"keys_{idx}", vars(layer.attention.keys), "tensor"
-                yield f"values_{idx}", vars(layer.attention.values), "tensor"
-            if layer.recurrent is not None:
-                for key in layer.recurrent.states:
-                    yield f"{key}_{idx}", layer.recurrent.states, key
 
 
 __all__ = ["DecodeStep"]

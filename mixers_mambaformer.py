@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_keys_mambaformer import Layout, Retention, Span, plan_uncached
 from .cache_mambaformer import MambaFormerCache
-from .cache_states_mambaformer import Passage, split_at_reach
+from .cache_states_mambaformer import ReplaySegment, split_at_reach
 from .configuration_mambaformer import MambaFormerConfig
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
@@ -202,8 +202,8 @@ class MambaFormerAttention(CountsReplacements):
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cache is not None:
-            is_recorded = any(states.requires_grad for states in (query, key, value))
-            key, value = cache.update(key, value, self.layer_idx, is_recorded=is_recorded)
+            is_saved = any(states.requires_grad for states in (query, key, value))
+            key, value = cache.update(key, value, self.layer_idx, is_saved=is_saved)
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return apply_expert_linear(self.o_proj, mixed.flatten(2), experts.get("o_proj")), weights
 
@@ -304,13 +304,13 @@ class MambaFormerMambaMixer(CountsReplacements):
 
     def _advance_cache(self, cache: MambaFormerCache, inputs, gate, lengths, experts) -> torch.Tensor:
         layer, states = cache.layers[self.layer_idx], cache.recurrent_states(self.layer_idx, inputs)
-        mixed, passage, reach = [], None, cache.recorded_reach
+        mixed, segment, reach = [], None, cache.recorded_reach
         for tokens, real in split_at_reach(inputs.shape[1], lengths, reach):
-            y, states, passage = self.advance(states, inputs[:, tokens], gate[:, tokens], experts, real, reach > 0)
+            y, states, segment = self.advance(states, inputs[:, tokens], gate[:, tokens], experts, real, reach > 0)
             mixed.append(y)
         layer.update_conv_state(states["conv"])
         layer.update_recurrent_state(states["ssm"])
-        layer.recurrent.record(passage, is_whole=len(mixed) == 1)
+        layer.recurrent.record(segment, is_whole=len(mixed) == 1)
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
 
     def advance(
@@ -322,21 +322,21 @@ class MambaFormerMambaMixer(CountsReplacements):
         lengths: torch.Tensor | None = None,
         is_recorded: bool = False,
         positions: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Passage | None]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], ReplaySegment | None]:
         """Convolution and scan from `states` ({} at first): output, states, and what they took if recorded."""
         mixed, window = self.conv1d(inputs, states.get("conv"), lengths, positions)
         dt, B, C = self.selection(mixed, experts)
         options = {"lengths": lengths, "dt_softplus": True, "A_is_log": True, "positions": positions}
         y, state = selective_scan(mixed, dt, self.A_log, B, C, self.D, gate, states.get("ssm"), **options)
-        passage = None
+        segment = None
         if is_recorded and is_replaceable(self.conv1d):  # tokens are run again without a call of the module
             # A view would keep the inputs of a whole prompt in memory.
             recorded = {"x": inputs.clone(), "u": mixed, "dt": dt, "B": B}
             A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))  # as it is now, should it be trained
-            passage = Passage(
+            segment = ReplaySegment(
                 recorded, functools.partial(_advance_states, A, self.conv1d.kernel_size[0]), states, lengths
             )
-        return y, {"conv": window, "ssm": state}, passage
+        return y, {"conv": window, "ssm": state}, segment
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one row of each state that a cache keeps for this mixer."""

@@ -18,8 +18,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_keys_mambaformer import Span
-from .cache_mambaformer import CacheStep, MambaFormerCache, UncachedStep
-from .cache_use_mambaformer import feeds_its_cache
+from .cache_mambaformer import MambaFormerCache
+from .cache_use_mambaformer import CacheStep, UncachedStep, feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import FewTokens
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear

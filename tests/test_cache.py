@@ -191,10 +191,7 @@ def whole_after(model, ids):
 def snapshot(cache):
     """All that a cache holds, bit for bit."""
     copies = [
-        value.clone()
-        for layer in cache.layers
-        for store in layer.stores.values()
-        for value in store.tensors().values()
+        value.clone() for layer in cache.layers for store in layer.stores.values() for value in store.state().values()
     ]
     return copies, cache.token_ids.clone(), cache.get_seq_length(), cache.expert_vector, cache.status == "stale"
 

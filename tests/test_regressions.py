@@ -764,15 +764,15 @@ def test_refused_speculation_leaves_the_users_cache_as_it_was():
 
 
 def test_what_was_taken_back_is_not_kept_in_memory():
-    """The passage that was cut short was a view of the whole one."""
+    """The segment that was cut short was a view of the whole one."""
     model = shared_model("mamba")
     cache = model.make_cache(rollback_reach=64)
     with torch.no_grad():
         model(torch.randint(VOCAB, (2, 60)), past_key_values=cache)
     cache.crop(-50)
     for layer in cache.layers:
-        for passage in layer.recurrent.past:
-            for tensor in passage.inputs.values():
+        for segment in layer.recurrent.segments:
+            for tensor in segment.inputs.values():
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -807,7 +807,7 @@ def test_a_rollback_that_is_cut_short_costs_an_encoding_and_never_a_wrong_number
         cache = model.make_cache(rollback_reach=4)
         model(ids, past_key_values=cache)
         with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
-            patched.setattr(cache.layers[3].recurrent, "rewind", out_of_memory)
+            patched.setattr(cache.layers[3].recurrent, "crop", out_of_memory)
             cache.crop(-2)
         columns = cache.get_seq_length()
         same(model(ids[:, columns - 9 :], past_key_values=cache).logits[:, -1], whole(model, ids)[:, -1])

@@ -313,7 +313,9 @@ def test_what_is_recorded_keeps_no_prompt_in_memory():
     for length in (20, 200):
         cache = model.make_cache(rollback_reach=REACH)
         feed_row(model, cache, random_rows(16, [length])[0])
-        recorded = [tensor for layer in cache.layers for one in layer.recurrent.past for tensor in one.inputs.values()]
+        recorded = [
+            tensor for layer in cache.layers for one in layer.recurrent.segments for tensor in one.inputs.values()
+        ]
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in recorded))
     assert sizes[0] == sizes[1]
 

@@ -5,14 +5,11 @@ retention says in which slot the key of position p lives. What a query may see t
 windows, sinks and padding are one rule. *Storage and retention compose.* A `Buffer` grows or is of fixed size; a
 `Retention` keeps all or slides.
 
-*Tokens are taken back in two steps.* Every store first answers whether it can and what it would hold then (`rewound`),
-and changes nothing; only when all can does each take its answer (`rewind`).
-
-Every store implements the whole protocol: `update`, `commit`, `discard`, `drop`, `select_rows`, `fork_into`,
-`record_past`, `rewound`, `rewind`, `tensors`, `nbytes`.
+Stores implement the protocol `CacheStore` of `cache_layers_mambaformer`.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -228,7 +225,7 @@ class Buffer:
     def reserve(self, like: torch.Tensor, size: int) -> None:
         """Makes room for `size` slots shaped like those of `like`."""
         if self.tensor is not None and self.tensor.shape[0] != like.shape[0]:
-            self.tensor = None  # of a text that was dropped: the cache checks the rows of one that it holds
+            self.tensor = None  # of a sequence that was dropped: the cache checks the rows of one that it holds
         if self.tensor is not None and (self.tensor.dtype != like.dtype or self.tensor.device != like.device):
             self.tensor, self.is_shared = self.tensor.to(like.device, like.dtype), False
         if self.tensor is not None and self.tensor.shape[self.dim] >= size:
@@ -240,14 +237,14 @@ class Buffer:
         if old is not None:
             self.tensor.narrow(self.dim, 0, old.shape[self.dim]).copy_(old)
 
-    def write(self, slots: Any, new: torch.Tensor, is_recorded: bool = False) -> None:
+    def write(self, slots: Any, new: torch.Tensor, is_saved: bool = False) -> None:
         """Puts `new` into adjoining slots from `slots` on, or into the slots of a tensor (rows or 1, tokens).
 
-        `is_recorded`: a graph may save the result for its backward pass.
+        `is_saved`: a graph may save the result for its backward pass.
         """
         new = new.to(self.tensor.dtype)
         self.make_own()
-        self.is_shared = is_recorded
+        self.is_shared = is_saved
         if isinstance(slots, int):
             self.tensor.narrow(self.dim, slots, new.shape[self.dim]).copy_(new)
         elif slots.shape[0] == 1:
@@ -277,7 +274,7 @@ class Buffer:
             may_write = self.fixed_size is not None and not self.is_shared
             self.tensor, self.is_shared = select_rows_of(self.tensor, rows, may_write), False
 
-    def drop(self) -> None:
+    def reset(self) -> None:
         if self.tensor is not None:
             self.tensor = None if self.fixed_size is None else zeroed(self.tensor, self.is_shared)
         self.is_shared = False
@@ -293,7 +290,7 @@ class Buffer:
 class IdBuffer(Buffer):
     """Token ids of a model of `config`, (rows, columns): two bytes each if the vocabulary allows it, else four.
 
-    A text may be long where all other states are of constant size. -1 stands for what was fed as embeddings.
+    A sequence may be long where all other states are of constant size. -1 stands for what was fed as embeddings.
     """
 
     spare_fraction = 16
@@ -349,6 +346,14 @@ def select_rows_of(tensor: torch.Tensor, rows: torch.Tensor, may_write: bool) ->
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """The shape of one tensor of a store's state, and whether its type is float32 at least."""
+
+    shape: tuple[int, ...]
+    is_wide: bool = False
+
+
+@dataclass(frozen=True)
 class Removal:
     """The last tokens of each row, to be removed.
 
@@ -372,16 +377,30 @@ class Removal:
 
 
 class KeyValueStore:
-    """Keys and values of one layer, each (rows, heads, slots, head_dim)."""
+    """Keys and values of one layer, each (rows, heads, slots, head_dim).
 
-    def __init__(self, retention: Retention, fixed_size: int | None = None):
-        fixed_size = None if fixed_size is None else retention.num_slots(fixed_size)
-        self.retention, self.keys, self.values = retention, Buffer(2, fixed_size), Buffer(2, fixed_size)
+    Args:
+        retention: which keys stay.
+        row_shape: (heads, head_dim).
+        max_length: sequence length that fixed storage holds; `None` for storage that grows.
+        buffer: storage of one tensor, `(dim, fixed_size) -> Buffer`.
+    """
+
+    def __init__(
+        self,
+        retention: Retention,
+        row_shape: tuple[int, int],
+        max_length: int | None = None,
+        buffer: Callable[[int, int | None], Buffer] = Buffer,
+    ):
+        fixed_size = None if max_length is None else retention.num_slots(max_length)
+        self.retention, self.row_shape = retention, row_shape
+        self.keys, self.values = buffer(2, fixed_size), buffer(2, fixed_size)
         self.staged: list[torch.Tensor] | None = None
         self.num_slots = self.staged_slots = 0
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_recorded: bool = False
+        self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_saved: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes in the new keys and values, (rows, heads, tokens, head_dim); returns what attention sees."""
         layout = layout.to(keys.device)
@@ -390,7 +409,7 @@ class KeyValueStore:
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer.reserve(new, layout.num_slots)
             if layout.sources is None:
-                buffer.write(layout.slots, new, is_recorded)
+                buffer.write(layout.slots, new, is_saved)
                 seen.append(buffer.view(layout.num_slots))
             else:
                 both = torch.cat([buffer.view(layout.num_stored), new], dim=2) if layout.num_stored else new
@@ -419,31 +438,48 @@ class KeyValueStore:
     def discard(self) -> None:
         self.staged, self.staged_slots = None, self.num_slots
 
-    def drop(self) -> None:
+    def reset(self) -> None:
         self.staged, self.num_slots, self.staged_slots = None, 0, 0
-        self.keys.drop()
-        self.values.drop()
+        self.keys.reset()
+        self.values.reset()
 
     def select_rows(self, rows: torch.Tensor) -> None:
         self.keys.select_rows(rows)
         self.values.select_rows(rows)
 
-    def fork_into(self, other: "KeyValueStore") -> None:
-        other.retention = self.retention
+    def fork(self) -> "KeyValueStore":
+        other = copy.copy(self)
         other.keys, other.values = self.keys.fork(), self.values.fork()
-        other.num_slots = other.staged_slots = self.num_slots
+        other.staged, other.staged_slots = None, self.num_slots
+        return other
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def state(self, columns: int | None = None) -> dict[str, torch.Tensor]:
         if self.keys.tensor is None:
             return {}
-        return {"keys": self.keys.view(self.num_slots), "values": self.values.view(self.num_slots)}
+        size = self.num_slots if columns is None else min(self.num_slots, columns)
+        return {"keys": self.keys.view(size), "values": self.values.view(size)}
+
+    def load_state(self, state: dict[str, torch.Tensor], columns: int) -> None:
+        num_slots = self.keys.fixed_size or self.retention.num_slots(columns)
+        self.update(state["keys"], state["values"], Layout(num_slots, key_positions=None, slots=0))
+        self.commit()
+
+    def spec(self, rows: int, columns: int, layer: Any) -> dict[str, StateSpec]:
+        heads, head_dim = self.row_shape
+        shape = (rows, heads, self.retention.num_slots(columns), head_dim)
+        return {"keys": StateSpec(shape), "values": StateSpec(shape)}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {} if self.keys.tensor is None else {"keys": self.keys.tensor, "values": self.values.tensor}
+
+    def set_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        for name, tensor in buffers.items():
+            getattr(self, name).tensor = tensor
 
     def nbytes(self) -> dict[str, int]:
-        return (
-            {} if self.keys.tensor is None else {"keys": self.keys.tensor.nbytes, "values": self.values.tensor.nbytes}
-        )
+        return {name: tensor.nbytes for name, tensor in self.buffers().items()}
 
-    def record_past(self, reach: int, counts: torch.Tensor, columns: int) -> None:
+    def extend_reach(self, reach: int, counts: torch.Tensor, columns: int) -> None:
         """Widens a ring, so that `reach` tokens can be taken back; rows hold `counts` (rows or 1,) tokens."""
         if self.retention.window is None or self.retention.spare >= reach:
             return
@@ -459,7 +495,7 @@ class KeyValueStore:
             buffer.tensor, buffer.is_shared = stored.gather(2, _along(sources, stored, 2)), False
         self.num_slots = self.staged_slots = num_slots
 
-    def rewound(self, removal: Removal) -> int | None:
+    def plan_crop(self, removal: Removal) -> int | None:
         """Slots in use after a removal; `None` when keys that would be seen then were overwritten."""
         has_wrapped = (
             self.retention.num_slots(removal.columns + removal.overshoot) < removal.columns + removal.overshoot
@@ -470,5 +506,5 @@ class KeyValueStore:
             return self.num_slots
         return min(self.num_slots, self.retention.num_slots(removal.columns_left))
 
-    def rewind(self, num_slots: int) -> None:
+    def crop(self, num_slots: int) -> None:
         self.num_slots = self.staged_slots = num_slots

@@ -1,23 +1,85 @@
-"""The layers of a cache, one for each layer of the model: the view that the mixins of Transformers expect."""
+"""The layers of a cache, one for each layer of the model: the view that the mixins of Transformers expect.
 
-from typing import Any
+A layer is composed of stores: one for the keys of attention, one for the states of a recurrent mixer. Storage and
+retention are composed in a store: a new storage is one class with the methods of `Buffer` and a row in `STORAGES`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .cache_history_mambaformer import CacheLengths
-from .cache_keys_mambaformer import KeyValueStore, Retention
+from .cache_keys_mambaformer import Buffer, KeyValueStore, Removal, Retention, StateSpec
 from .cache_states_mambaformer import RecurrentStore
 from .modeling_stack_mambaformer import Facts
 
 
+class CacheStore(Protocol):
+    """The part of a cache that one mixer of one layer needs; nothing outside of a store reads its attributes.
+
+    A forward is a transaction: `update` stages tokens or writes them where nothing visible lives, and `commit` or
+    `discard` ends it. A crop has two phases: first every store plans it and changes nothing, then all carry it out.
+    """
+
+    def update(self, *args, **kwargs) -> Any:
+        """Takes in the new tokens of the open forward: keys and values, or a state by its name."""
+
+    def commit(self) -> None:
+        """Makes the updates of the open forward visible."""
+
+    def discard(self) -> None:
+        """Forgets the updates of the open forward."""
+
+    def reset(self) -> None:
+        """Returns to the state before the first token; fixed storage keeps its addresses."""
+
+    def extend_reach(self, reach: int, counts: torch.Tensor, columns: Any) -> None:
+        """Makes the last `reach` tokens removable from now on; rows hold `counts` (rows or 1,) of `columns` tokens."""
+
+    def plan_crop(self, removal: Removal) -> Any:
+        """The argument of `crop` for a removal; `None` if the sequence has to be encoded again instead."""
+
+    def crop(self, plan: Any) -> None:
+        """Carries out a plan of `plan_crop`."""
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Makes row i what row `rows[i]` was."""
+
+    def fork(self) -> "CacheStore":
+        """An independent store that continues from here."""
+
+    def state(self, columns: int | None = None) -> dict[str, torch.Tensor]:
+        """The visible tensors by name, as views; with a sequence length, only slots that so many columns fill."""
+
+    def load_state(self, state: dict[str, torch.Tensor], columns: int) -> None:
+        """Takes the tensors that `state(columns)` returned, of a sequence of `columns` columns."""
+
+    def spec(self, rows: int, columns: int, layer: Any) -> dict[str, StateSpec]:
+        """The shapes of `state(columns)`, in a cache for `layer` of the model."""
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The tensors that hold the state by name, with all of their slots."""
+
+    def set_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Makes these tensors, shaped like those of `buffers`, hold the state."""
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind of tensor."""
+
+
+# Storage of keys and values, by its name in `make_cache`.
+STORAGES: dict[str, Callable[[int, int | None], Buffer]] = {"dense": Buffer, "static": Buffer}
+
+
 class CacheLayer:
-    """What every layer of the cache can do; the stores do the work and each implements all of it."""
+    """The methods that every layer of the cache has; its stores do the work."""
 
     is_croppable = True
     record_past = False  # what the library asks a layer by `Cache.is_recording_past`
 
-    def _set_up(self, lengths: CacheLengths, stores: dict[str, Any], max_cache_len: int | None) -> None:
+    def _set_up(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None) -> None:
         self.lengths, self.stores, self.max_columns = lengths, stores, max_cache_len
         self.attention: KeyValueStore | None = stores.get("attention")
         self.recurrent: RecurrentStore | None = stores.get("mamba")
@@ -32,21 +94,27 @@ class CacheLayer:
         for store in self.stores.values():
             getattr(store, method)(*args)
 
-    def record_past_of(self, reach: int, counts: torch.Tensor, columns: int) -> None:
+    def extend_reach(self, reach: int, counts: torch.Tensor, columns: Any) -> None:
         """Makes the last `reach` tokens removable; rows hold `counts` (rows or 1,) tokens in `columns`."""
         self.record_past = True
-        self.each_store("record_past", reach, counts, columns)
+        self.each_store("extend_reach", reach, counts, columns)
 
-    def fork_into(self, other: "CacheLayer") -> None:
+    def fork(self, lengths: CacheLengths) -> "CacheLayer":
+        other = type(self)(lengths, {name: store.fork() for name, store in self.stores.items()}, self.max_columns)
         other.record_past = self.record_past
-        for name, store in self.stores.items():
-            store.fork_into(other.stores[name])
+        return other
 
     def reset(self) -> None:
-        self.each_store("drop")
+        self.each_store("reset")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.each_store("select_rows", beam_idx)
+
+    def to_dict(self) -> dict:
+        """The layer's part of `MambaFormerCache.to_dict`, without its length."""
+        mamba = None if self.recurrent is None else self.recurrent.state() or None
+        keys = None if self.attention is None else self.attention.state() or None
+        return {"mamba_cache": mamba, "attn_kv_cache": keys}
 
     def get_seq_length(self) -> int:
         return self.lengths.num_columns()
@@ -77,23 +145,23 @@ class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
 
     supports_early_init = False
 
-    def __init__(self, lengths: CacheLengths, stores: dict[str, Any], max_cache_len: int | None = None):
+    def __init__(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None = None):
         self._set_up(lengths, stores, max_cache_len)
 
-    def update(self, key_states, value_states, layout, is_recorded=False, *args, **kwargs):
-        return self.attention.update(key_states, value_states, layout, is_recorded)
+    def update(self, key_states, value_states, layout, is_saved=False, *args, **kwargs):
+        return self.attention.update(key_states, value_states, layout, is_saved)
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self.attention.tensors().get("keys")
+        return self.attention.state().get("keys")
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self.attention.tensors().get("values")
+        return self.attention.state().get("values")
 
     @property
     def is_initialized(self) -> bool:
-        return self.attention.keys.tensor is not None
+        return bool(self.attention.buffers())
 
 
 class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
@@ -102,7 +170,7 @@ class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
     supports_early_init = False
     number_of_states = 1
 
-    def __init__(self, lengths: CacheLengths, stores: dict[str, Any], max_cache_len: int | None = None):
+    def __init__(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None = None):
         self._set_up(lengths, stores, max_cache_len)
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
@@ -115,11 +183,11 @@ class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
 
     @property
     def conv_states(self) -> dict[int, torch.Tensor | None]:
-        return {0: self.recurrent.states.get("conv")}
+        return {0: self.recurrent.state().get("conv")}
 
     @property
     def recurrent_states(self) -> dict[int, torch.Tensor | None]:
-        return {0: self.recurrent.states.get("ssm")}
+        return {0: self.recurrent.state().get("ssm")}
 
     @property
     def has_previous_state(self) -> dict[int, bool]:
@@ -145,15 +213,18 @@ LAYER_CLASSES = {
 }
 
 
-def make_layer(config, facts: Facts, lengths: CacheLengths, max_columns: int | None = None) -> CacheLayer:
+def make_layer(
+    config, facts: Facts, lengths: CacheLengths, storage: str = "dense", max_columns: int | None = None
+) -> CacheLayer:
     """An empty cache layer for a layer of these facts; its storage is fixed if `max_columns` is given."""
     has_attention, has_mamba, window = facts
-    stores: dict[str, Any] = {}
+    stores: dict[str, CacheStore] = {}
     if has_attention:
-        stores["attention"] = KeyValueStore(Retention.of(config, window), max_columns)
+        row_shape = (config.num_key_value_heads, config.head_dim)
+        stores["attention"] = KeyValueStore(Retention.of(config, window), row_shape, max_columns, STORAGES[storage])
     if has_mamba:
         stores["mamba"] = RecurrentStore(is_fixed=max_columns is not None)
     return LAYER_CLASSES[tuple(stores)](lengths, stores, max_columns)
 
 
-__all__ = ["CacheLayer", "make_layer"]
+__all__ = ["STORAGES", "CacheLayer", "CacheStore", "make_layer"]

@@ -5,7 +5,7 @@ they would overwrite. The end of the block makes all of it visible at once; an e
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,62 +22,14 @@ from .cache_history_mambaformer import (
     TokenHistory,
     plan_removal,
 )
-from .cache_keys_mambaformer import Layout, Removal, Retention, Span, as_index, plan_layout
-from .cache_layers_mambaformer import CacheLayer, make_layer
+from .cache_keys_mambaformer import Layout, Removal, as_index
+from .cache_layers_mambaformer import STORAGES, CacheStore, make_layer
 from .cache_session_mambaformer import load_session, save_session
-from .cache_use_mambaformer import CacheUse, not_while_fed
+from .cache_use_mambaformer import CacheStep, CacheUse, not_while_fed
 from .modeling_stack_mambaformer import Facts, facts_of, places_of_model
 
 # Tokens that `generate` can take back at once when it speculates; the library drafts 20 at a time by default.
 DEFAULT_REACH = 64
-
-
-class CacheStep:
-    """Context of one forward that feeds a cache; made by `MambaFormerCache.step`.
-
-    Args:
-        change: treatment of the sequence that is cached, and the expert vector and weights of the forward.
-        new: columns that were not fed before.
-        num_tokens, lengths: width of the forward, with the columns that are fed again, and real tokens of each row.
-
-    Attributes:
-        span: positions of the tokens of the forward.
-        layouts: where each retention of the layers puts their keys.
-    """
-
-    __slots__ = ("backup", "cache", "change", "device", "layouts", "lengths", "new", "num_tokens", "span")
-
-    def __init__(self, cache, change: Change, new: NewTokens, num_tokens: int, lengths, device):
-        self.cache, self.change, self.new = cache, change, new
-        self.num_tokens, self.lengths, self.device = num_tokens, lengths, device
-        self.span: Span | None = None
-        self.layouts: dict[Retention, Layout] = {}
-        self.backup: MambaFormerCache | None = None
-
-    def __enter__(self) -> "CacheStep":
-        self.cache._begin(self)
-        return self
-
-    def __exit__(self, error_type, *_) -> None:
-        if error_type is None:
-            self.cache._commit(self)
-        else:
-            self.cache._discard(self)
-
-
-class UncachedStep:
-    """The same context for a forward without a cache, which has nothing to commit."""
-
-    __slots__ = ("span",)
-
-    def __init__(self, span: Span):
-        self.span = span
-
-    def __enter__(self) -> "UncachedStep":
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
 
 
 class MambaFormerCache(Cache):
@@ -87,14 +39,14 @@ class MambaFormerCache(Cache):
 
     Args:
         config: configuration of the model it serves.
-        storage: `"dense"` grows with the text at amortised cost, `"static"` has a fixed size and fixed addresses.
+        storage: `"dense"` grows with the sequence at amortised cost, `"static"` has a fixed size and fixed addresses.
         max_cache_len: columns (tokens with their pads) that static storage holds.
-        on_expert_change: what happens to a text that was encoded under another expert or other weights.
+        on_expert_change: the treatment of a sequence that was encoded with another expert vector or other weights.
             `"recompute"` encodes it again at the next forward; `"reset"` drops it, and the caller feeds it again;
             `"continue"` keeps it as it was encoded; `"error"` refuses the change.
         resolve: turns what a user may call an expert into `(expert, key)`; a model's caches bring the model's.
         rollback_reach: tokens that `crop` takes back at once; beyond it, and under static storage, it is as exact but
-            the next forward encodes what is left of the text again. See `activate_past_recording`.
+            the next forward encodes the remaining tokens again. See `activate_past_recording`.
         model: the stack whose weights a saved cache is tied to; it is not kept alive.
         facts: of the layers, as a fork takes them over; by default those of `model`, or else of `config`.
 
@@ -121,14 +73,16 @@ class MambaFormerCache(Cache):
         self.history = TokenHistory(config, max_cache_len)
         self.provenance = Provenance(on_expert_change)
         self.prepared_expert_vectors = None
-        self._step: CacheStep | None = None
+        self.open_step: CacheStep | None = None
         self.use = CacheUse()
         self.rollback_reach = 0
         # Of the model's layers as they are now, which need not be as the configuration describes them.
         if facts is None:
             facts = facts_of(config) if model is None else [place.facts for place in places_of_model(model)]
         self.facts = facts
-        super().__init__(layers=[make_layer(config, each, self.lengths, max_cache_len) for each in self.facts])
+        super().__init__(
+            layers=[make_layer(config, each, self.lengths, storage, max_cache_len) for each in self.facts]
+        )
         if rollback_reach:
             self.activate_past_recording(rollback_reach)
 
@@ -142,74 +96,30 @@ class MambaFormerCache(Cache):
         """
         return CacheStep(self, change, new, num_tokens, lengths, device)
 
-    def _begin(self, step: CacheStep) -> None:
-        if not torch.compiler.is_compiling():
-            self.use.check_not_open("fed")  # by a hook, out of its own forward
-            self.use.is_open = True
-        self._each_layer("discard")
-        if self.max_columns is not None:
-            self.lengths.move_to(step.device)
-        change = step.change
-        start = self.lengths.before_first_token() if change.starts_empty else self.lengths
-        columns = start.columns if isinstance(start.columns, int) else None
-        step.span = span = Span(step.num_tokens, start=start.start, lengths=step.lengths, columns=columns)
-        retentions = {layer.attention.retention for layer in self.layers if layer.attention is not None}
-        step.layouts = {kind: plan_layout(kind, span, step.device, self.max_columns) for kind in retentions}
-        self._step = step
-        if change.starts_empty:
-            # States that cannot be computed again are kept until the forward has succeeded.
-            step.backup = self._forked() if self.history.has_embeddings else None
-            self.provenance.invalidate()
-            self.lengths.overshoot = 0
-            self._each_layer("drop")
-
-    def _discard(self, step: CacheStep) -> None:
-        self._each_layer("discard")
-        backup, step.backup = step.backup, None
-        if backup is not None:
-            for name in ("layers", "lengths", "history", "provenance"):
-                setattr(self, name, getattr(backup, name))
-        self._close()
-
-    def _commit(self, step: CacheStep) -> None:
-        change, new = step.change, step.new
-        is_change = change.encoding is not None
-        if is_change:
-            self.provenance.invalidate()  # an exception from here on costs an encoding, and never a wrong state
-        if change.action is Action.RESET:
-            self._forget_sequence()
-        step.backup = None
-        self._each_layer("commit")
-        self.history.append(self.lengths, new)
-        self.lengths.advance(step.span, new.token_ids)
-        if is_change:
-            self._put_in_force(change)
-            self.provenance.commit(change)
-        self._close()
-
-    def _close(self) -> None:
-        self._step = None
-        if not torch.compiler.is_compiling():
-            self.use.is_open = False
-
     def layout(self, layer_idx: int) -> Layout:
         """How layer `layer_idx` takes in the open forward."""
-        return self._step.layouts[self.layers[layer_idx].attention.retention]
+        return self.open_step.layouts[self.layers[layer_idx].attention.retention]
 
-    def update(self, key_states, value_states, layer_idx: int, *args, is_recorded: bool = False, **kwargs):
+    def update(self, key_states, value_states, layer_idx: int, *args, is_saved: bool = False, **kwargs):
         """Takes in (rows, heads, tokens, head_dim) of the open forward; returns the keys and values attention sees.
 
-        `is_recorded`: a graph may save what is returned, so it must never be overwritten.
+        `is_saved`: a graph may save the returned tensors, so they must never be overwritten.
         """
-        return self.layers[layer_idx].update(key_states, value_states, self.layout(layer_idx), is_recorded)
+        return self.layers[layer_idx].update(key_states, value_states, self.layout(layer_idx), is_saved)
 
     def recurrent_states(self, layer_idx: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """States that layer `layer_idx` starts the open forward from, on the device of `like`; empty at first."""
-        states = self.layers[layer_idx].recurrent.tensors()
+        states = self.layers[layer_idx].recurrent.state()
         # Fixed states outlive their sequence, to keep their addresses; then they are zero, and may have other rows.
         return {name: state.to(like.device) for name, state in states.items() if state.shape[0] == like.shape[0]}
 
-    def _each_layer(self, method: str, *args) -> None:
+    def stores(self) -> Iterator[tuple[str, CacheStore]]:
+        """The stores of all layers, with names as "0.attention"."""
+        for idx, layer in enumerate(self.layers):
+            for kind, store in layer.stores.items():
+                yield f"{idx}.{kind}", store
+
+    def each_layer(self, method: str, *args) -> None:
         for layer in self.layers:
             layer.each_store(method, *args)
 
@@ -224,7 +134,7 @@ class MambaFormerCache(Cache):
                 or a list with one of these per row.
 
         Raises:
-            ValueError: the policy is `"error"` and a text is cached, or the expert is not known or does not fit.
+            ValueError: the policy is `"error"` and a sequence is cached, or the expert is not known or does not fit.
         """
         if expert is not None and self.resolve is None:
             raise ValueError("This cache belongs to no model yet: make it with `model.make_cache()`.")
@@ -236,7 +146,7 @@ class MambaFormerCache(Cache):
         change = self.plan(expert, key, self.provenance.in_force.weights)
         if change.action is Action.RESET:
             self.reset()
-        self._put_in_force(change)
+        self.put_in_force(change)
 
     def plan(self, expert, key, weights) -> Change:
         """The change to an expert vector, identified by `key`, and to weights with this stamp.
@@ -253,7 +163,8 @@ class MambaFormerCache(Cache):
                 f"`expert_vector` has {len(expert)} entries but the cache has {self.lengths.rows} rows: give one each."
             )
 
-    def _put_in_force(self, change: Change) -> None:
+    def put_in_force(self, change: Change) -> None:
+        """Puts the expert vector and weights of `change` in force."""
         if self.provenance.put_in_force(change):
             self.prepared_expert_vectors = None
 
@@ -274,8 +185,8 @@ class MambaFormerCache(Cache):
     @property
     def can_be_encoded_again(self) -> bool:
         """Whether the tokens and the expert vector in force determine all states."""
-        is_one = not self.provenance.is_mixed and self.status != Status.DIVERGED
-        return is_one and not self.history.has_embeddings
+        is_uniform = self.lengths.is_empty or self.provenance.is_uniform
+        return is_uniform and not self.history.has_embeddings
 
     # Fields of the configuration that a cache takes its shape from.
     depends_on = ("layer_types", "sliding_window", "num_sink_tokens", "num_key_value_heads", "head_dim", "vocab_size")
@@ -352,7 +263,7 @@ class MambaFormerCache(Cache):
 
         Mamba layers keep a checkpoint of their states and the inputs of the tokens since; windows keep `reach` keys
         more. `generate` calls it when it speculates. Static storage, whose states are overwritten in place, does not
-        record: there `crop` is as exact, but the text that is left is encoded again.
+        record: there `crop` is as exact, but the remaining tokens are encoded again.
 
         Raises:
             ValueError: `reach` is no number of tokens.
@@ -367,7 +278,7 @@ class MambaFormerCache(Cache):
         start = self.lengths.start
         counts = torch.tensor([start], device="cpu") if isinstance(start, int) else start
         for layer in self.layers:
-            layer.record_past_of(reach, counts, self.lengths.columns)
+            layer.extend_reach(reach, counts, self.lengths.columns)
 
     @not_while_fed("cropped")
     def crop(self, tokens_to_remove: Any) -> None:
@@ -382,7 +293,7 @@ class MambaFormerCache(Cache):
 
         Raises:
             ValueError: more columns than were fed, a positive number (the meaning in older versions of Transformers),
-                or beyond the reach, a text that cannot be encoded again: embeddings or one of mixed experts.
+                or beyond the reach, a sequence that cannot be encoded again: embeddings, or several experts.
         """
         removal = plan_removal(tokens_to_remove, self.lengths, self.history)
         if not any(removal.by_row):
@@ -390,26 +301,18 @@ class MambaFormerCache(Cache):
         if removal.columns_left == 0:
             self.reset()
             return
-        stores = [store for layer in self.layers for store in layer.stores.values()]
+        stores = [store for _, store in self.stores()]
         is_encoded = self.provenance.encoded is not None
-        rewound = [store.rewound(removal) if is_encoded else None for store in stores]
-        if any(answer is None for answer in rewound):
-            self._check_can_be_encoded_again()
+        plans = [store.plan_crop(removal) if is_encoded else None for store in stores]
+        if any(plan is None for plan in plans):
+            self.provenance.check_uniform()
+            self.history.check_replayable()
             self._crop_history(removal)
         else:
             encoded = self._crop_history(removal)
-            for store, answer in zip(stores, rewound, strict=True):
-                store.rewind(answer)
+            for store, plan in zip(stores, plans, strict=True):
+                store.crop(plan)
             self.provenance.encoded = encoded
-
-    def _check_can_be_encoded_again(self) -> None:
-        if self.provenance.is_mixed or self.status == Status.DIVERGED:
-            raise ValueError(
-                "The cached text was encoded under several experts or weights (on_expert_change='continue') and cannot"
-                " be rolled back so far: make the cache with a larger `rollback_reach`, or fork it before feeding what"
-                " may have to be taken back."
-            )
-        self.history.check_replayable()
 
     def _crop_history(self, removal: Removal) -> Encoding | None:
         """Crops tokens and lengths, which invalidates the states; returns what had encoded them."""
@@ -421,10 +324,11 @@ class MambaFormerCache(Cache):
     @not_while_fed("reset")
     def reset(self) -> None:
         """Forgets the sequence; the expert vector in force stays."""
-        self._each_layer("drop")
-        self._forget_sequence()
+        self.each_layer("reset")
+        self.forget_sequence()
 
-    def _forget_sequence(self) -> None:
+    def forget_sequence(self) -> None:
+        """Resets tokens and lengths; the states are left to the caller."""
         self.history = TokenHistory(self.config, self.max_columns)
         self.lengths.reset()
         self.provenance.is_mixed = False
@@ -445,7 +349,7 @@ class MambaFormerCache(Cache):
         encoded = self.provenance.invalidate()  # until all layers have followed
         self.history.select_rows(rows)
         self.lengths.select_rows(rows)
-        self._each_layer("select_rows", rows)
+        self.each_layer("select_rows", rows)
         self.provenance.encoded = encoded
 
     def _check_rows(self, rows: torch.Tensor) -> None:
@@ -474,13 +378,13 @@ class MambaFormerCache(Cache):
     @not_while_fed("forked", changes=False)
     def fork(self) -> "MambaFormerCache":
         """An independent cache that goes on from here; what neither side has written since is shared."""
-        return self._forked()
+        return self.duplicate()
 
-    def _forked(self) -> "MambaFormerCache":
+    def duplicate(self) -> "MambaFormerCache":
+        """`fork`, also in the middle of a forward."""
         options = (self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
-        other = MambaFormerCache(*options, self.rollback_reach, self.model, self.facts)
-        for layer, copy in zip(self.layers, other.layers, strict=True):
-            layer.fork_into(copy)
+        other = MambaFormerCache(*options, self.rollback_reach, self.model, facts=[])
+        other.facts, other.layers = self.facts, [layer.fork(other.lengths) for layer in self.layers]
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()
         other.prepared_expert_vectors = self.prepared_expert_vectors
@@ -526,8 +430,8 @@ class MambaFormerCache(Cache):
         What a cache has recorded to roll back is not in the file: its reach starts anew behind what is loaded.
 
         Args:
-            on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the text again at the
-                next forward.
+            on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the tokens again at
+                the next forward.
             max_cache_len: columns that static storage has room for from now on; by default as many as it had. A file
                 whose storage is far larger than both its content and the model's `max_position_embeddings` is loaded
                 only with this argument, since all of the room is allocated at once.
@@ -540,7 +444,21 @@ class MambaFormerCache(Cache):
         """
         return load_session(path, model, on_weights_change, max_cache_len)
 
-    # ---- what it holds
+    # ---- its tensors
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """All tensors that a decode step reads or writes, with all of their slots."""
+        tensors = self.lengths.buffers() | self.history.tensors()
+        for name, store in self.stores():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in store.buffers().items()}
+        return tensors
+
+    def set_buffers(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Makes these tensors, named and shaped like those of `buffers`, hold what the cache holds."""
+        self.lengths.set_buffers(tensors)
+        self.history.set_tensors(tensors)
+        for name, store in self.stores():
+            store.set_buffers({key: tensors[f"{name}.{key}"] for key in store.buffers()})
 
     @not_while_fed("read", changes=False)
     def to_dict(self) -> dict:
@@ -552,17 +470,11 @@ class MambaFormerCache(Cache):
         starts_with_mamba = self.facts[:1] == [(False, True, None)]
         names = ["initial_mamba"] if starts_with_mamba else []
         names += [f"layer_{idx}" for idx in range(len(self.layers) - len(names))]
-        return {"layers": {name: self._layer_dict(layer) for name, layer in zip(names, self.layers, strict=True)}}
-
-    def _layer_dict(self, layer: CacheLayer) -> dict:
-        return {
-            "mamba_cache": layer.recurrent.tensors() or None if layer.recurrent is not None else None,
-            "attn_kv_cache": layer.attention.tensors() or None if layer.attention is not None else None,
-            "cache_length": self.get_seq_length(),
-        }
+        length, layers = self.get_seq_length(), zip(names, self.layers, strict=True)
+        return {"layers": {name: layer.to_dict() | {"cache_length": length} for name, layer in layers}}
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Bytes that the text takes, by layer type and kind, and those of the token log; not those of an expert.
+        """Bytes of the sequence by layer type and kind, and of its token history; without the expert vector.
 
         Kinds are `keys`, `values`, `conv`, `ssm` and `past`, which is what `activate_past_recording` keeps.
         """
@@ -591,8 +503,8 @@ def _layer_type(has_attention: bool, has_mamba: bool, window: int | None) -> str
 
 
 def _check_options(storage: str, max_cache_len: int | None, rollback_reach: int) -> None:
-    if storage not in ("dense", "static"):
-        raise ValueError(f"`storage` must be 'dense' or 'static', got {storage!r}.")
+    if storage not in STORAGES:
+        raise ValueError(f"`storage` must be {' or '.join(map(repr, STORAGES))}, got {storage!r}.")
     if (storage == "static") != (max_cache_len is not None):
         raise ValueError("`max_cache_len` (columns to hold) goes with storage='static', and only with it.")
     if max_cache_len is not None and not _is_count(max_cache_len, 1):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .cache_history_mambaformer import Encoding, NewTokens
-from .cache_keys_mambaformer import Layout, Retention
 from .expert_bases_mambaformer import at_least_float32
 from .expert_vectors_mambaformer import ExpertVector, collapsed_key
 from .files_header_mambaformer import json_of
@@ -30,7 +29,7 @@ COMPUTED_WITH = ("num_hidden_layers", "num_attention_heads", "rope_parameters", 
 OTHER_WEIGHTS = "other weights"
 # Room of static storage that a file gets without being asked: slots (rows x columns) in lengths of the model's context
 # and in times the tokens that the file holds, whichever is more.
-MODEL_LENGTHS, TIMES_THE_TEXT = 8, 64
+MODEL_LENGTHS, SEQUENCE_LENGTHS = 8, 64
 HALF_DTYPES = {torch.float16, torch.bfloat16}  # what autocast may turn any states into
 
 
@@ -42,9 +41,9 @@ class Session:
         config: the fields that the states depend on.
         weights: fingerprint of the model's weights when the file was written.
         options: those of `make_cache`.
-        rows, columns: size of the text; rows are `None` without one.
+        rows, columns: batch size and length of the sequence; rows are `None` without one.
         overshoot: by how many tokens windows have been further than they are now.
-        has_embeddings: part of the text was given as embeddings.
+        has_embeddings: part of the sequence was given as embeddings.
         is_mixed: several experts or weights encoded it.
         can_be_encoded_again: the tokens and the expert in force tell all.
         is_of_these_weights: the cache has met no others since.
@@ -82,7 +81,7 @@ def save_session(cache, path) -> None:
     stamp, fingerprint = cache.model.weights_fingerprint()
     provenance = cache.provenance
     is_current = provenance.in_force.weights == stamp
-    # States of a text that has to be encoded again are left out, but where a change of expert may be taken back.
+    # States of a stale sequence are left out, unless a change of expert vector may still be undone.
     may_be_used = is_current or cache.on_expert_change == "continue"
     has_states = cache.is_initialized and provenance.encoded is not None and may_be_used
     experts, expert = _experts_of(cache.expert_vector)
@@ -151,12 +150,9 @@ def _log_tensors(cache) -> Iterator[tuple[str, Tensor]]:
 
 
 def _states(cache) -> Iterator[tuple[str, Tensor]]:
-    for layer_idx, layer in enumerate(cache.layers):
-        for kind, store in layer.stores.items():
-            for name, tensor in store.tensors().items():
-                if kind == "attention":
-                    tensor = tensor[:, :, : cache.get_seq_length()]  # not the slots that wait for more
-                yield f"layers.{layer_idx}.{kind}.{name}", tensor
+    for prefix, store in cache.stores():
+        for name, tensor in store.state(cache.get_seq_length()).items():
+            yield f"layers.{prefix}.{name}", tensor
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -181,18 +177,18 @@ def load_session(path, model, on_weights_change: str = "error", max_cache_len: i
         experts = _check_experts(session, tensors, cache.model)
         stamp, fingerprint = cache.model.weights_fingerprint()
         if session.weights != fingerprint:
-            session, tensors = _text_alone(session, tensors, on_weights_change)
+            session, tensors = _without_states(session, tensors, on_weights_change)
         _check_tensors(session, tensors, cache)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no session that this model can go on from: {error}") from error
     _put_expert_in_force(cache, session, experts, stamp)
     if session.columns:
-        _restore_text(cache, session, tensors)
+        _restore_sequence(cache, session, tensors)
     return cache
 
 
-def _text_alone(session: Session, tensors: dict[str, Tensor], on_weights_change: str) -> tuple[Session, dict]:
-    """The session as a text that is still to be encoded, if that is wanted and can be done."""
+def _without_states(session: Session, tensors: dict[str, Tensor], on_weights_change: str) -> tuple[Session, dict]:
+    """The session with its tokens alone, to be encoded again, if that is wanted and possible."""
     if on_weights_change == "error":
         raise ValueError(
             "it was saved with other weights. Load the model that it was saved with (with what was merged into it), or"
@@ -203,8 +199,8 @@ def _text_alone(session: Session, tensors: dict[str, Tensor], on_weights_change:
             "it was saved with other weights, and its text cannot be encoded again, as part of it was given as "
             "embeddings or encoded by another expert than the one in force. Load the model that it was saved with."
         )
-    text = {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.")}
-    return replace(session, has_states=False, is_of_these_weights=True), text
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.")}
+    return replace(session, has_states=False, is_of_these_weights=True), kept
 
 
 def _put_expert_in_force(cache, session: Session, experts: list[ExpertVector], stamp) -> None:
@@ -219,7 +215,7 @@ def _put_expert_in_force(cache, session: Session, experts: list[ExpertVector], s
     cache.provenance.restore(expert, in_force, encoded, session.columns > 0 and session.is_mixed)
 
 
-def _restore_text(cache, session: Session, tensors: dict[str, Tensor]) -> None:
+def _restore_sequence(cache, session: Session, tensors: dict[str, Tensor]) -> None:
     device = cache.model.get_input_embeddings().weight.device
     log = {name.removeprefix("tokens."): t.to(device) for name, t in tensors.items() if name.startswith("tokens.")}
     cache.history.append(cache.lengths, NewTokens(**log))
@@ -234,20 +230,9 @@ def _restore_text(cache, session: Session, tensors: dict[str, Tensor]) -> None:
         device = next((weight.device for weight in module.parameters()), device)
         for kind, store in layer.stores.items():
             prefix = f"layers.{layer_idx}.{kind}."
-            states = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
-            if states:
-                _restore_store(cache, kind, store, states)
-
-
-def _restore_store(cache, kind: str, store, states: dict[str, Tensor]) -> None:
-    if kind == "attention":
-        columns = cache.get_seq_length() if cache.max_columns is None else cache.max_columns
-        layout = Layout(num_slots=store.retention.num_slots(columns), key_positions=None, slots=0)
-        store.update(states["keys"], states["values"], layout)
-    else:
-        for name, state in states.items():
-            store.update(name, state)
-    store.commit()
+            state = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
+            if state:
+                store.load_state(state, session.columns)
 
 
 # ---------------------------------------------------------------------------------------------------------- checking
@@ -300,7 +285,7 @@ def _options_for(session: Session, config, max_cache_len: int | None) -> dict:
     if max_cache_len is not None:
         return options | {"max_cache_len": max_cache_len}
     rows = session.rows or 1
-    justified = max(MODEL_LENGTHS * config.max_position_embeddings, TIMES_THE_TEXT * rows * session.columns)
+    justified = max(MODEL_LENGTHS * config.max_position_embeddings, SEQUENCE_LENGTHS * rows * session.columns)
     if rows * options["max_cache_len"] > justified:
         raise ValueError(
             f"its storage would have room for {options['max_cache_len']} columns of {rows} rows, where the file has "
@@ -395,22 +380,13 @@ def _expected_log(session: Session) -> dict[str, tuple[tuple, set]]:
 
 
 def _expected_states(session: Session, cache) -> Iterator[tuple[str, tuple[tuple, set]]]:
-    config, stack = cache.config, cache.model
-    narrow = {weight.dtype for weight in stack.parameters() if weight.is_floating_point()} | HALF_DTYPES
+    narrow = {weight.dtype for weight in cache.model.parameters() if weight.is_floating_point()} | HALF_DTYPES
     wide = narrow | {at_least_float32(dtype) for dtype in narrow}
-    for place in places_of_model(stack):
-        if place.layer is None:
-            continue  # a layer of another kind, which keeps nothing in the cache
-        has_attention, has_mamba, window = place.facts
-        slots = Retention.of(config, window, cache.rollback_reach).num_slots(session.columns)
-        keys = (session.rows, config.num_key_value_heads, slots, config.head_dim)
-        prefix = f"layers.{place.position}"
-        if has_attention:
-            yield from ((f"{prefix}.attention.{name}", (keys, narrow)) for name in ("keys", "values"))
-        if has_mamba:
-            mixer = next(each for each in place.module.modules() if hasattr(each, "state_shapes"))  # may be wrapped
-            for name, shape in mixer.state_shapes().items():
-                yield f"{prefix}.mamba.{name}", ((session.rows, *shape), wide)
+    for place, layer in zip(places_of_model(cache.model), cache.layers, strict=True):
+        for kind, store in layer.stores.items():
+            for name, spec in store.spec(session.rows, session.columns, place.module).items():
+                dtypes = wide if spec.is_wide else narrow
+                yield f"layers.{place.position}.{kind}.{name}", (spec.shape, dtypes)
 
 
 def _check_log(session: Session, tensors: dict[str, Tensor], vocab_size: int) -> None:

@@ -8,9 +8,14 @@ between two forwards (a session that is saved while a chat goes on) are let in, 
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .cache_keys_mambaformer import Layout, Retention, Span, plan_layout
+
+if TYPE_CHECKING:
+    from .cache_history_mambaformer import Change, NewTokens
 
 
 class CacheUse:
@@ -114,6 +119,104 @@ class Owning:
             self.use.owner = self.earlier
 
 
+class CacheStep:
+    """Context of one forward that feeds a cache, as a transaction; made by `MambaFormerCache.step`.
+
+    The end of the block commits the forward. An exception that leaves the block discards it: the cache is as it was,
+    or, if its states were dropped, the next forward computes them again from the history of tokens.
+
+    Args:
+        cache: the cache that is fed.
+        change: treatment of the sequence that is cached, and the expert vector and weights of the forward.
+        new: columns that were not fed before.
+        num_tokens, lengths: width of the forward, with the columns that are fed again, and real tokens of each row.
+
+    Attributes:
+        span: positions of the tokens of the forward.
+        layouts: where each retention of the layers puts their keys.
+    """
+
+    __slots__ = ("backup", "cache", "change", "device", "layouts", "lengths", "new", "num_tokens", "span")
+
+    def __init__(self, cache: Any, change: "Change", new: "NewTokens", num_tokens: int, lengths: Any, device: Any):
+        self.cache, self.change, self.new = cache, change, new
+        self.num_tokens, self.lengths, self.device = num_tokens, lengths, device
+        self.span: Span | None = None
+        self.layouts: dict[Retention, Layout] = {}
+        self.backup: Any = None
+
+    def __enter__(self) -> "CacheStep":
+        cache, change = self.cache, self.change
+        if not torch.compiler.is_compiling():
+            cache.use.check_not_open("fed")  # by a hook, out of its own forward
+            cache.use.is_open = True
+        cache.each_layer("discard")
+        if cache.max_columns is not None:
+            cache.lengths.move_to(self.device)
+        starts_empty = change.starts_empty
+        start = cache.lengths.before_first_token() if starts_empty else cache.lengths
+        columns = start.columns if isinstance(start.columns, int) else None
+        self.span = Span(self.num_tokens, start=start.start, lengths=self.lengths, columns=columns)
+        retentions = {layer.attention.retention for layer in cache.layers if layer.attention is not None}
+        self.layouts = {kind: plan_layout(kind, self.span, self.device, cache.max_columns) for kind in retentions}
+        if starts_empty:
+            self._drop_states()
+        cache.open_step = self
+        return self
+
+    def _drop_states(self) -> None:
+        cache = self.cache
+        # States that cannot be computed again are kept until the forward has succeeded.
+        self.backup = cache.duplicate() if cache.history.has_embeddings else None
+        cache.provenance.invalidate()
+        cache.lengths.overshoot = 0
+        cache.each_layer("reset")
+
+    def __exit__(self, error_type, *_) -> None:
+        cache = self.cache
+        cache.open_step = None
+        if error_type is None:
+            self._commit()
+        else:
+            cache.each_layer("discard")
+            if self.backup is not None:
+                for name in ("layers", "lengths", "history", "provenance"):
+                    setattr(cache, name, getattr(self.backup, name))
+        self.backup = None
+        if not torch.compiler.is_compiling():
+            cache.use.is_open = False
+
+    def _commit(self) -> None:
+        cache, change, new = self.cache, self.change, self.new
+        is_change = change.encoding is not None
+        if is_change:
+            cache.provenance.invalidate()  # an exception from here on costs an encoding, and never a wrong state
+        if change.drops_tokens:
+            cache.forget_sequence()
+        self.backup = None
+        cache.each_layer("commit")
+        cache.history.append(cache.lengths, new)
+        cache.lengths.advance(self.span, new.token_ids)
+        if is_change:
+            cache.put_in_force(change)
+            cache.provenance.commit(change)
+
+
+class UncachedStep:
+    """The same context for a forward without a cache, which has nothing to commit."""
+
+    __slots__ = ("span",)
+
+    def __init__(self, span: Span):
+        self.span = span
+
+    def __enter__(self) -> "UncachedStep":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
 def feeds_its_cache(forward: Callable) -> Callable:
     """Decorator of a model's `forward`: the cache that it is given, under either name, is in use until it returns."""
 
@@ -159,4 +262,4 @@ def _in_use(reason: str, action: str) -> ValueError:
     )
 
 
-__all__ = ["CacheUse", "Feeding", "Owning", "feeds_its_cache", "not_while_fed"]
+__all__ = ["CacheStep", "CacheUse", "Feeding", "Owning", "UncachedStep", "feeds_its_cache", "not_while_fed"]
