@@ -11,14 +11,17 @@ LAWS := library laws rollback cache remote_code readme generate generation_modes
 	sessions packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
-	$(BIN)/python examples/demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
+	$(BIN)/python examples/09_demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
-test: $(VENV)/.dev  ## all tests, on both cores; and some laws without CPU kernels
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
-	MAMBAFORMER_CPU_KERNELS=0 $(BIN)/python -m pytest -n 2 -m without_kernels_too
+test: $(VENV)/.dev test-recipes  ## all tests, on both cores; and some laws without CPU kernels
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/recipes
+	MAMBAFORMER_CPU_KERNELS=0 $(BIN)/python -m pytest -n 2 -m without_kernels_too --ignore tests/recipes
+
+test-recipes: $(VENV)/.dev  ## the trainings at toy size: equal budgets, kills that change nothing, figures and cards
+	$(BIN)/python -m pytest -n 2 tests/recipes
 
 test-oldest:  ## all tests on the oldest supported transformers, in an environment of its own
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=$(OLDEST)
@@ -88,25 +91,25 @@ bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: s
 	$(BIN)/python benchmarks/speculation.py
 
 train-experts: $(VENV)/.dev  ## the two experts of SmolLM2's hybrid anew; EXPERTS=FOLDER ARGS="--model smollm2" for those of SmolLM2
-	sh examples/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),checkpoints/expert-vectors) $(ARGS)
+	sh recipes/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),checkpoints/expert-vectors) $(ARGS)
 
 experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut
-	$(BIN)/python examples/language/sweep_experts.py $(ARGS)
+	$(BIN)/python -m recipes.language.sweep_experts $(ARGS)
 
 pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, hours; goes on where it was cut off
-	$(BIN)/python examples/language/pretrain.py --output checkpoints/mambaformer-tiny $(ARGS)
+	$(BIN)/python -m recipes.language.pretrain --output checkpoints/mambaformer-tiny $(ARGS)
 
 distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; 45 minutes, goes on after a cut
-	$(BIN)/python examples/language/distill.py --output checkpoints/smollm2-hybrid $(ARGS)
+	$(BIN)/python -m recipes.language.distill --output checkpoints/smollm2-hybrid $(ARGS)
 
 measure: $(VENV)/.dev  ## the figures and the card of what `make distill` has trained; goes on after a cut
-	$(BIN)/python examples/language/measure_hybrid.py checkpoints/smollm2-hybrid $(ARGS)
+	$(BIN)/python -m recipes.language.measure_hybrid checkpoints/smollm2-hybrid $(ARGS)
 
 eval: $(VENV)/.dev  ## the figures of the models in checkpoints/ again, against their cards; ARGS="--only tiny" for some
-	$(BIN)/python examples/language/evaluate.py $(ARGS)
+	$(BIN)/python -m recipes.language.evaluate $(ARGS)
 
 icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
-	$(BIN)/python examples/icl/run.py $(ARGS)
+	$(BIN)/python -m recipes.icl.run $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-* .library demo runs build dist *.egg-info

@@ -15,14 +15,14 @@ import time
 import traceback
 from pathlib import Path
 
+from transformers.utils import logging
+
 import cases_decode
 import cases_experts
 import cases_prefill
 import cases_sweeps
 import cases_training
 import cases_window
-from transformers.utils import logging
-
 from models import Size, is_installed
 from report import MISSED, Case, Point, Results, Row, machine
 from timing import read_bandwidth

@@ -12,7 +12,7 @@ from .conversion import convert
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command `mambaformer-convert`: 0 when done; a mistake of the user's exits with 2 and one line of text."""
+    """Runs `mambaformer-convert`; returns 0. An invalid argument or source exits with code 2 and one line of text."""
     parser = _parser()
     args = parser.parse_args(argv)
     mamba = {name: value for name, value in vars(args).items() if name.startswith("mamba_") and value is not None}
@@ -46,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--upcycle", type=_upcycle, metavar="all|0,2,5", help="attention layers that get a Mamba block"
     )
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="what attention sees in these layers from now on")
+    parser.add_argument("--window", type=int, metavar="TOKENS", help="attention window of these layers")
     parser.add_argument(
-        "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that it sees besides"
+        "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that it always sees"
     )
     parser.add_argument("--blocks", metavar="FILE", help="trained Mamba blocks, instead of new ones")
     parser.add_argument("--dtype", help="dtype of the result, e.g. bfloat16; default: the source's")

@@ -35,7 +35,7 @@ def convert(
 ) -> MambaFormerForCausalLM:
     """Returns a MambaFormer with `source`'s weights that computes `source`'s logits.
 
-    The weights are copied and the global random state is left alone. A bfloat16 or float16 Mamba whose residual stream
+    The weights are copied; the global random state does not change. A bfloat16 or float16 Mamba whose residual stream
     Transformers keeps in float32 (`residual_in_fp32`) is computed with a residual stream in the model's own dtype.
 
     Args:
@@ -44,13 +44,13 @@ def convert(
             model (`...-00001-of-00003.gguf`), any of its files.
         upcycle: attention layers that get a Mamba block, `"all"` or their indices. The new block's output projection
             starts at zero, so the hybrid computes what the source computes until it is trained.
-        window: tokens that attention sees in these layers from now on, beside the first `num_sink_tokens`. The result
-            is no longer the source's; its Mamba blocks are there to be trained for what attention has lost.
+        window: attention window of these layers, besides the first `num_sink_tokens` tokens. The result no longer
+            computes the source's logits: train its Mamba blocks to recover what the window removes.
         output_dir: where to save the result, with the tokenizer when `source` is a directory or a file.
         dtype: of the result, by default the source's.
         mamba: `mamba_*` and `time_step_*` fields of the configuration for the new blocks.
-        blocks: a file of Mamba blocks that were trained beside this source's weights (`save_blocks`). It says which
-            layers get one and what window is beside them, so `upcycle`, `window` and `mamba` are left out.
+        blocks: a file of Mamba blocks that were trained with this source's weights (`save_blocks`). The file defines
+            the layers and the window, so `upcycle`, `window` and `mamba` must not be passed.
         gguf_file: name of the GGUF file inside the directory `source`.
         seed: of the new blocks' initial weights.
 
@@ -115,7 +115,7 @@ def _trained(path, upcycle, window: int | None, num_sink_tokens: int, mamba) -> 
 
 
 def _as_arguments(blocks: MambaBlocks, layer_types: list[str]) -> tuple[list[int], int | None, int, dict[str, object]]:
-    """What `convert` has to be told to give a source of these layers room for the blocks."""
+    """Arguments of `convert` that create the layers which the blocks fill."""
     fields = blocks.fields
     layers = [idx for idx, kind in enumerate(fields["layer_types"]) if kind in UPCYCLED.values()]
     mamba = {name: fields[name] for name in block_fields()}
@@ -126,10 +126,10 @@ def _as_arguments(blocks: MambaBlocks, layer_types: list[str]) -> tuple[list[int
 
 @torch.no_grad()
 def _put_on(blocks: MambaBlocks, target: MambaFormerForCausalLM):
-    """Gives `target` trained blocks instead of new ones.
+    """Replaces the new blocks of `target` by trained ones.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: the blocks were trained with another model.
     """
     own = {name: tensor for name, tensor in target.state_dict().items() if is_block(name)}
     differ = [name for name, value in blocks.fields.items() if getattr(target.config, name) != value]
@@ -145,7 +145,7 @@ def _put_on(blocks: MambaBlocks, target: MambaFormerForCausalLM):
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """None stands for the source's own."""
+    """None means the dtype of the source."""
     if dtype in (None, "auto"):
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -247,10 +247,10 @@ def _match_tensors(
 def _build(
     shell: MambaFormerForCausalLM, new_layers: list[int], dtype: torch.dtype, seed: int
 ) -> MambaFormerForCausalLM:
-    """`shell` on the CPU: its new blocks are initialized and its other tensors are still to be written."""
+    """Moves `shell` to the CPU and initializes its new blocks; the other tensors are uninitialized memory."""
     model = shell.to(dtype).to_empty(device="cpu")
     model.tie_weights()
-    # The CPU's generator alone is seeded, and given back: `torch.manual_seed` would reach the other devices' too.
+    # Only the CPU's generator is seeded, then restored: `torch.manual_seed` would also seed those of other devices.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for layer_idx in new_layers:
@@ -275,7 +275,7 @@ def _copy_weights(target: MambaFormerForCausalLM, weights: Weights, origin: dict
 
 @torch.no_grad()
 def _start_as_identity(target: MambaFormerForCausalLM, new_layers: list[int]):
-    """Each new block adds nothing yet, and reads what the attention beside it reads."""
+    """Zeroes the output of each new block and copies the norm of the attention in the same layer."""
     for layer_idx in new_layers:
         layer = target.model.layers[layer_idx]
         for parameter in layer.mamba.out_proj.parameters():
@@ -284,7 +284,7 @@ def _start_as_identity(target: MambaFormerForCausalLM, new_layers: list[int]):
 
 
 def _save(target: MambaFormerForCausalLM, output_dir: Path, tokenizer) -> None:
-    """Writes the model and its tokenizer; whatever interrupts it, the folder is as it was."""
+    """Writes the model and its tokenizer atomically: an interrupted save leaves the folder unchanged."""
     with staged_folder(output_dir) as folder:
         target.save_pretrained(folder.path)
         if tokenizer is not None:

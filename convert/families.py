@@ -1,4 +1,4 @@
-"""Which models of Transformers can be written as MambaFormers, and how: one row of `FAMILIES` each."""
+"""`FAMILIES` has one row for each family of Transformers models that can be written as a MambaFormer."""
 
 import copy
 import re
@@ -15,8 +15,8 @@ ROPE_KEYS = {
     "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "truncate",
 }  # fmt: skip
-# Fields that change what other models compute, with the values that change nothing. Transformers drops a field that
-# its class for the family does not know; a checkpoint that sets one was not made for that class.
+# Fields that change the computation of other models, with their neutral values. Transformers drops a field that the
+# class of the family does not have; a checkpoint that sets such a field was not made for that class.
 _OFF, _ONE, _DENSE = (None, False, 0), (None, 1), (None, 0, 1)
 OPTIONS = dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), _OFF)
 OPTIONS |= dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "use_qk_norm", "qk_layernorm"), _OFF)
@@ -37,7 +37,7 @@ _ATTENTION_FIELDS = _same("intermediate_size", "num_attention_heads", "num_key_v
 _ATTENTION_FIELDS |= _same("head_dim", "max_position_embeddings", "rms_norm_eps")
 _WINDOW_FIELDS = _same("rope_parameters", "sliding_window")
 _LLAMA_FIELDS = _same("rope_parameters", "attention_bias", "mlp_bias") | {"attention_output_bias": "attention_bias"}
-# No RoPE here: a Jamba has no position encoding.
+# No RoPE: Jamba has no position encoding.
 _JAMBA_FIELDS = _same("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank")
 _JAMBA_FIELDS |= _same("mamba_conv_bias", "mamba_proj_bias")
 _MAMBA_FIELDS = _same("time_step_min", "time_step_max", "time_step_floor") | {
@@ -113,7 +113,7 @@ class Family:
             )
 
     def source_name(self, name: str) -> str | None:
-        """What the source calls our tensor `name`; None when it has no such tensor."""
+        """The source's name of our tensor `name`; None when the source has no such tensor."""
         index = re.search(r"(?<=layers\.)\d+", name)
         pattern = name if index is None else name[: index.start()] + "*" + name[index.end() :]
         for ours, theirs in self.names.items():
@@ -157,7 +157,7 @@ FAMILIES = {
         lambda config: list(config.layer_types),
         constants={"attention_bias": True},
     ),
-    # Nothing attends in a Mamba; one head is a number of heads that suits every width.
+    # Mamba has no attention; one head divides every width.
     "mamba": Family(_COMMON_FIELDS | _MAMBA_FIELDS, _MAMBA_NAMES, _all_mamba, constants={"num_attention_heads": 1}),
     "jamba": Family(
         _COMMON_FIELDS | _ATTENTION_FIELDS | _JAMBA_FIELDS,

@@ -1,4 +1,4 @@
-"""GGUF files as sources of `convert`, with everything that changes the result read or refused by name.
+"""GGUF files as sources of `convert`. Every key that changes the result is read, or refused by name.
 
 Names and layouts are as llama.cpp's converter writes them.
 """
@@ -47,8 +47,8 @@ NAMES = {
     "model.layers.*.mlp.up_proj.": "blk.*.ffn_up.",
     "model.layers.*.mlp.down_proj.": "blk.*.ffn_down.",
 }
-# Keys that a family reads, and keys that change nothing. Any other key of the architecture is refused when it is on:
-# a file may not say something about its model that is passed over.
+# Keys that a family reads, and neutral keys. Any other key of the architecture is refused when it is set, so that no
+# statement of a file about its model is ignored.
 _SIZES = {"block_count", "embedding_length", "context_length", "vocab_size", "attention.layer_norm_rms_epsilon"}
 _ATTENTION = {"feed_forward_length", "attention.head_count", "attention.head_count_kv"}
 _HEADS = {"attention.key_length", "attention.value_length", "rope.dimension_count"}
@@ -146,7 +146,7 @@ class GGUFFile:
 
 
 def source_of_gguf(path: Path) -> Source:
-    """A GGUF file, or a split one by the path of any of its files, as a source; no tensor is read yet.
+    """A GGUF file as a source; for a split model, the path of any of its files. No tensor is read yet.
 
     Raises:
         ValueError: a file that cannot be read or converted; the message names the key or the tensor.
@@ -270,7 +270,7 @@ def _qwen2_fields(file: GGUFFile) -> dict[str, object]:
 
 
 def _head_dim(file: GGUFFile, heads: int) -> int:
-    """Width of a head: the file's own, or what the query projection has rows for."""
+    """Width of a head: from the metadata, or from the number of rows of the query projection."""
     rows = file.shape("blk.0.attn_q.weight")[0] if "blk.0.attn_q.weight" in file.tensors else 0
     usual = rows // heads or file.whole("embedding_length") // heads
     sizes = {key: file.whole(key, usual) for key in ("attention.key_length", "attention.value_length")}
@@ -370,7 +370,7 @@ def _split(reader, key: str, default: int | None) -> int | None:
 
 
 def _reader(path: Path):
-    with path.open("rb") as file:  # an OSError of a missing file or of permission is the user's to see
+    with path.open("rb") as file:  # errors of a missing file or of permissions reach the user
         start = file.read(4)
     if start != b"GGUF":
         raise ValueError(f"{path} is not a GGUF file: it starts with {start!r}. Fetch it again.")
@@ -378,7 +378,7 @@ def _reader(path: Path):
         return _package().GGUFReader(path)
     except ImportError:
         raise
-    except Exception as error:  # the package has no errors of its own: a cut file is any of six kinds
+    except Exception as error:  # the package has no error class: a truncated file raises any of six kinds
         raise ValueError(
             f"{path} is damaged or cut short, or of an unknown version of GGUF ({type(error).__name__}: {error}): "
             "fetch it again."
@@ -394,12 +394,12 @@ def _package():
 
 
 def _value(name: str, entry) -> object:
-    """A key's value as Python's; long lists of the tokenizer are left out."""
+    """The Python value of a key; long lists of the tokenizer are left out."""
     if name.startswith("tokenizer.") and len(entry.data) > 1:
         return None
     value = entry.contents()
     values = value if isinstance(value, list) else [value]
-    if entry.types[-1].name == "FLOAT32":  # a 0.1 is meant as 0.1: the shortest decimal that gives it
+    if entry.types[-1].name == "FLOAT32":  # the shortest decimal with this float32 value, so 0.1 reads as 0.1
         values = [float(str(np.float32(one))) for one in values]
     return values if isinstance(value, list) else values[0]
 

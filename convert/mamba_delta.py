@@ -1,6 +1,6 @@
-"""Mamba blocks that were trained beside the attention of another model, as one file without that model's weights.
+"""Trained Mamba blocks of a hybrid as one file, without the weights of the attention model that it was made from.
 
-`save_blocks(hybrid, path)` writes them, and `convert(source, blocks=path)` puts them onto the source again.
+`save_blocks(hybrid, path)` writes the file, and `convert(source, blocks=path)` adds the blocks to the source again.
 """
 
 import json
@@ -17,11 +17,11 @@ from ..files_header_mambaformer import json_of
 from ..files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
 
 BLOCKS_FORMAT, FORMAT_VERSION = "mambaformer-blocks", 1
-# What a hybrid has that the model it was made of has not.
+# Fields that a hybrid has and its source has not.
 OWN_FIELDS = ("layer_types", "sliding_window", "num_sink_tokens")
 HEADER_PARTS = ("fields", "beside", "metadata")
-MAX_NORM = 1e30  # beyond it the sum of squares is infinite
-WEIGHTS_TOLERANCE = 0.05  # relative, of the Frobenius norm; quantizing to 4 bits moves it by far less
+MAX_NORM = 1e30  # the sum of squares of larger values is infinite
+WEIGHTS_TOLERANCE = 0.05  # relative, of the Frobenius norm; quantizing to 4 bits changes it by far less
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class MambaBlocks:
     """The Mamba blocks of a hybrid.
 
     Args:
-        fields: the fields of the configuration that say where they are, their sizes, and the window beside them.
+        fields: the configuration's fields for the layers with a block, the blocks' sizes, and the attention window.
         tensors: by their names in the hybrid, `model.layers.{i}.mamba...`.
-        beside: the Frobenius norm of each attention output projection beside a block, as it was in training.
+        beside: the Frobenius norm that each attention output projection in the same layer had in training.
         metadata: anything that JSON can hold.
     """
 
@@ -67,10 +67,10 @@ def save_blocks(
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes the Mamba blocks of a hybrid (`MambaFormerForCausalLM`), whole or not at all.
+    """Writes the Mamba blocks of a hybrid (`MambaFormerForCausalLM`) atomically.
 
     Raises:
-        ValueError: the model has no Mamba block beside attention, or has Mamba layers of its own.
+        ValueError: no layer has both attention and Mamba, or the model has layers with Mamba alone.
     """
     config = model.config
     if "linear_attention" in config.layer_types or not any(map(_has_block, config.layer_types)):
@@ -90,11 +90,11 @@ def save_blocks(
 
 
 def load_blocks(path: str | os.PathLike) -> MambaBlocks:
-    """Reads what `save_blocks` wrote.
+    """Reads a file that `save_blocks` wrote.
 
     Raises:
-        ValueError: anything else than such a file, whole and undamaged.
-        OSError: it is missing or may not be read.
+        ValueError: the file is damaged or of another kind.
+        OSError: the file is missing or not readable.
     """
     tensors, header = read_tensors(Path(path), BLOCKS_FORMAT, FORMAT_VERSION, "`save_blocks(model, path)`")
     if not is_sealed(header, tensors):
@@ -129,7 +129,7 @@ def _check_blocks(blocks: MambaBlocks) -> None:
 
 
 def _check_sizes(blocks: MambaBlocks, prefix: str) -> None:
-    """The sizes in the fields decide how much is allocated before the tensors are put in place."""
+    """Compares fields and tensors: the fields decide how much memory is allocated before tensors are copied."""
     names = ("A_log", "conv1d.weight", "dt_proj.weight", "in_proj.weight")
     found = {name: tuple(blocks.tensors[f"{prefix}.{name}"].shape) for name in names}
     config = MambaFormerConfig(

@@ -44,7 +44,7 @@ def rope_from_gguf(metadata: Mapping[str, object], head_dim: int, factors: Tenso
 
 def _named_scaling(metadata: Mapping[str, object]) -> dict[str, object]:
     factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
-    # A factor without a type is linear scaling, as in the files of before the type had a name.
+    # A factor without a type means linear scaling, as in files that are older than the key of the type.
     kind = metadata.get("rope.scaling.type", "none" if factor is None else "linear")
     if kind == "none":
         return {"rope_type": "default"}
@@ -71,7 +71,7 @@ def _yarn(metadata: Mapping[str, object], factor: float) -> dict[str, object]:
     found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
     values = {ours: metadata.get(f"rope.scaling.{theirs}") for theirs, ours in YARN_KEYS.items()}
     found |= {ours: value for ours, value in values.items() if value is not None and value > 0}
-    # This one multiplies the factor that YaRN has by itself (arXiv 2309.00071, equation 22).
+    # This factor multiplies YaRN's own (arXiv 2309.00071, equation 22).
     extra = metadata.get("rope.scaling.attn_factor", 1.0)
     if extra != 1.0:
         found["attention_factor"] = extra * found.get("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)

@@ -1,4 +1,4 @@
-"""What `convert` reads: a model object, or a folder of Transformers, as a configuration and tensors by name."""
+"""Sources of `convert`: a model object or a Transformers folder, as a configuration and tensors by name."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from .families import Family, check_rope, find_family
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")  # in the words of safetensors
+FLOATS = ("F64", "F32", "F16", "BF16")  # names of safetensors
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -41,7 +41,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose configuration is known and whose tensors are still to be read.
+    """A checkpoint with a configuration that is read and tensors that are not yet read.
 
     Args:
         family: how it is written as a MambaFormer.
@@ -76,7 +76,7 @@ def _weights_of_model(model: nn.Module) -> Weights:
     if empty:
         raise ValueError(f"The source's tensors are without data (on the meta device): {empty[:5]}. Load it first.")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    generation_config = getattr(model, "generation_config", None)  # a model without a head is refused by its tensors
+    generation_config = getattr(model, "generation_config", None)  # a model without a head fails the check of tensors
     return Weights(shapes, tensors.__getitem__, model.dtype, model.device, generation_config)
 
 
@@ -101,7 +101,7 @@ def source_of_folder(folder: Path) -> Source:
     Raises:
         ValueError: a configuration that cannot be read or converted, or weights that are not there or are codes.
     """
-    # Asked before loading: a checkpoint of an unknown family may take minutes to load, or want its own code to run.
+    # Checked before loading: a checkpoint of an unknown family may take minutes to load, or run its own code.
     fields = _read_json(folder / "config.json")
     family = find_family(fields.get("model_type"))
     check_quantization(fields.get("quantization_config") or fields.get("compression_config"))
@@ -122,7 +122,7 @@ def read_tokenizer(folder: Path, **options: str) -> Callable[[], object]:
 
 
 def _check_rope_fields(fields: dict) -> None:
-    # Transformers' own check of an unknown type is a KeyError, so the file is looked at first.
+    # Transformers raises a KeyError for an unknown type, so the file is checked first.
     for name in ("rope_parameters", "rope_scaling"):
         value = fields.get(name)
         if value is not None and not isinstance(value, dict):
@@ -135,7 +135,7 @@ def _check_files(folder: Path) -> None:
     paths = [folder / WEIGHTS]
     if not paths[0].is_file():
         if not (folder / INDEX).is_file():
-            return  # an older format, which Transformers knows
+            return  # an older format that Transformers reads
         shards = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise ValueError(f"{str(folder / INDEX)!r} has no `weight_map` of file names: fetch it again.")
@@ -152,7 +152,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _dtypes(path: Path) -> dict[str, str]:
-    path.open("rb").close()  # safetensors calls a file that may not be read a missing one
+    path.open("rb").close()  # safetensors reports a file without read permission as missing
 
     def read() -> dict[str, str]:
         with safe_open(path, "pt") as file:
@@ -184,11 +184,11 @@ def _read_json(path: Path) -> dict:
 
 
 def _reading(folder: Path, part: str, read: Callable, *args, **options) -> object:
-    """Calls a library's reader, whose errors for bad files are of every kind, and raises them as ValueError."""
+    """Calls a library's reader and raises its errors, which have many types, as ValueError."""
     try:
         return read(*args, **options)
     except (OSError, ImportError):
-        raise  # these say by themselves which file or which package is missing
+        raise  # their messages name the missing file or package
     except Exception as error:
         raise ValueError(
             f"{part} in {str(folder)!r} cannot be read: {type(error).__name__}: {error}. Repair it or fetch it again."
@@ -196,7 +196,7 @@ def _reading(folder: Path, part: str, read: Callable, *args, **options) -> objec
 
 
 def check_output_dir(output_dir: str | os.PathLike | None, source: Path | None) -> None:
-    """Refuses a place that cannot be written, or that is the source's folder.
+    """Refuses an output folder that cannot be written, or that is the source's folder.
 
     Raises:
         ValueError: `output_dir` is empty, a file, below one, may not be written to, or is `source`.

@@ -57,8 +57,8 @@ class Tokenizer:
 
 @pytest.fixture
 def chat(monkeypatch):
-    """`examples/chat.py` on a tiny model, by the clock of `FirstRuns`."""
-    module, clock = script("examples", "chat"), FirstRuns()
+    """`examples/07_chat.py` on a tiny model, by the clock of `FirstRuns`."""
+    module, clock = script("examples", "07_chat"), FirstRuns()
     model = random_model(tiny_config("paper")).eval()
     for seed in (1, 2):
         model.expert_vectors.add(random_expert(model, seed, name=f"expert-{seed}"))

@@ -8,13 +8,13 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors import torch as safetensors_torch
-from test_sessions import in_a_process, kill_myself
 from transformers import AutoModelForCausalLM
 
 from cases import random_expert, random_model, tiny_config
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 from mambaformer import files_folders_mambaformer as folders
 from mambaformer.expert_vectors_mambaformer import ExpertVector
+from test_sessions import in_a_process, kill_myself
 
 IDS = torch.arange(8)[None]
 

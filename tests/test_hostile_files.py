@@ -9,8 +9,6 @@ import random
 
 import pytest
 import torch
-from test_blocks import WINDOWED, llama, trained
-from test_sessions import contents_of, made, mutated
 
 from cases import random_expert, random_model, tiny_config
 from mambaformer import ExpertVector, convert, save_blocks
@@ -18,6 +16,8 @@ from mambaformer.convert import conversion, load_blocks
 from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertLibrary
 from mambaformer.files_header_mambaformer import MAX_DEPTH, json_of
 from mambaformer.files_mambaformer import sealed, write_tensors
+from test_blocks import WINDOWED, llama, trained
+from test_sessions import contents_of, made, mutated
 
 DEEP = 100_000
 

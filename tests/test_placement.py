@@ -10,6 +10,9 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from cases import CACHE_VARIANTS, assert_same_logits, expected, feed, one_turn, random_expert, random_model
 from in_two_processes import (
     EXPERT_SEED,
     FSDP_WRAPS,
@@ -24,9 +27,6 @@ from in_two_processes import (
     share_of,
     start_of_training,
 )
-from safetensors.torch import load_file, save_file
-
-from cases import CACHE_VARIANTS, assert_same_logits, expected, feed, one_turn, random_expert, random_model
 from mambaformer import MambaFormerForCausalLM
 from mambaformer.mixers_mambaformer import AttentionPlan
 

@@ -1,4 +1,4 @@
-"""`transformers serve` with this model, as `examples/serve.py` starts it, asked by the stock `openai` client."""
+"""`transformers serve` with this model, as `examples/08_serve.py` starts it, asked by the stock `openai` client."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def server(tmp_path_factory):
     port, log = free_port(), home / "log"
     # A cache of its own: code that another test has loaded from a folder of this name is not found.
     environment = {**os.environ, "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "examples/serve.py", home / "model", "--trust-remote-code", "--device", "cpu"]
+    command = [sys.executable, ROOT / "examples/08_serve.py", home / "model", "--trust-remote-code", "--device", "cpu"]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],

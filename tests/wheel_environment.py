@@ -46,9 +46,10 @@ def the_package_is_the_one_of_the_wheel():
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def every_shipped_file_is_the_one_of_the_repository():
+def every_file_is_the_one_of_the_repository():
     def digests(folder: Path) -> dict[str, str]:
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*_mambaformer.py")}
+        files = [*folder.glob("*_mambaformer.py"), *folder.glob("convert/*.py")]
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     assert digests(PACKAGE) == digests(ROOT)
 
@@ -83,7 +84,7 @@ def a_checkpoint_is_converted_by_the_command():
 
 CHECKS = (
     the_package_is_the_one_of_the_wheel,
-    every_shipped_file_is_the_one_of_the_repository,
+    every_file_is_the_one_of_the_repository,
     a_model_folder_loads_without_remote_code_and_generates,
     a_checkpoint_is_converted_by_the_command,
 )

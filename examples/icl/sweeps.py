@@ -1,1 +1,0 @@
-../sweeps.py
