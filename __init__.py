@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_blocks  # the name `convert` now means the function, no longer the package
-from .expert_vectors_mambaformer import ExpertLibrary, ExpertVector
+from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLibrary
 from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
 from .modeling_mambaformer import (
     MambaFormerForCausalLM,
@@ -22,9 +22,9 @@ AutoModelForCausalLM.register(MambaFormerConfig, MambaFormerForCausalLM, exist_o
 AutoModelForSequenceClassification.register(MambaFormerConfig, MambaFormerForSequenceClassification, exist_ok=True)
 
 __all__ = [
-    "ExpertLibrary",
     "ExpertSwitchLogitsProcessor",
     "ExpertVector",
+    "ExpertVectorLibrary",
     "MambaFormerCache",
     "MambaFormerConfig",
     "MambaFormerForCausalLM",

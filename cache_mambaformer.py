@@ -142,7 +142,7 @@ class MambaFormerCache(Cache):
         expert, key = (None, None) if expert is None else self.resolve(expert)
         for row in expert if isinstance(expert, list) else [expert]:
             if row is not None and self.model is not None:
-                self.model.check_expert(row)
+                self.model.check_expert_vector(row)
         change = self.plan(expert, key, self.provenance.in_force.weights)
         if change.action is Action.RESET:
             self.reset()

@@ -74,7 +74,7 @@ class BasisFolder:
         try:
             if not _may_be_read(path, weight):
                 return None
-            tensors, header = read_tensors(path, BASIS_FORMAT, FORMAT_VERSION, "`prepare_experts`")
+            tensors, header = read_tensors(path, BASIS_FORMAT, FORMAT_VERSION, "`prepare_expert_vectors`")
         except (OSError, ValueError):
             return None
         # The weight is named inside too, so that a renamed file is not used.

@@ -15,7 +15,9 @@ from .configuration_mambaformer import FILE_NAME
 from .files_header_mambaformer import json_of
 from .files_mambaformer import temporary_beside
 
-CONFIG, EXPERTS_FOLDER, WEIGHTS_ENDING = "config.json", "experts", ".safetensors"
+CONFIG, WEIGHTS_ENDING = "config.json", ".safetensors"
+EXPERT_VECTORS_FOLDER = "expert_vectors"
+OLDER_EXPERT_VECTORS_FOLDER = "experts"  # of version 0.1, which had the same name in the configuration
 SHARD = r"-\d{5}-of-\d{5}"
 WEIGHTS = re.compile(rf"((?:adapter_)?model(?:\.[^-/]+)?)({SHARD})?\.safetensors")
 STAGE_ENDING = ".save"
@@ -178,7 +180,8 @@ def stale_files(target: Path, files: set[Path]) -> list[Path]:
         if (match and match[1] in weights) or name in map(_index_of, weights):
             found.add(Path(name))
     if Path(CONFIG) in files:
-        found |= {Path(EXPERTS_FOLDER, name + WEIGHTS_ENDING) for name in _named_experts(target / CONFIG)}
+        names, folders = _named_expert_vectors(target / CONFIG), (EXPERT_VECTORS_FOLDER, OLDER_EXPERT_VECTORS_FOLDER)
+        found |= {Path(folder, name + WEIGHTS_ENDING) for folder in folders for name in names}
     return sorted(file for file in found - files if (target / file).is_file())
 
 
@@ -188,9 +191,10 @@ def _index_of(stem: str) -> str:
     return f"{name}{WEIGHTS_ENDING}.index.{variant + '.' if variant else ''}json"
 
 
-def _named_experts(config: Path) -> list[str]:
+def _named_expert_vectors(config: Path) -> list[str]:
     try:
-        names = json_of(config.read_bytes()).get("experts") or []
+        fields = json_of(config.read_bytes())
+        names = fields.get("expert_vectors") or fields.get("experts") or []
         return [name for name in names if isinstance(name, str) and re.fullmatch(FILE_NAME, name)]
     except (OSError, ValueError, AttributeError, TypeError):  # whatever was there, it was no save of ours
         return []

@@ -12,7 +12,7 @@ import torch
 from .cache_history_mambaformer import Status
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
 from .cache_use_mambaformer import Owning
-from .expert_vectors_mambaformer import resolve_expert
+from .expert_vectors_mambaformer import resolve_expert_vector
 from .generation_schedule_mambaformer import (
     BoundedDrafts,
     ExpertSchedule,
@@ -70,7 +70,7 @@ class MambaFormerGenerationMixin(GenerationHooks):
         if entries:
             for expert in entries.values():
                 self._prepare_in_force(expert, None)
-            entries = {n: resolve_expert(expert, self._expert_library) for n, expert in entries.items()}
+            entries = {n: resolve_expert_vector(expert, self._expert_library) for n, expert in entries.items()}
             has_embeds = kwargs.get("inputs_embeds") is not None
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
             kwargs["resolved_schedule"] = ExpertSchedule(entries, length)

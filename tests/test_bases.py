@@ -418,7 +418,7 @@ def first_use(model, folder):
 
 
 def test_the_first_use_of_an_expert_says_what_it_does_once(long_work, tmp_path, caplog, capfd):
-    """129 seconds passed without a word: the bar was for `prepare_experts` alone."""
+    """129 seconds passed without a word: the bar was for `prepare_expert_vectors` alone."""
     for _ in range(2):
         first_use(cases.new_model("everything"), tmp_path)
     (record,) = [record for record in caplog.records if record.name == svd.__name__]
@@ -458,7 +458,7 @@ def test_the_bar_of_transformers_switch_is_off(long_work, tmp_path, capfd):
     transformers_logging.disable_progress_bar()
     try:
         first_use(cases.new_model("everything"), tmp_path)
-        cases.new_model("everything").prepare_experts()
+        cases.new_model("everything").prepare_expert_vectors()
     finally:
         transformers_logging.enable_progress_bar()
     assert "Singular bases" not in capfd.readouterr().err

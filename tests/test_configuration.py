@@ -20,7 +20,15 @@ def test_the_default_is_the_mambaformer_of_the_paper():
     assert config.mixers(0) == ("mamba",) and config.mixers(1) == ("attention", "mamba")
 
 
-@pytest.mark.parametrize("fields", [{}, {"rope_parameters": ROPE, "experts": ["bold"]}, {"mamba_dt_rank": 7}])
+def test_expert_vectors_are_read_under_their_older_name():
+    config = MambaFormerConfig.from_dict({"experts": ["bold"]})
+    assert config.expert_vectors == ["bold"] and "experts" not in config.to_dict()
+    assert MambaFormerConfig.from_dict({"experts": None}).expert_vectors is None
+    with pytest.raises(ValueError, match="`expert_vectors` must be a list of names"):
+        MambaFormerConfig.from_dict({"experts": ["../x"]})
+
+
+@pytest.mark.parametrize("fields", [{}, {"rope_parameters": ROPE, "expert_vectors": ["bold"]}, {"mamba_dt_rank": 7}])
 def test_a_saved_configuration_comes_back_the_same(fields, tmp_path):
     config = MambaFormerConfig(**fields)
     config.save_pretrained(tmp_path)
@@ -53,7 +61,7 @@ def test_a_saved_configuration_comes_back_the_same(fields, tmp_path):
         ({"attention_dropout": 1.5}, "`attention_dropout`"),
         ({"rms_norm_eps": 0.0}, "`rms_norm_eps`"),
         ({"pad_token_id": 32000}, "`pad_token_id`"),
-        ({"experts": "bold"}, "`experts` must be a list"),
+        ({"expert_vectors": "bold"}, "`expert_vectors` must be a list"),
     ],
 )
 def test_a_field_that_cannot_be_is_named_with_the_fix(fields, message):
@@ -101,7 +109,7 @@ def test_a_field_of_another_type_is_refused_by_name(name):
     refused = {index: refusal_of(**{name: value}) for index, value in enumerate(ANYTHING)}
     messages = [message for message in refused.values() if message is not None]
     assert len(messages) >= 12
-    mentioned = {"rope_parameters": "rope_", "experts": "experts"}.get(name, name)
+    mentioned = {"rope_parameters": "rope_"}.get(name, name)
     assert all(mentioned in message for message in messages), messages
     assert all(len(message) < 1500 for message in messages)
 
@@ -175,8 +183,8 @@ def test_a_key_that_would_replace_a_method_is_refused(name):
 
 @pytest.mark.parametrize("name", ["../../etc/x", "a/b", ".hidden", "", "a\\b"])
 def test_names_of_experts_are_no_paths(name):
-    """Sibling: they become `experts/{name}.safetensors` when a model is loaded."""
-    assert "`experts` must be a list of names" in refusal_of(experts=[name])
+    """Sibling: they become `expert_vectors/{name}.safetensors` when a model is loaded."""
+    assert "`expert_vectors` must be a list of names" in refusal_of(expert_vectors=[name])
 
 
 def test_configurations_of_today_keep_loading(tmp_path):

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -28,12 +27,12 @@ from mambaformer.expert_bases_mambaformer import (
 from mambaformer.expert_linear_mambaformer import apply_expert_linear, merged_weight, scale_basis
 from mambaformer.expert_vectors_mambaformer import (
     BASE_FINGERPRINT,
-    ExpertLibrary,
     ExpertVector,
-    check_expert,
+    ExpertVectorLibrary,
+    check_expert_vector,
     check_spectrum,
     expert_key,
-    resolve_expert,
+    resolve_expert_vector,
     spectrum_of,
 )
 
@@ -471,7 +470,7 @@ def test_bases_made_while_only_inferring_can_be_trained_through(tmp_path):
 
 def test_bases_and_library_can_be_copied_with_their_model(tmp_path):
     weight = random_tensor(6, 4)
-    bases, library = SingularBases(tmp_path), ExpertLibrary()
+    bases, library = SingularBases(tmp_path), ExpertVectorLibrary()
     bases.get("q", weight)
     library.add(random_expert())
     for duplicate in (copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))):
@@ -846,14 +845,14 @@ def test_a_save_reaches_the_disk_before_it_takes_the_name(tmp_path, monkeypatch)
 
 
 def test_an_expert_that_fits_passes_the_check():
-    check_expert(random_expert(), {"layers.0.q_proj": (6, 9), "lm_head": (20, 3), "other": (1, 1)})
+    check_expert_vector(random_expert(), {"layers.0.q_proj": (6, 9), "lm_head": (20, 3), "other": (1, 1)})
 
 
 def test_unknown_modules_are_named_with_the_nearest_known_ones():
     with pytest.raises(ValueError, match=r"layers\.0\.q_proj.*Did you mean.*model\.layers\.0\.q_proj"):
-        check_expert(random_expert(), {"model.layers.0.q_proj": (6, 9), "lm_head": (20, 3)})
+        check_expert_vector(random_expert(), {"model.layers.0.q_proj": (6, 9), "lm_head": (20, 3)})
     with pytest.raises(ValueError, match=r"layers\.0\.q_proj.*Some that exist: \['lm_head'\]"):
-        check_expert(random_expert(), {"lm_head": (20, 3)})
+        check_expert_vector(random_expert(), {"lm_head": (20, 3)})
 
 
 def test_a_vector_of_another_model_is_named_without_hints_and_one_without_a_name_has_none():
@@ -861,17 +860,17 @@ def test_a_vector_of_another_model_is_named_without_hints_and_one_without_a_name
     names = [f"model.layers.{n}.mlp.up_proj" for n in range(30)]
     others = ExpertVector({name: torch.rand(2) for name in names}, "other")
     with pytest.raises(ValueError, match=r"'other' has vectors for 24 modules .*made for another model") as refused:
-        check_expert(others, dict.fromkeys(names[:6], (4, 4)))
+        check_expert_vector(others, dict.fromkeys(names[:6], (4, 4)))
     assert "Did you mean" not in str(refused.value)
     for sizes in ({"lm_head": (20, 3)}, {"q": (1, 1)}):
         with pytest.raises(ValueError, match="The expert vector has"):
-            check_expert(ExpertVector({"q": torch.rand(2)}), sizes)
+            check_expert_vector(ExpertVector({"q": torch.rand(2)}), sizes)
 
 
 @pytest.mark.parametrize("size", [(5, 9), (9, 5)])
 def test_vectors_longer_than_the_spectrum_are_refused(size):
     with pytest.raises(ValueError, match=r"6 scales for `layers.0.q_proj`.*only 5 singular values"):
-        check_expert(random_expert(), {"layers.0.q_proj": size, "lm_head": (20, 3)})
+        check_expert_vector(random_expert(), {"layers.0.q_proj": size, "lm_head": (20, 3)})
 
 
 def test_the_spectrum_tells_other_weights():
@@ -898,7 +897,7 @@ def test_the_spectrum_of_a_low_rank_weight_is_not_judged_by_its_noise():
 
 
 def test_a_library_holds_experts_by_name(tmp_path):
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     assert library.names == []
     chef, nurse = random_expert(0), random_expert(1, name=None)
     library.add(chef)
@@ -911,7 +910,7 @@ def test_a_library_holds_experts_by_name(tmp_path):
     assert "chef" in library
     assert "pilot" not in library
     library.save(tmp_path / "new" / "folder")
-    other = ExpertLibrary()
+    other = ExpertVectorLibrary()
     assert other.load(tmp_path / "new" / "folder") == ["chef", "nurse-2.1"]
     assert other["nurse-2.1"] == nurse
     del other["chef"]
@@ -919,7 +918,7 @@ def test_a_library_holds_experts_by_name(tmp_path):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     with pytest.raises(ValueError, match="none yet"):
         library["chef"]
     library.add(random_expert())
@@ -931,18 +930,16 @@ def test_an_unknown_name_lists_the_known_ones():
 
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a b", "a\n", "ä", None, 3])
 def test_names_that_cannot_be_file_names_are_refused(name):
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     expert = ExpertVector({}, name=name) if name is None or isinstance(name, str) else ExpertVector({})
     with pytest.raises(ValueError, match=r"add\(name|name="):
         library.add(expert) if name is None else library.add(name, expert)
-    with pytest.raises(ValueError, match=r"add\(name|name="):
-        library.add_lazy(name, lambda: "path")
     assert len(library) == 0
 
 
 def test_a_library_makes_experts_of_dicts():
     """`add` took an `ExpertVector` alone, a class that remote code does not let its users import."""
-    library, chef = ExpertLibrary(), random_expert()
+    library, chef = ExpertVectorLibrary(), random_expert()
     assert library.add("cook", dict(chef.vectors)) is library["cook"]
     assert library["cook"] == chef and library["cook"].name == "cook"
     assert library.add(chef) is chef
@@ -968,7 +965,7 @@ def test_a_library_makes_experts_of_dicts():
     ],
 )
 def test_a_library_refuses_other_things_and_keeps_what_it_has(arguments, error, hint):
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     library.add("bold", {"q": [3.0]})
     with pytest.raises(error, match=hint):
         library.add(*arguments)
@@ -976,14 +973,13 @@ def test_a_library_refuses_other_things_and_keeps_what_it_has(arguments, error, 
 
 
 def test_a_library_blends_names_vectors_dicts_and_the_base():
-    library, chef = ExpertLibrary(), random_expert()
+    library, chef = ExpertVectorLibrary(), random_expert()
     library.add("chef", chef)
-    library.add_lazy("later", lambda: pytest.fail("it is not asked for"))
     parts = [(0.5, "chef"), (0.25, ExpertVector({"q": [3.0]})), (0.25, {"q": [5.0]}), (7, None)]
     expected = [(0.5, chef), (0.25, ExpertVector({"q": [3.0]})), (0.25, ExpertVector({"q": [5.0]}))]
     blended = library.blend(parts, name="mix")
     assert blended == ExpertVector.blend(expected) and blended.name == "mix"
-    assert library.names == ["chef", "later"]
+    assert library.names == ["chef"]
 
 
 @pytest.mark.parametrize(
@@ -1000,7 +996,7 @@ def test_a_library_blends_names_vectors_dicts_and_the_base():
     ],
 )
 def test_a_library_refuses_blends_of_other_things(parts, error, hint):
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     library.add(random_expert())
     with pytest.raises(error, match=hint):
         library.blend(parts)
@@ -1013,7 +1009,7 @@ def test_a_class_blend_says_where_names_are_blended():
 
 def test_names_that_some_file_systems_take_for_one_are_not_saved(tmp_path):
     """On Windows and macOS one file overwrote the other, and both names loaded the same vectors."""
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     library.add("chef", {"q": [2.0]})
     library.add("Chef", {"q": [3.0]})
     library.add("cook", {"q": [3.0]})
@@ -1027,7 +1023,7 @@ def test_names_that_some_file_systems_take_for_one_are_not_saved(tmp_path):
 def test_a_file_is_loaded_under_its_given_else_stored_else_file_name(tmp_path):
     random_expert(0).save(tmp_path / "file-a.safetensors")
     random_expert(1, name=None).save(tmp_path / "file-b.safetensors")
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     assert library.load(tmp_path / "file-a.safetensors") == ["chef"]
     assert library.load(str(tmp_path / "file-b.safetensors")) == ["file-b"]
     assert library.load(tmp_path / "file-a.safetensors", name="cook") == ["cook"]
@@ -1036,7 +1032,7 @@ def test_a_file_is_loaded_under_its_given_else_stored_else_file_name(tmp_path):
 
 
 def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path):
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     with pytest.raises(ValueError, match=r"no \*\.safetensors"):
         library.load(tmp_path)
     random_expert(0).save(tmp_path / "a.safetensors")
@@ -1052,60 +1048,22 @@ def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path):
     assert len(library) == 0
 
 
-def test_a_lazy_expert_is_loaded_once_when_first_used(tmp_path):
-    random_expert().save(tmp_path / "e")
-    calls, library, start, found = [], ExpertLibrary(), threading.Barrier(4), []
-
-    def fetch():
-        calls.append(1)
-        time.sleep(0.05)  # long enough for the others to come by
-        return tmp_path / "e"
-
-    library.add_lazy("late", fetch)
-    assert library.names == ["late"]
-    assert not calls
-
-    def work():
-        start.wait()
-        found.append(library["late"])
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1
-    assert len(found) == 4
-    assert all(expert is found[0] for expert in found)
-    assert found[0] == random_expert()
-    assert found[0].name == "late"
-
-
-def test_a_lazy_expert_that_fails_can_be_tried_again(tmp_path):
-    library = ExpertLibrary()
-    library.add_lazy("late", lambda: tmp_path / "e")
-    with pytest.raises(FileNotFoundError):
-        library["late"]
-    random_expert().save(tmp_path / "e")
-    assert library["late"] == random_expert()
-
-
 def test_whatever_users_pass_resolves_to_experts():
-    library, expert = ExpertLibrary(), random_expert()
+    library, expert = ExpertVectorLibrary(), random_expert()
     library.add(expert)
-    assert resolve_expert(None) is None
-    assert resolve_expert("chef", library) is expert
-    assert resolve_expert(expert) is expert
-    assert resolve_expert(dict(expert.vectors)) == expert
-    assert resolve_expert([None, "chef"], library) == [None, expert]
-    assert resolve_expert((expert, dict(expert.vectors))) == [expert, expert]
+    assert resolve_expert_vector(None) is None
+    assert resolve_expert_vector("chef", library) is expert
+    assert resolve_expert_vector(expert) is expert
+    assert resolve_expert_vector(dict(expert.vectors)) == expert
+    assert resolve_expert_vector([None, "chef"], library) == [None, expert]
+    assert resolve_expert_vector((expert, dict(expert.vectors))) == [expert, expert]
 
 
 def test_an_expert_that_changes_nothing_resolves_to_the_base_unless_it_is_trained():
-    assert resolve_expert({"q": torch.ones(3)}) is None
-    assert resolve_expert([ExpertVector({}), random_expert()])[0] is None
+    assert resolve_expert_vector({"q": torch.ones(3)}) is None
+    assert resolve_expert_vector([ExpertVector({}), random_expert()])[0] is None
     trained = ExpertVector({"q": torch.ones(3, requires_grad=True)})
-    assert resolve_expert(trained) is trained
+    assert resolve_expert_vector(trained) is trained
 
 
 def test_an_expert_of_another_copy_of_the_class_is_an_expert():
@@ -1116,8 +1074,8 @@ def test_an_expert_of_another_copy_of_the_class_is_an_expert():
         vectors = random_expert().vectors
         fingerprint = random_expert().fingerprint
 
-    twin, library = Twin(), ExpertLibrary()
-    assert resolve_expert(twin) is twin
+    twin, library = Twin(), ExpertVectorLibrary()
+    assert resolve_expert_vector(twin) is twin
     assert random_expert() == twin
     library.add("other", twin)
     assert library["other"] == random_expert()
@@ -1127,16 +1085,16 @@ def test_an_expert_of_another_copy_of_the_class_is_an_expert():
 @pytest.mark.parametrize("value", [3, 1.5, torch.ones(3), object(), [[None]], [None, 3]])
 def test_what_is_no_expert_is_refused(value):
     with pytest.raises(TypeError, match="expert_vector"):
-        resolve_expert(value)
+        resolve_expert_vector(value)
 
 
 def test_names_without_a_library_and_empty_lists_are_refused():
     with pytest.raises(ValueError, match="no library"):
-        resolve_expert("chef")
+        resolve_expert_vector("chef")
     with pytest.raises(ValueError, match="none yet"):
-        resolve_expert("chef", ExpertLibrary())
+        resolve_expert_vector("chef", ExpertVectorLibrary())
     with pytest.raises(ValueError, match="empty list"):
-        resolve_expert([])
+        resolve_expert_vector([])
 
 
 def test_the_key_is_the_content_row_by_row():

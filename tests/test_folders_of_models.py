@@ -39,7 +39,7 @@ def folder(models, tmp_path):
     (path / "README.md").write_text("mine")
     (path / "notes").mkdir()
     (path / "notes" / "model-00001-of-00009.safetensors").write_text("mine")
-    ExpertVector({"q": torch.ones(2)}).save(path / "experts" / "mine.safetensors")
+    ExpertVector({"q": torch.ones(2)}).save(path / "expert_vectors" / "mine.safetensors")
     return path
 
 
@@ -132,17 +132,32 @@ def test_an_empty_name_is_not_the_current_folder(models, tmp_path, monkeypatch):
 
 def test_files_of_the_old_model_go_and_those_of_the_user_stay(models, folder):
     """An expert vector that was renamed stayed under its old name for ever."""
-    mine = {name: content_of(folder)[name] for name in ("README.md", "experts/mine.safetensors")}
+    mine = {name: content_of(folder)[name] for name in ("README.md", "expert_vectors/mine.safetensors")}
     models[1].save_pretrained(folder)
     after = content_of(folder)
-    assert {name for name in after if name.startswith("experts/")} == {
-        f"experts/{name}.safetensors" for name in ("both", "new", "mine")
+    assert {name for name in after if name.startswith("expert_vectors/")} == {
+        f"expert_vectors/{name}.safetensors" for name in ("both", "new", "mine")
     }
     assert mine.items() <= after.items() and "notes/model-00001-of-00009.safetensors" in after
     plain = random_model(tiny_config("paper"))
     plain.save_pretrained(folder)
-    assert {name for name in content_of(folder) if name.startswith("experts/")} == {"experts/mine.safetensors"}
+    left = [name for name in content_of(folder) if name.startswith("expert_vectors/")]
+    assert left == ["expert_vectors/mine.safetensors"]
     assert holds(folder, plain)
+
+
+def test_a_folder_with_the_older_names_loads_and_is_saved_with_the_new_ones(models, folder):
+    """Version 0.1 wrote `experts` into the configuration and the files under `experts/`."""
+    os.replace(folder / "expert_vectors", folder / "experts")
+    config = json.loads((folder / "config.json").read_text())
+    config["experts"] = config.pop("expert_vectors")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert holds(folder, models[0])
+    again = MambaFormerForCausalLM.from_pretrained(folder)
+    assert again.config.expert_vectors == ["old", "both"] and "experts" not in again.config.to_dict()
+    models[1].save_pretrained(folder)
+    assert holds(folder, models[1])
+    assert {name for name in content_of(folder) if "experts" in name} == {"experts/mine.safetensors"}
 
 
 @pytest.mark.parametrize("variant", [None, "fp64"])
@@ -161,7 +176,7 @@ def test_names_in_an_old_configuration_never_lead_out_of_the_folder(models, fold
     (tmp_path / "x.safetensors").write_text("mine")
     config = json.loads((folder / "config.json").read_text())
     for names in (["../../x", "../x", "old"], "old", 3, [None], {"old": 1}):
-        (folder / "config.json").write_text(json.dumps(config | {"experts": names}))
+        (folder / "config.json").write_text(json.dumps(config | {"expert_vectors": names}))
         models[1].save_pretrained(folder)
     (folder / "config.json").write_text("[" * 100_000)
     models[1].save_pretrained(folder)
@@ -252,7 +267,7 @@ def test_an_upload_sends_what_was_saved_and_nothing_else(models, folder, uploads
     """The upload looks at the folder for files that are newer than its own start: moved files must count."""
     models[1].save_pretrained(folder, push_to_hub=True)
     assert uploads[0] == "model"
-    assert uploads[1].keys() >= {"config.json", "model.safetensors", "experts/new.safetensors", "README.md"}
+    assert uploads[1].keys() >= {"config.json", "model.safetensors", "expert_vectors/new.safetensors", "README.md"}
     assert not [name for name in uploads[1] if name.startswith((".", "notes"))]
     assert all(path.startswith(f"{folder}/") and "/." not in path for path in uploads[1].values())
     assert holds(folder, models[1])

@@ -13,7 +13,7 @@ import torch
 from cases import random_expert, random_model, tiny_config
 from mambaformer import ExpertVector, convert, save_blocks
 from mambaformer.convert import conversion, load_blocks
-from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertLibrary
+from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertVectorLibrary
 from mambaformer.files_header_mambaformer import MAX_DEPTH, json_of
 from mambaformer.files_mambaformer import sealed, write_tensors
 from test_blocks import WINDOWED, llama, trained
@@ -312,7 +312,7 @@ def test_the_largest_scales_give_finite_logits():
 
 
 def test_a_folder_with_one_bad_expert_adds_none(tmp_path):
-    library = ExpertLibrary()
+    library = ExpertVectorLibrary()
     ExpertVector({"q": torch.full((2,), 1.5)}, "a").save(tmp_path / "a.safetensors")
     ExpertVector({"q": torch.full((2,), 1.5)}, "../../b").save(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="cannot name an expert"):

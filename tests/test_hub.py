@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from cases import random_expert, random_model, tiny_config
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM, MambaFormerForSequenceClassification
 
-EXPERT_FILE = "experts/bold.safetensors"
+EXPERT_FILE = "expert_vectors/bold.safetensors"
 
 
 def model_with_an_expert(config=None):
@@ -56,13 +56,13 @@ def hub(saved, tmp_path):
         shutil.copytree(saved[1], snapshot)
         name_experts(snapshot, names)
         if names is None:
-            shutil.rmtree(snapshot / "experts")
+            shutil.rmtree(snapshot / "expert_vectors")
     return {"pretrained_model_name_or_path": "someone/model", "cache_dir": tmp_path / "cache"}
 
 
 def name_experts(folder, names):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "experts": names}))
+    (folder / "config.json").write_text(json.dumps({**config, "expert_vectors": names}))
 
 
 def has_its_expert(loaded, model):
@@ -154,7 +154,7 @@ def test_an_upload_of_a_folder_that_was_not_saved_has_the_expert_files(saved, co
 
 def test_an_upload_of_a_model_without_expert_vectors_has_no_folder_of_them(commits, tmp_path):
     random_model(tiny_config()).save_pretrained(tmp_path / "plain", push_to_hub=True)
-    assert not [name for name in commits[0][1] if name.startswith("experts/")]
+    assert not [name for name in commits[0][1] if name.startswith("expert_vectors/")]
 
 
 @pytest.mark.parametrize("positional", [True, False])
@@ -165,7 +165,7 @@ def test_only_the_main_process_writes_expert_files(positional, tmp_path):
         model.save_pretrained(tmp_path / "other", False)
     else:
         model.save_pretrained(tmp_path / "other", is_main_process=False)
-    assert not (tmp_path / "other" / "experts").exists()
+    assert not (tmp_path / "other" / "expert_vectors").exists()
 
 
 # ---- where expert files are looked for
@@ -173,7 +173,7 @@ def test_only_the_main_process_writes_expert_files(positional, tmp_path):
 
 @pytest.mark.parametrize("load", [MambaFormerForCausalLM, AutoModelForCausalLM])
 def test_the_folder_of_an_adapter_gets_the_expert_vectors_of_its_base(load, saved, adapter):
-    """It asked for `experts/bold.safetensors` in the adapter's folder."""
+    """It asked for `expert_vectors/bold.safetensors` in the adapter's folder."""
     assert has_its_expert(load.from_pretrained(adapter), saved[0])
 
 
@@ -210,7 +210,7 @@ def test_a_configuration_from_elsewhere_brings_its_expert_vectors(kind, saved, t
     model, folder = saved
     weights = tmp_path / "weights"
     shutil.copytree(folder, weights)
-    shutil.rmtree(weights / "experts")
+    shutil.rmtree(weights / "expert_vectors")
     loaded = MambaFormerForCausalLM.from_pretrained(weights, config=kind(folder))
     assert has_its_expert(loaded, model)
 
@@ -224,10 +224,10 @@ def test_a_configuration_of_unknown_origin_is_loaded_from_the_folder_of_the_weig
 def test_named_experts_without_any_folder_are_refused_with_a_way_out(saved):
     model, _ = saved
     config = tiny_config()
-    config.experts = ["bold"]
-    with pytest.raises(ValueError, match=r"\['bold'\].*`config.experts = None`"):
+    config.expert_vectors = ["bold"]
+    with pytest.raises(ValueError, match=r"\['bold'\].*`config.expert_vectors = None`"):
         MambaFormerForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict())
-    config.experts = None
+    config.expert_vectors = None
     MambaFormerForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict())
 
 
@@ -257,7 +257,7 @@ def test_a_revision_of_the_weights_is_not_looked_for_where_the_configuration_is(
     config = AutoConfig.from_pretrained(
         hub["pretrained_model_name_or_path"], cache_dir=hub["cache_dir"], revision="v1"
     )
-    assert config.experts == ["bold"]
+    assert config.expert_vectors == ["bold"]
     other = AutoConfig.from_pretrained(saved[1])
     assert has_its_expert(MambaFormerForCausalLM.from_pretrained(**hub, revision="v1", config=other), saved[0])
 
@@ -278,9 +278,10 @@ def test_loading_information_comes_with_expert_vectors(saved):
 def test_a_missing_expert_file_is_named_with_its_folder_and_a_way_out(subfolder, saved, tmp_path):
     """The message was `does not appear to have a file named ...`, with an address on the Hub made of a local path."""
     shutil.copytree(saved[1], tmp_path / "copied" / subfolder)
-    shutil.rmtree(tmp_path / "copied" / subfolder / "experts")
+    shutil.rmtree(tmp_path / "copied" / subfolder / "expert_vectors")
     place = rf"`{subfolder}` of `.*copied`" if subfolder else "`.*copied`"
-    with pytest.raises(OSError, match=rf'{place}.*`{EXPERT_FILE}`.*Copy the folder `experts`.*"experts": null'):
+    advice = 'Copy the folder `expert_vectors`.*"expert_vectors": null'
+    with pytest.raises(OSError, match=f"{place}.*`{EXPERT_FILE}`.*{advice}"):
         MambaFormerForCausalLM.from_pretrained(tmp_path / "copied", subfolder=subfolder)
     name_experts(tmp_path / "copied" / subfolder, None)
     assert MambaFormerForCausalLM.from_pretrained(tmp_path / "copied", subfolder=subfolder).expert_vectors.names == []
@@ -291,7 +292,7 @@ def test_a_configuration_cannot_name_files_outside_its_folder(name, saved, tmp_p
     shutil.copytree(saved[1], tmp_path / "copied")
     shutil.copy(saved[1] / EXPERT_FILE, tmp_path / "copied" / "outside.safetensors")
     name_experts(tmp_path / "copied", [name])
-    with pytest.raises(ValueError, match="`experts` must be a list of names"):
+    with pytest.raises(ValueError, match="`expert_vectors` must be a list of names"):
         MambaFormerForCausalLM.from_pretrained(tmp_path / "copied")
 
 

@@ -309,9 +309,9 @@ def test_merging_into_quantized_weights_is_refused_and_changes_nothing(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bases_are_computed_once_for_what_is_written_in_any_order(kind, monkeypatch):
     model = quantized(float_model(seed=3), kind)
-    model.prepare_experts()
+    model.prepare_expert_vectors()
     monkeypatch.setattr("mambaformer.expert_bases_mambaformer.compute_basis", None)
-    copy.deepcopy(model).prepare_experts()
+    copy.deepcopy(model).prepare_expert_vectors()
 
 
 # --------------------------------------------------------------------------------------------------------- staleness

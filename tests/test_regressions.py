@@ -243,7 +243,7 @@ def test_experts_of_a_checkpoint_outlive_its_folder(tmp_path):
     shutil.rmtree(tmp_path / "model")
     assert loaded.expert_vectors["bold"] == model.expert_vectors["bold"]
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/experts/bold.safetensors").is_file()
+    assert (tmp_path / "again/expert_vectors/bold.safetensors").is_file()
     MambaFormerForCausalLM(loaded.config).save_pretrained(tmp_path / "fresh")
     assert not (tmp_path / "fresh/experts").exists()
 

@@ -104,7 +104,7 @@ def found(saved, tmp_path_factory):
 def test_the_saved_folder_has_every_room_but_the_converter_and_its_experts(saved):
     rooms = {path.name for path in ROOT.glob("*_mambaformer.py") if not path.name.startswith(("convert_", "blocks_"))}
     assert {path.name for path in saved[2].glob("*_mambaformer.py")} == rooms
-    assert (saved[2] / "experts" / "bold.safetensors").is_file()
+    assert (saved[2] / "expert_vectors" / "bold.safetensors").is_file()
 
 
 def test_a_process_that_never_imports_the_package_loads_and_runs_all_auto_classes(found):

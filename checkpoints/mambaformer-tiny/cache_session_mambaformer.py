@@ -318,7 +318,7 @@ def _check_experts(session: Session, tensors: dict[str, Tensor], stack) -> list[
         expert = ExpertVector(vectors[n], said["name"], said["metadata"])
         if expert.fingerprint != said["fingerprint"]:
             raise ValueError(f"the vectors of its expert {n} are not what their fingerprint says.")
-        stack.check_expert(expert)
+        stack.check_expert_vector(expert)
         experts.append(expert)
     rows = session.expert if isinstance(session.expert, list) else [session.expert]
     if not all(row is None or (type(row) is int and 0 <= row < len(experts)) for row in rows):

@@ -135,7 +135,7 @@ FIELD_KINDS = {
     "rope_parameters": Kind("a dict", lambda value: isinstance(value, dict), is_optional=True),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), TOKEN_ID),
     "eos_token_id": Kind("a token id of at least -1 or a list of them", _are_token_ids, is_optional=True),
-    "experts": Kind(
+    "expert_vectors": Kind(
         "a list of names of letters, digits, '-', '_' and '.' (not at the start)",
         lambda value: is_list_of_words(value) and all(re.fullmatch(FILE_NAME, name) for name in value),
         is_optional=True,
@@ -202,7 +202,8 @@ class MambaFormerConfig(PreTrainedConfig):
         mamba_conv_bias, mamba_proj_bias: biases on the convolution and on the in/out projections.
         mamba_inner_norms: RMS norms on dt, B and C, as in Jamba (arXiv 2403.19887, section 6.4).
         time_step_min, time_step_max, time_step_floor: range of dt at initialization.
-        experts: names of the expert vectors that are saved beside the weights as `experts/{name}.safetensors`.
+        expert_vectors: names of the expert vectors that are saved with the weights, in files
+            `expert_vectors/{name}.safetensors`. Configurations of version 0.1 call the field `experts`.
 
     Raises:
         ValueError: a field that is out of range or contradicts another one; the message names it and the fix.
@@ -246,9 +247,12 @@ class MambaFormerConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    experts: list[str] | None = None
+    expert_vectors: list[str] | None = None
 
     def __post_init__(self, **kwargs):
+        named = kwargs.pop("experts", None)  # the older name of `expert_vectors`
+        if self.expert_vectors is None:
+            self.expert_vectors = named
         self._check_kinds(kwargs)
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] + ["hybrid"] * (self.num_hidden_layers - 1)

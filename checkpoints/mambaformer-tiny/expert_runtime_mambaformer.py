@@ -3,7 +3,10 @@
 `ExpertRuntimeMixin` is the part of the models that does so. It reaches modules and weights through `self`.
 """
 
+import copy
 import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,22 +20,26 @@ from .cache_mambaformer import MambaFormerCache
 from .expert_bases_mambaformer import SingularBases, SingularBasis
 from .expert_linear_mambaformer import ScaledBasis, merged_weight, scale_basis
 from .expert_vectors_mambaformer import (
-    ExpertLibrary,
     ExpertVector,
-    check_expert,
+    ExpertVectorLibrary,
+    check_expert_vector,
     check_spectrum,
     expert_key,
-    resolve_expert,
+    resolve_expert_vector,
     spectrum_of,
 )
 from .inputs_padding_mambaformer import check_is_ours
+from .library_mambaformer import is_every_operation_seen
 from .modeling_stack_mambaformer import without_wrappers
 from .weights_parallel_mambaformer import agreed, base_linear, mesh_of, placed_like, weight_of, writes_stamp
 from .weights_quantized_mambaformer import is_quantized
 from .weights_quantized_modules_mambaformer import check_can_be_read, matrix_of, shape_of
 from .weights_version_mambaformer import version_of, weights_stamp
 
-NO_SCALED_BASES: dict[str, dict[str, ScaledBasis]] = {}
+ScaledBases = dict[str, dict[str, ScaledBasis]]  # {path of a mixer: {name of a linear module: its scaled basis}}
+NO_SCALED_BASES: ScaledBases = {}
+# Expert vectors that a model keeps prepared. Those of full rank share their bases, others have copies of their own.
+MOST_PREPARED = 4
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,14 @@ class PreparedExpertVectors:
         expert_vector: `None` (the base), one for all rows, or a list with one or `None` per row.
         key: identifies the expert vectors by content.
         num_rows: length of the list that the user passed, if it was one.
-        scaled: {path of a mixer: {name of a linear module: its scaled basis}}; `None` for the base.
+        scaled: the scaled bases; `None` for the base.
         weights, head: stamps of the weights of the stack and of the head.
     """
 
     expert_vector: Any = None
     key: Any = None
     num_rows: int | None = None
-    scaled: dict[str, dict[str, ScaledBasis]] | None = None
+    scaled: ScaledBases | None = None
     weights: Any = None
     head: Any = None
 
@@ -60,14 +67,14 @@ class PreparedExpertVectors:
         return not _is_trained(self.expert_vector)
 
     @property
-    def scaled_bases(self) -> dict[str, dict[str, ScaledBasis]]:
+    def scaled_bases(self) -> ScaledBases:
         """One object for all forwards of the base: the decode program tells expert vectors apart by it."""
         return self.scaled or NO_SCALED_BASES
 
 
-def resolve_with_key(library: ExpertLibrary, expert_vector: Any) -> tuple[Any, Any]:
+def resolve_with_key(library: ExpertVectorLibrary, expert_vector: Any) -> tuple[Any, Any]:
     """Resolves what a user passes as `expert_vector`: `(expert_vector, key)`, which is `(None, None)` for the base."""
-    return _with_key(resolve_expert(expert_vector, library))
+    return _with_key(resolve_expert_vector(expert_vector, library))
 
 
 def _with_key(expert_vector: Any) -> tuple[Any, Any]:
@@ -109,18 +116,63 @@ def _outside_inference_mode():
         yield
 
 
+class _RecentlyPrepared:
+    """The scaled bases of the last few expert vectors, by content, so that sessions that take turns prepare none anew.
+
+    Safe to share between threads.
+    """
+
+    def __init__(self):
+        self._entries: OrderedDict[Any, tuple[Any, list, ScaledBases]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {}  # a copied model has other weights
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
+
+    def get(self, expert_vector: Any, key: Any, stamps: Any) -> ScaledBases | None:
+        """The scaled bases of this content, for weights with these stamps; `None` if they have to be prepared."""
+        with self._lock:
+            known_stamps, checked, scaled = self._entries.get(key, (None, None, None))
+            if known_stamps != stamps or checked != _checked_parts_of(expert_vector):
+                return None
+            self._entries.move_to_end(key)
+            return scaled
+
+    def add(self, expert_vector: Any, key: Any, stamps: Any, scaled: ScaledBases) -> None:
+        entry = stamps, copy.deepcopy(_checked_parts_of(expert_vector)), scaled
+        with self._lock:
+            for stale in [other for other, (its_stamps, *_) in self._entries.items() if its_stamps != stamps]:
+                del self._entries[stale]
+            self._entries[key] = entry
+            self._entries.move_to_end(key)
+            while len(self._entries) > MOST_PREPARED:
+                self._entries.popitem(last=False)
+
+
+def _checked_parts_of(expert_vector: Any) -> list[tuple[dict[str, int], Any]]:
+    """Parts that are checked and are not in the content's key: all modules, their ranks and singular values."""
+    return [
+        ({name: len(z) for name, z in row.vectors.items()}, row.metadata.get("spectrum"))
+        for row in _rows_of(expert_vector)
+    ]
+
+
 class ExpertRuntimeMixin:
     """The models' part that knows expert vectors: by name, prepared for a forward, merged into the weights."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._expert_library = ExpertLibrary()
+        self._expert_library = ExpertVectorLibrary()
         self._singular_bases = SingularBases()
+        self._recently_prepared = _RecentlyPrepared()
         self._unmerged: list[tuple[nn.Module, torch.Tensor, int]] = []
         self.num_merges = 0
 
     @property
-    def expert_vectors(self) -> ExpertLibrary:
+    def expert_vectors(self) -> ExpertVectorLibrary:
         """The expert vectors that may be called by name: add, blend, load and save them here."""
         return self._expert_library
 
@@ -145,7 +197,7 @@ class ExpertRuntimeMixin:
         self._singular_bases.look_again(writes_stamp(self))
         return self._singular_bases
 
-    def prepare_experts(self, names: list[str] | None = None) -> None:
+    def prepare_expert_vectors(self, names: list[str] | None = None) -> None:
         """Computes the singular bases of these linear modules (default: all), or reads them from the disk cache.
 
         An expert vector does it for the modules that it scales when it is first used. This method does it at a time
@@ -162,20 +214,20 @@ class ExpertRuntimeMixin:
         """The first singular values of these linear modules: `metadata["spectrum"]` ties an expert vector to them."""
         return spectrum_of(self._bases_of(names))
 
-    def check_expert(self, expert: ExpertVector) -> None:
+    def check_expert_vector(self, expert_vector: ExpertVector) -> None:
         """Refuses an expert vector that names other modules than the model has, or has too many scales.
 
         Raises:
             ValueError: it names the modules.
         """
         modules = self.linear_modules()
-        for name in expert.vectors:
+        for name in expert_vector.vectors:
             if name in modules:
                 check_can_be_read(name, modules[name])
         sizes = {name: shape_of(module) for name, module in modules.items()}
         if "lm_head" not in sizes:
             sizes["lm_head"] = (self.config.vocab_size, self.config.hidden_size)
-        check_expert(expert, sizes)
+        check_expert_vector(expert_vector, sizes)
 
     def _check_base_vectors(self, passed: Any, resolved: Any) -> None:
         """Expert vectors of ones are resolved to the base, and would pass whatever modules they name."""
@@ -183,59 +235,92 @@ class ExpertRuntimeMixin:
         for row, expert_vector in pairs:
             if row is not None and expert_vector is None:
                 row = self._expert_library[row] if isinstance(row, str) else row
-                self.check_expert(ExpertVector(getattr(row, "vectors", row)))
+                self.check_expert_vector(ExpertVector(getattr(row, "vectors", row)))
 
     # ---- prepared for a forward
 
     def _prepare_in_force(self, expert_vector: Any, cache: MambaFormerCache | None) -> PreparedExpertVectors:
-        """Resolves, checks and prepares the expert vectors of a forward; changes nothing.
+        """Resolves, checks and prepares the expert vectors of a forward; no request can see that it did.
 
         A head prepares them for itself and for its stack, and passes the result as the stack's `expert_vector`.
         """
         if isinstance(expert_vector, PreparedExpertVectors):
             return expert_vector
         check_is_ours(cache)
+        if expert_vector is ... and is_compiled_step(cache):
+            return cache.prepared_expert_vectors or PreparedExpertVectors()
+        weights = None if cache is None else weights_stamp(self.base_model)
+        in_force = None if cache is None else cache.expert_vector
+        if expert_vector is None or (expert_vector is ... and in_force is None):
+            self._check_none_is_merged(is_named=expert_vector is None)
+            return PreparedExpertVectors(weights=weights)
+        return self._prepare_outside_of_graphs(expert_vector, cache, weights)
+
+    @torch.compiler.disable
+    def _prepare_outside_of_graphs(
+        self, expert_vector: Any, cache: MambaFormerCache | None, weights: Any
+    ) -> PreparedExpertVectors:
+        """A compiled forward breaks its graph here: files, hashes and decompositions cannot be traced."""
         if expert_vector is ...:
-            if is_compiled_step(cache):
-                return cache.prepared_expert_vectors or PreparedExpertVectors()
-            resolved = None if cache is None else cache.expert_vector
-            key = None if cache is None else cache.provenance.in_force.expert_key
+            resolved, key = cache.expert_vector, cache.provenance.in_force.expert_key
             num_rows = len(resolved) if isinstance(resolved, list) else None
-            self._check_none_is_merged(resolved)
+            self._check_none_is_merged(is_named=True)
         else:
             resolved, key, num_rows = self._resolve_named(expert_vector)
-        weights = None if cache is None else weights_stamp(self.base_model)
         if resolved is None:
             return PreparedExpertVectors(num_rows=num_rows, weights=weights)
-        head = self.get_output_embeddings()
-        head = None if head is None else (weights_stamp(head), self.num_replacements)
+        scaled, head = None, self._stamp_of_head()
         last = None if cache is None or _is_trained(resolved) else cache.prepared_expert_vectors
         if last is not None and (last.key, last.weights, last.head) == (key, weights, head):
             return replace(last, num_rows=num_rows)
-        with _outside_inference_mode():
-            return PreparedExpertVectors(resolved, key, num_rows, self._scale_bases(resolved), weights, head)
+        stamps = weights_stamp(self.base_model), head
+        may_be_kept = self._may_be_kept(resolved)
+        if may_be_kept:
+            scaled = self._recently_prepared.get(resolved, key, stamps)
+        if scaled is None:
+            with _outside_inference_mode():
+                scaled = self._scale_bases(resolved)
+            if may_be_kept:
+                self._recently_prepared.add(resolved, key, stamps, scaled)
+        return PreparedExpertVectors(resolved, key, num_rows, scaled, weights, head)
+
+    def _stamp_of_head(self) -> Any:
+        head = self.get_output_embeddings()
+        return None if head is None else (weights_stamp(head), self.num_replacements)
+
+    def _may_be_kept(self, expert_vector: Any) -> bool:
+        """Whether key and stamps identify the prepared bases.
+
+        They do not for a vector that is being trained, for a weight that a parametrization computes, nor under a
+        tracer or fake tensors.
+        """
+        if _is_trained(expert_vector) or is_every_operation_seen():
+            return False
+        modules = self.linear_modules()
+        names = {name for row in _rows_of(expert_vector) for name in row.vectors}
+        return all("weight" in modules[name]._parameters for name in names & modules.keys())
 
     def _resolve_named(self, expert_vector: Any) -> tuple[Any, Any, int | None]:
         """`(expert_vector, key, number of rows)` of an expert vector that a user passes to a forward."""
-        resolved = resolve_expert(expert_vector, self._expert_library)
-        self._check_none_is_merged(expert_vector, is_named=True)
+        resolved = resolve_expert_vector(expert_vector, self._expert_library)
+        self._check_none_is_merged(is_named=True)
         self._check_base_vectors(expert_vector, resolved)
         num_rows = len(expert_vector) if isinstance(expert_vector, (list, tuple)) else None
         return *_with_key(resolved), num_rows
 
-    def _check_none_is_merged(self, expert_vector: Any, is_named: bool = False) -> None:
-        if self._merged_modules() and (is_named or expert_vector is not None):
+    def _check_none_is_merged(self, is_named: bool) -> None:
+        if is_named and self._merged_modules():
             raise ValueError(
                 "An expert is merged into the weights: call `unmerge_expert_vector()` before naming another one."
             )
 
-    def _scale_bases(self, expert_vector: Any) -> dict[str, dict[str, ScaledBasis]]:
-        """Checked and prepared: {path of a mixer: {name of a linear module: its scaled basis}}."""
+    def _scale_bases(self, expert_vector: Any) -> ScaledBases:
+        """Checks expert vectors and scales the bases of the modules that they name."""
         for row in _rows_of(expert_vector):
-            self.check_expert(row)
+            self.check_expert_vector(row)
         modules, ranks = self.linear_modules(), _ranks_of(expert_vector)
         ranks = {name: rank for name, rank in ranks.items() if name in modules}  # a model may have no head
-        scaled: dict[str, dict[str, ScaledBasis]] = {}
+        scaled: ScaledBases = {}
         for name, basis in self._bases_of(ranks, ranks=ranks, in_weights_dtype=True).items():
             for row in _rows_of(expert_vector):
                 check_spectrum(row, name, basis.values)
@@ -262,7 +347,7 @@ class ExpertRuntimeMixin:
         expert_vector, _ = resolve_with_key(self._expert_library, expert_vector)
         if expert_vector is None or isinstance(expert_vector, list):
             raise TypeError("`merge_expert_vector` takes one expert for all rows, and not the base.")
-        self.check_expert(expert_vector)
+        self.check_expert_vector(expert_vector)
         for module, weight in self._merged_weights(expert_vector):
             old = _swap_weight(module, weight, self._is_tied(module))
             self._merged_modules().append((module, old, version_of(module.weight)))

@@ -10,8 +10,7 @@ import json
 import math
 import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -160,7 +159,7 @@ class ExpertVector:
         return True  # an expert without vectors is still an expert, the base
 
     def __eq__(self, other: object) -> bool:
-        if not is_expert(other):
+        if not is_expert_vector(other):
             return NotImplemented
         return self.fingerprint == other.fingerprint
 
@@ -198,7 +197,7 @@ class ExpertVector:
         """
         path = Path(path)
         if path.is_dir():
-            raise ValueError(f"{path} is a folder: load it into an `ExpertLibrary`, or pass one of its files.")
+            raise ValueError(f"{path} is a folder: load it into an `ExpertVectorLibrary`, or pass one of its files.")
         vectors, header = read_tensors(path, EXPERT_FORMAT, FORMAT_VERSION, "`ExpertVector(vectors).save(path)`")
         try:
             expert = cls(vectors, json_of(header["name"]), json_of(header["metadata"]))
@@ -223,7 +222,7 @@ class ExpertVector:
         for _, expert in parts:
             if isinstance(expert, str):
                 raise TypeError(f"{expert!r} is a name: blend by name with `model.expert_vectors.blend`.")
-            if not is_expert(expert):
+            if not is_expert_vector(expert):
                 raise TypeError(f"`blend` takes pairs (weight, expert), got {type(expert).__name__} for an expert.")
         parts = [(weight, expert) for weight, expert in parts if weight != 0]
         if [weight for weight, _ in parts] == [1]:
@@ -288,7 +287,7 @@ def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
     return (1 + delta).to(torch.float64 if is_double else torch.float32)
 
 
-def check_expert(expert: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
+def check_expert_vector(expert: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
     """Refuse an expert that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
     unknown = [name for name in expert.vectors if name not in sizes]
     if len(unknown) > MOST_MISSPELT:
@@ -340,27 +339,19 @@ def check_spectrum(expert: ExpertVector, name: str, values: Tensor):
         )
 
 
-def is_expert(value: Any) -> bool:
+def is_expert_vector(value: Any) -> bool:
     """Whether `value` is an expert vector, be it of another copy of this module (remote code may load two)."""
     return hasattr(value, "vectors") and hasattr(value, "fingerprint")
 
 
-class ExpertLibrary:
-    """Experts by name, in memory or still to be loaded. Safe to share between threads.
+class ExpertVectorLibrary:
+    """Expert vectors by name. Safe to share between threads.
 
     Names are file names too: letters, digits, `-`, `_` and `.`, not starting with a dot.
     """
 
     def __init__(self):
-        self._entries: dict[str, ExpertVector | Callable[[], str | os.PathLike]] = {}
-        self._lock = threading.RLock()
-
-    def __getstate__(self) -> dict:
-        return {"entries": dict(self._entries)}  # locks cannot be copied
-
-    def __setstate__(self, state: dict):
-        self.__init__()
-        self._entries = state["entries"]
+        self._entries: dict[str, ExpertVector] = {}
 
     @property
     def names(self) -> list[str]:
@@ -378,12 +369,11 @@ class ExpertLibrary:
             name, expert_vector = getattr(name, "name", None), name
         if isinstance(expert_vector, Mapping):
             expert_vector = ExpertVector(expert_vector)
-        if not is_expert(expert_vector):
+        if not is_expert_vector(expert_vector):
             raise TypeError(f"An `ExpertVector` or a dict is needed, got {type(expert_vector).__name__}.")
         name = checked_name(name)
         expert = expert_vector if expert_vector.name == name else _with_name(expert_vector, name)
-        with self._lock:
-            self._entries[name] = expert
+        self._entries[name] = expert
         return expert
 
     def blend(self, parts: Iterable[tuple[float, Any]], name: str | None = None) -> ExpertVector:
@@ -397,11 +387,6 @@ class ExpertLibrary:
         if isinstance(value, str):
             return self[value]
         return ExpertVector(value) if isinstance(value, Mapping) else value
-
-    def add_lazy(self, name: str, loader: Callable[[], str | os.PathLike]):
-        """Keep `loader`, which returns the path of an expert's file, and call it when `name` is first used."""
-        with self._lock:
-            self._entries[checked_name(name)] = loader
 
     def load(self, path: str | os.PathLike, name: str | None = None) -> list[str]:
         """Add a file, or every `*.safetensors` of a folder, all or none. Returns their names.
@@ -439,17 +424,14 @@ class ExpertLibrary:
             self[name].save(folder / f"{name}.safetensors")
 
     def __getitem__(self, name: str) -> ExpertVector:
-        with self._lock:
-            self._check_known(name)
-            entry = self._entries[name]
-            if not is_expert(entry):
-                entry = self._entries[name] = _with_name(ExpertVector.load(entry()), name)
-            return entry
+        expert_vector = self._entries.get(name)
+        if expert_vector is None:
+            raise self._unknown(name)
+        return expert_vector
 
     def __delitem__(self, name: str):
-        with self._lock:
-            self._check_known(name)
-            del self._entries[name]
+        if self._entries.pop(name, None) is None:
+            raise self._unknown(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -466,10 +448,9 @@ class ExpertLibrary:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.names})"
 
-    def _check_known(self, name: str):
-        if name not in self._entries:
-            known = f"known are {sorted(self._entries)}" if self._entries else "there are none yet"
-            raise ValueError(f"There is no expert named {name!r}; {known}. Add it with `load` or `add`.")
+    def _unknown(self, name: str) -> ValueError:
+        known = f"known are {sorted(self._entries)}" if self._entries else "there are none yet"
+        return ValueError(f"There is no expert named {name!r}; {known}. Add it with `load` or `add`.")
 
 
 def checked_name(name: str | None) -> str:
@@ -488,8 +469,10 @@ def _with_name(expert: ExpertVector, name: str) -> ExpertVector:
     return ExpertVector(expert.vectors, name, expert.metadata)
 
 
-def resolve_expert(expert_vector: Any, library: ExpertLibrary | None = None) -> ExpertVector | list | None:
-    """What a user passes as `expert_vector` -> an expert, None for the base, or a list of these, one per row.
+def resolve_expert_vector(
+    expert_vector: Any, library: ExpertVectorLibrary | None = None
+) -> ExpertVector | list | None:
+    """Resolves what a user passes as `expert_vector`: an expert vector, None for the base, or a list of one per row.
 
     Takes None, a name in `library`, an `ExpertVector`, a dict of tensors, or a list of these. An expert that scales
     nothing is the base, unless it is being trained. Errors: TypeError, ValueError.
@@ -501,7 +484,7 @@ def resolve_expert(expert_vector: Any, library: ExpertLibrary | None = None) -> 
     return _resolve_one(expert_vector, library)
 
 
-def _resolve_one(value: Any, library: ExpertLibrary | None) -> ExpertVector | None:
+def _resolve_one(value: Any, library: ExpertVectorLibrary | None) -> ExpertVector | None:
     if value is None:
         return None
     if isinstance(value, str):
@@ -510,7 +493,7 @@ def _resolve_one(value: Any, library: ExpertLibrary | None) -> ExpertVector | No
         value = library[value]
     elif isinstance(value, Mapping):
         value = ExpertVector(value)
-    elif not is_expert(value):
+    elif not is_expert_vector(value):
         raise TypeError(
             "`expert_vector` takes None, a name, an ExpertVector, a dict of tensors, or a list with one of these per "
             f"row, got {type(value).__name__}."
@@ -520,7 +503,7 @@ def _resolve_one(value: Any, library: ExpertLibrary | None) -> ExpertVector | No
 
 
 def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) -> str | tuple[str, ...]:
-    """Hashable identity of what `resolve_expert` returned: a fingerprint, or a tuple of them if the rows differ.
+    """Hashable identity of a resolved expert vector: a fingerprint, or a tuple of them if the rows differ.
 
     Errors: ValueError if `resolved` is a list that has not one entry for each of `rows`.
     """
@@ -544,14 +527,14 @@ def collapsed_key(keys: str | Sequence[str] | None) -> str | tuple[str, ...] | N
 
 __all__ = [
     "BASE_FINGERPRINT",
-    "ExpertLibrary",
     "ExpertVector",
-    "check_expert",
+    "ExpertVectorLibrary",
+    "check_expert_vector",
     "check_spectrum",
     "checked_name",
     "collapsed_key",
     "expert_key",
-    "is_expert",
-    "resolve_expert",
+    "is_expert_vector",
+    "resolve_expert_vector",
     "spectrum_of",
 ]

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 
-from .expert_files_mambaformer import load_named_experts, save_experts
+from .expert_vectors_files_mambaformer import load_named_expert_vectors, save_expert_vectors
 from .files_folders_mambaformer import staged_folder
 from .generation_schedule_mambaformer import prepare_to_save
 from .library_mambaformer import UploadsFolders
@@ -26,18 +26,19 @@ class SavingMixin(UploadsFolders):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads a model with the expert vectors that its configuration names, from a folder or the Hub.
 
-        Their files come from where the configuration came from, under `experts/`: of an adapter, that is its base.
+        Their files come from where the configuration came from, under `expert_vectors/`: for an adapter, from its
+        base model.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         pack_for_this_processor(model)
         keep_codes_in_order(model)
         model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
-        load_named_experts(model.expert_vectors, model.config, pretrained_model_name_or_path, kwargs)
+        load_named_expert_vectors(model.expert_vectors, model.config, pretrained_model_name_or_path, kwargs)
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """Saves weights, configuration, code and, under `experts/`, the expert vectors of the library.
+        """Saves weights, configuration, code and, under `expert_vectors/`, the expert vectors of the library.
 
         A save that fails leaves the folder as it was, with the model that it held; an upload that fails leaves the
         new one. Models that are sharded over processes are written in place.
@@ -45,7 +46,7 @@ class SavingMixin(UploadsFolders):
         self._check_tied_head("saving")
         prepare_to_save(getattr(self, "generation_config", None))
         self.config.auto_map = dict(AUTO_MAP)
-        self.config.experts = list(self.expert_vectors) or None
+        self.config.expert_vectors = list(self.expert_vectors) or None
         self._note_whether_tied()
         is_written_by_many = kwargs.get("distributed_checkpoint") or any(map(is_shard, self.parameters()))
         with ExitStack() as stack:
@@ -57,7 +58,7 @@ class SavingMixin(UploadsFolders):
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def write_folders(self, directory) -> list[str]:
-        return save_experts(self.expert_vectors, directory)
+        return save_expert_vectors(self.expert_vectors, directory)
 
     def _note_whether_tied(self) -> None:
         """Writes the real tying state to the config.

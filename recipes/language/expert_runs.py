@@ -133,7 +133,7 @@ def prepare(sweep: Sweep, texts: Path, folder: Path) -> None:
     """Writes what workers only read: blocks of all domains, and the singular bases into their cache."""
     model, tokenizer = load(sweep.model, sweep.dtype)
     make_once(folder / BLOCKS, lambda path: _write_blocks(sweep, texts, tokenizer, path))
-    model.prepare_experts(list(modules_of(model)))
+    model.prepare_expert_vectors(list(modules_of(model)))
 
 
 def _write_blocks(sweep: Sweep, texts: Path, tokenizer, path: Path) -> None:

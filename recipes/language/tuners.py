@@ -53,7 +53,7 @@ class ExpertTuner(nn.Module):
         self.names = list(found)
         ranks = [min(min(module.weight.shape), rank or module.weight.shape[0]) for module in found.values()]
         self.scales = nn.ParameterList([nn.Parameter(torch.ones(rank)) for rank in ranks])
-        model.prepare_experts(self.names)
+        model.prepare_expert_vectors(self.names)
 
     def vectors(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self.scales, strict=True))

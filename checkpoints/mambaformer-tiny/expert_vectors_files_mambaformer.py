@@ -1,31 +1,32 @@
-"""The expert files of a model: where they are saved, and where a loaded model looks for them."""
+"""The files of a model's expert vectors: where they are saved, and where a loaded model looks for them."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
 from .configuration_mambaformer import MambaFormerConfig
-from .expert_vectors_mambaformer import ExpertLibrary, checked_name
-from .files_folders_mambaformer import EXPERTS_FOLDER
+from .expert_vectors_mambaformer import ExpertVectorLibrary, checked_name
+from .files_folders_mambaformer import EXPERT_VECTORS_FOLDER, OLDER_EXPERT_VECTORS_FOLDER
 
 # Arguments of `from_pretrained` that say where on the Hub a file is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-def save_experts(library: ExpertLibrary, directory: str | os.PathLike) -> list[str]:
-    """Writes the experts of `library` under `directory`; returns the folders that were written."""
+def save_expert_vectors(library: ExpertVectorLibrary, directory: str | os.PathLike) -> list[str]:
+    """Writes the expert vectors of `library` under `directory`; returns the folders that were written."""
     if not len(library):
         return []
-    library.save(Path(directory, EXPERTS_FOLDER))
-    return [EXPERTS_FOLDER]
+    library.save(Path(directory, EXPERT_VECTORS_FOLDER))
+    return [EXPERT_VECTORS_FOLDER]
 
 
-def load_named_experts(
-    library: ExpertLibrary, config: MambaFormerConfig, path: Any, arguments: dict[str, Any]
+def load_named_expert_vectors(
+    library: ExpertVectorLibrary, config: MambaFormerConfig, path: Any, arguments: dict[str, Any]
 ) -> None:
-    """Adds the experts that the configuration of a loaded model names, from where that configuration came from.
+    """Adds the expert vectors that the configuration of a loaded model names, from where that configuration came from.
 
     Args:
         path, arguments: what `from_pretrained` was called with.
@@ -34,20 +35,20 @@ def load_named_experts(
         OSError: a file is missing or cannot be fetched.
         ValueError: a damaged file, or nobody knows where the configuration came from.
     """
-    names = [checked_name(name) for name in config.experts or []]
+    names = [checked_name(name) for name in config.expert_vectors or []]
     if not names:
         return
     source = _source(config, arguments.get("config"))
     if source is None:
         raise ValueError(
             f"The configuration names the expert vectors {names}, but was not loaded from a folder that could hold "
-            "their files: set `config.experts = None`, and add them to `model.expert_vectors` afterwards."
+            "their files: set `config.expert_vectors = None`, and add them to `model.expert_vectors` afterwards."
         )
     where = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     if source != config.name_or_path:
         where.pop("revision", None)  # it is one of the weights' repository
     for name in names:
-        library.load(_fetched(source, f"{EXPERTS_FOLDER}/{name}.safetensors", where), name)
+        library.load(_fetched(source, f"{name}.safetensors", where), name)
 
 
 def _source(config: MambaFormerConfig, given: Any) -> str | None:
@@ -67,10 +68,13 @@ def _source(config: MambaFormerConfig, given: Any) -> str | None:
 
 def _fetched(source: str, file: str, where: dict[str, Any]) -> str:
     try:
-        return cached_file(source, file, **where)
+        return cached_file(source, f"{EXPERT_VECTORS_FOLDER}/{file}", **where)
     except OSError as error:
+        with suppress(OSError):
+            return cached_file(source, f"{OLDER_EXPERT_VECTORS_FOLDER}/{file}", **where)
         place = f"`{source}`" if "subfolder" not in where else f"`{where['subfolder']}` of `{source}`"
         raise OSError(
-            f"The configuration in {place} names an expert vector whose file `{file}` cannot be read there. Copy the "
-            f'folder `{EXPERTS_FOLDER}` together with the rest, or set `"experts": null` in config.json. ({error})'
+            f"The configuration in {place} names an expert vector whose file `{EXPERT_VECTORS_FOLDER}/{file}` cannot "
+            f"be read there. Copy the folder `{EXPERT_VECTORS_FOLDER}` together with the rest, or set "
+            f'`"expert_vectors": null` in config.json. ({error})'
         ) from error
