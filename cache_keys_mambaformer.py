@@ -211,8 +211,8 @@ def _plan_staged(retention, span, device, num_slots, is_fixed) -> Layout:
 class Buffer:
     """A tensor whose dimension `dim` has room to grow, or a fixed size; slots that were never written are zero.
 
-    Growing buffers are shared by a fork until one side writes. Fixed ones keep their address, as long as no graph is
-    being recorded: what a graph may have saved for its backward pass is never overwritten.
+    Growing buffers are shared by a fork until one side writes. Fixed ones keep their address, unless autograd is
+    on: a tensor that a graph may have saved for its backward pass is never overwritten.
     """
 
     spare_fraction = SPARE_FRACTION

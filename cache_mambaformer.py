@@ -100,7 +100,7 @@ class MambaFormerCache(Cache):
         """How layer `layer_idx` takes in the open forward."""
         return self.open_step.layouts[self.layers[layer_idx].attention.retention]
 
-    def update(self, key_states, value_states, layer_idx: int, *args, is_saved: bool = False, **kwargs):
+    def update(self, key_states, value_states, layer_idx: int, *args, is_saved: bool = False):
         """Takes in (rows, heads, tokens, head_dim) of the open forward; returns the keys and values attention sees.
 
         `is_saved`: a graph may save the returned tensors, so they must never be overwritten.
@@ -253,8 +253,8 @@ class MambaFormerCache(Cache):
         return [False] * len(self.layers)
 
     @property
-    def recorded_reach(self) -> int:
-        """Tokens of the open forward that recurrent layers have to remember the making of."""
+    def replay_reach(self) -> int:
+        """Tokens at the end of the open forward whose mixer inputs recurrent layers keep for replay."""
         return 0 if torch.compiler.is_compiling() else self.rollback_reach
 
     @not_while_fed("changed")
@@ -427,7 +427,7 @@ class MambaFormerCache(Cache):
     ) -> "MambaFormerCache":
         """The cache that `save` wrote, for `model`: it goes on as the saved one would have, bit for bit.
 
-        What a cache has recorded to roll back is not in the file: its reach starts anew behind what is loaded.
+        Replay segments are not in the file, so only tokens that are fed after loading are within the reach.
 
         Args:
             on_weights_change: `"error"` refuses a model of other weights; `"recompute"` encodes the tokens again at

@@ -269,7 +269,7 @@ class _Layers:
             block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
             step.kept += keys, values
         parts, states = self.in_parts, None
-        if step.tokens.count == 1 and lengths is None and not cache.recorded_reach and self.takes_mamba:
+        if step.tokens.count == 1 and lengths is None and not cache.replay_reach and self.takes_mamba:
             states = step.states_of(self.mamba, blocks, cache)
             parts = self.in_parts if states is None else self.in_one
         kernel, start = kernel_of("run_blocks", self.dtype), ctypes.addressof(blocks)

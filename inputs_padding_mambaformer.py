@@ -69,7 +69,7 @@ def _pick(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return columns.expand(index.shape[0], *columns.shape[1:]).gather(1, index)
 
 
-class Recorder:
+class OutputCollector:
     """Collects hidden states and attention weights, in the order in which the tokens were given.
 
     Args:

@@ -304,7 +304,7 @@ class MambaFormerMambaMixer(CountsReplacements):
 
     def _advance_cache(self, cache: MambaFormerCache, inputs, gate, lengths, experts) -> torch.Tensor:
         layer, states = cache.layers[self.layer_idx], cache.recurrent_states(self.layer_idx, inputs)
-        mixed, segment, reach = [], None, cache.recorded_reach
+        mixed, segment, reach = [], None, cache.replay_reach
         for tokens, real in split_at_reach(inputs.shape[1], lengths, reach):
             y, states, segment = self.advance(states, inputs[:, tokens], gate[:, tokens], experts, real, reach > 0)
             mixed.append(y)

@@ -32,8 +32,8 @@ from .inputs_mambaformer import check_keywords, check_token_ids
 from .inputs_packing_mambaformer import Sequences, split_borders
 from .inputs_padding_mambaformer import (
     Feed,
+    OutputCollector,
     Packing,
-    Recorder,
     check_feed,
     check_output_request,
     packed_sequences,
@@ -307,13 +307,13 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         if change.recomputes:
             whole = prepend_history(feed, cache, self.embed_tokens)
             packing = Packing.of(whole.mask)
-        recorded = Recorder(self.config, packing, output_hidden_states, output_attentions)
-        if recorded.wants_attention and self.config._attn_implementation != "eager":
+        collector = OutputCollector(self.config, packing, output_hidden_states, output_attentions)
+        if collector.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
         uncounted = without_counted_forwards(self) if prepared.weights is not None else nullcontext()
         with self._step(cache, change, feed, whole, packing) as step, uncounted:
             hidden_states = self._run(
-                places, whole, packing, step.span, prepared, cache, recorded, sequences, **kwargs
+                places, whole, packing, step.span, prepared, cache, collector, sequences, **kwargs
             )
         if cache is not None and change is not UNCHANGED:
             cache.prepared_expert_vectors = prepared if prepared.is_reusable else None
@@ -321,7 +321,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         return MambaFormerModelOutput(
             last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
             cache=cache,
-            **recorded.results(num_new),
+            **collector.results(num_new),
         )
 
     def _run(
@@ -332,7 +332,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         span: Span,
         prepared: PreparedExpertVectors,
         cache: MambaFormerCache | None,
-        recorded: Recorder,
+        collector: OutputCollector,
         sequences: Sequences | None,
         **kwargs,
     ) -> torch.Tensor:
@@ -345,16 +345,16 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             counted = span.positions(device) if sequences is None else sequences.positions
             positions = counted if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
-        shown = packing if recorded.wants_attention else None
+        shown = packing if collector.wants_attention else None
         attention = plan_attention(places, self.config, span, cache, hidden_states, shown, sequences)
-        if not recorded.wants_anything:
+        if not collector.wants_anything:
             shared = attention, prepared.scaled_bases, position_embeddings, cache, span.lengths
             of_kernels = self._few_tokens.run(places, prepared.weights, hidden_states, *shared)
             if of_kernels is not None:
                 return self.norm(of_kernels)
         for place in places:
             outputs = place.module(
-                recorded.hidden(hidden_states),
+                collector.hidden(hidden_states),
                 attention=attention.get(place.window),
                 experts=place.experts_of(prepared.scaled_bases),
                 position_embeddings=position_embeddings,
@@ -365,8 +365,8 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             )
             # A layer that a user put in may return its states alone, as most layers of Transformers do.
             hidden_states, weights = (outputs, None) if isinstance(outputs, torch.Tensor) else (*outputs, None)[:2]
-            recorded.attention(weights)
-        return recorded.hidden(self.norm(hidden_states))
+            collector.attention(weights)
+        return collector.hidden(self.norm(hidden_states))
 
     def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
         is_checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()

@@ -77,8 +77,8 @@ class CacheAt:
         return self.cache.layout(self.position)
 
     @property
-    def recorded_reach(self) -> int:
-        return self.cache.recorded_reach
+    def replay_reach(self) -> int:
+        return self.cache.replay_reach
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
