@@ -11,7 +11,7 @@ LAWS := library laws rollback cache remote_code readme generate generation_modes
 	sessions packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/09_demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -78,6 +78,10 @@ sources:  ## writes the C++ of csrc/ into the Python module that ships it
 folders: sources  ## copies the shipped code into the folders in checkpoints/
 	$(PYTHON) scripts/folders.py
 
+docs: $(VENV)/.base  ## the pages of docs/ and the API from its docstrings as a site in site/; a broken link stops it
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 types: $(VENV)/.dev  ## the types of the shipped package, by pyright in basic mode
 	$(BIN)/pip install --quiet --editable ".[types]"
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -112,7 +116,7 @@ icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hour
 	$(BIN)/python -m recipes.icl.run $(ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-* .library demo runs build dist *.egg-info
+	rm -rf $(VENV) .venv-* .library demo runs build dist site *.egg-info
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

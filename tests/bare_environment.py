@@ -127,6 +127,13 @@ class Folder:
         base = AutoModel.from_pretrained(self.path, trust_remote_code=True, dtype=torch.float32)
         assert base(self.ids).last_hidden_state.shape[:2] == self.ids.shape
 
+    def the_first_example_of_the_readme_runs(self):
+        shutil.copytree(self.path, WORK / "checkpoints" / "mambaformer-tiny")
+        code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        os.chdir(WORK)
+        exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+        os.chdir(ROOT)
+
     def a_generation_configuration_works_as_elsewhere(self):
         config = GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
         assert self.model.generate(self.ids, config)[0].tolist() == self.answer()[:-11]

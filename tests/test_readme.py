@@ -1,4 +1,4 @@
-"""The Python examples of the README and of the model cards run as they stand, with warnings as errors.
+"""The Python examples of README, docs/ and the model cards run as they stand, with warnings as errors.
 
 Each runs in a folder that has what its reader would have: a saved model under the name that the example uses. The code
 of `SETTINGS` for its section, `DEFAULT` for a new one, stands before an example.
@@ -19,7 +19,8 @@ from cases import random_expert
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "checkpoints/mambaformer-tiny/README.md", "checkpoints/smollm2-hybrid/README.md")
+CARDS = ("checkpoints/mambaformer-tiny/README.md", "checkpoints/smollm2-hybrid/README.md")
+PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")), *CARDS)
 PATH = 'path = "model"\n'
 DEFAULT = f"""
 import torch
@@ -42,14 +43,15 @@ prefix = model.make_cache()
 model(ids[:, :2], past_key_values=prefix)
 prefix.save("system_prompt.safetensors")
 """
-# What stands before the examples of a section.
+# Code in front of the examples of a section.
 SETTINGS = {
-    "MambaFormer for Transformers": PATH,
+    "MambaFormer for Transformers": "",
+    "Load and generate": PATH,
+    "A saved folder alone": "",
     "Convert a checkpoint": "",
-    "Experts": DEFAULT.replace('return_tensors="pt").input_ids', 'return_tensors="pt").input_ids.repeat(2, 1)'),
-    "With a saved folder alone": "",
+    "Use": DEFAULT.replace('return_tensors="pt").input_ids', 'return_tensors="pt").input_ids.repeat(2, 1)'),
     "Rollback and speculation": DEEP,
-    "Weights in fewer bytes": PATH + "from transformers import AutoModelForCausalLM\n",
+    "Weights in int8 and int4": PATH + "from transformers import AutoModelForCausalLM\n",
     "Sessions": DEFAULT + SESSIONS,
     "mambaformer-tiny": 'path = "checkpoints/mambaformer-tiny"\n',
     "smollm2-hybrid": "from transformers import AutoModelForCausalLM\n",
@@ -103,7 +105,7 @@ def save_with_experts(folder: Path) -> MambaFormerForCausalLM:
 def outcomes(tmp_path_factory):
     """Name of each example -> the traceback that it ended with, or None."""
     folder = tmp_path_factory.mktemp("reader")
-    save_with_experts(folder / "model").expert_vectors.save(folder / "experts")
+    save_with_experts(folder / "model").expert_vectors.save(folder / "checkpoints" / "expert-vectors")
     for copy in ("checkpoints/mambaformer-tiny", "my-hybrid"):
         shutil.copytree(ROOT / "checkpoints" / "mambaformer-tiny", folder / copy)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -123,7 +125,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_of_the_readme_runs_without_a_warning(name, outcomes):
+def test_an_example_of_a_page_runs_without_a_warning(name, outcomes):
     assert outcomes[name] is None, outcomes[name]
 
 
