@@ -31,7 +31,7 @@ from .weights_quantized_mambaformer import packed_weight
 
 @dataclass(frozen=True, eq=False)
 class ScaledBasis:
-    """An expert at one module: `vectors` Q (n, r), `delta` = z - 1 of shape (r,), or (B, 1, r) per row, and `side`.
+    """An expert vector at one module: `vectors` Q (n, r), `side`, and `delta` = z - 1 (r,), or (B, 1, r) per row.
 
     `mesh` names the processes that the module is split over by tensor parallelism; Q is whole in each of them.
     """
@@ -74,7 +74,7 @@ def apply_expert_linear(module: nn.Module, hidden_states: Tensor, scaled: Scaled
 
     Rows whose `delta` is 0 get the base's own bits. Q is used in the dtype of the activations; the scaling runs in
     the wider of that and `delta`'s. An adapter around the linear module (W x + D x) adds what it adds to the base,
-    W'x + D x, as it does when the expert is merged into W.
+    W'x + D x, as it does when the expert vector is merged into W.
     """
     if scaled is None:
         return apply_linear(module, hidden_states)
@@ -108,7 +108,7 @@ def _changed(states: Tensor, scaled: ScaledBasis) -> Tensor:
 
 
 def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
-    """The bias is no part of W: what an expert scales does not have it."""
+    """The outputs less the bias, which is no part of W and is not scaled."""
     bias = bias_beside(outputs, module)
     return outputs if bias is None else outputs - bias
 
@@ -117,8 +117,8 @@ def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
     delta = scaled.delta
     if delta.ndim == 3 and (states.ndim != 3 or delta.shape[0] != states.shape[0]):
         raise ValueError(
-            f"There are experts for {delta.shape[0]} rows, but the activations are {tuple(states.shape)}: make them "
-            "(batch, length, channels) with as many rows."
+            f"There are expert vectors for {delta.shape[0]} rows, but the activations are {tuple(states.shape)}: make "
+            "them (batch, length, channels) with as many rows."
         )
     basis = scaled.vectors.to(states.dtype)
     if states.shape[-1] == basis.shape[0]:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,6 +35,11 @@ from .weights_parallel_mambaformer import agreed, base_linear, mesh_of, placed_l
 from .weights_quantized_mambaformer import is_quantized
 from .weights_quantized_modules_mambaformer import check_can_be_read, matrix_of, shape_of
 from .weights_version_mambaformer import version_of, weights_stamp
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel as Model
+else:
+    Model = object  # a mixin: the class that uses it is a `PreTrainedModel`
 
 ScaledBases = dict[str, dict[str, ScaledBasis]]  # {path of a mixer: {name of a linear module: its scaled basis}}
 NO_SCALED_BASES: ScaledBases = {}
@@ -160,7 +165,7 @@ def _checked_parts_of(expert_vector: Any) -> list[tuple[dict[str, int], Any]]:
     ]
 
 
-class ExpertRuntimeMixin:
+class ExpertRuntimeMixin(Model):
     """The models' part that knows expert vectors: by name, prepared for a forward, merged into the weights."""
 
     def __init__(self, *args, **kwargs):
@@ -311,7 +316,7 @@ class ExpertRuntimeMixin:
     def _check_none_is_merged(self, is_named: bool) -> None:
         if is_named and self._merged_modules():
             raise ValueError(
-                "An expert is merged into the weights: call `unmerge_expert_vector()` before naming another one."
+                "An expert vector is merged into the weights: call `unmerge_expert_vector()` before you name another."
             )
 
     def _scale_bases(self, expert_vector: Any) -> ScaledBases:
@@ -343,10 +348,10 @@ class ExpertRuntimeMixin:
             TypeError: it is no single expert vector.
         """
         if self._merged_modules():
-            raise ValueError("An expert is merged already: call `unmerge_expert_vector()` first.")
+            raise ValueError("An expert vector is merged already: call `unmerge_expert_vector()` first.")
         expert_vector, _ = resolve_with_key(self._expert_library, expert_vector)
         if expert_vector is None or isinstance(expert_vector, list):
-            raise TypeError("`merge_expert_vector` takes one expert for all rows, and not the base.")
+            raise TypeError("`merge_expert_vector` takes one expert vector for all rows, and not the base.")
         self.check_expert_vector(expert_vector)
         for module, weight in self._merged_weights(expert_vector):
             old = _swap_weight(module, weight, self._is_tied(module))
@@ -373,11 +378,11 @@ class ExpertRuntimeMixin:
             ValueError: nothing is merged, or the weights were trained or loaded since.
         """
         if not self._merged_modules():
-            raise ValueError("No expert is merged: there is nothing to undo.")
+            raise ValueError("No expert vector is merged: there is nothing to undo.")
         if any(version_of(module.weight) != version for module, _, version in self._merged_modules()):
             raise ValueError(
-                "Weights were written since the expert was merged, by training or loading: putting the old ones back "
-                "would mix two models. Load the model anew."
+                "Weights were written since the expert vector was merged, by training or loading: putting the old "
+                "ones back would mix two models. Load the model again."
             )
         while self._merged_modules():
             module, weight, _ = self._merged_modules().pop()
@@ -402,7 +407,7 @@ class ExpertRuntimeMixin:
     def _check_tied_head(self, action: str) -> None:
         if any(isinstance(weight, nn.Parameter) for _, weight, _ in self._merged_modules()):
             raise ValueError(
-                f"An expert is merged into the tied `lm_head`: call `unmerge_expert_vector()` before {action}."
+                f"An expert vector is merged into the tied `lm_head`: call `unmerge_expert_vector()` before {action}."
             )
 
 
@@ -427,8 +432,8 @@ def _check_can_be_merged_into(name: str, module: nn.Module) -> None:
         raise ValueError(f"`{name}` is parametrized: remove the parametrization before merging.")
     if is_quantized(module.weight) or matrix_of(module) is not None:
         raise ValueError(
-            f"`{name}` is quantized, and rounding it again would be another expert: pass it as `expert_vector`, or "
-            "merge it before the model is quantized."
+            f"`{name}` is quantized, and rounding it again would change the expert vector: pass it as "
+            "`expert_vector`, or merge it before the model is quantized."
         )
 
 

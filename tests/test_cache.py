@@ -207,7 +207,7 @@ def bad_calls(model, ids):
         "singular values": {"input_ids": next_ids, "expert_vector": too_long},
         "modules that this model does not have": {"input_ids": next_ids, "expert_vector": {"model.x": 2 * one(3)}},
         "(?i)nan|finite": {"input_ids": next_ids, "expert_vector": {name: torch.tensor([float("nan")])}},
-        "no expert named": {"input_ids": next_ids, "expert_vector": "nobody"},
+        "no expert vector named": {"input_ids": next_ids, "expert_vector": "nobody"},
         "other weights": {"input_ids": next_ids, "expert_vector": ExpertVector(expert.vectors, metadata=spectrum)},
         "takes None, a name": {"input_ids": next_ids, "expert_vector": 3.5},
         "entries": {"input_ids": next_ids, "expert_vector": [expert, None, None]},

@@ -181,7 +181,7 @@ def test_per_row_scales_refuse_activations_without_as_many_rows():
     module = random_linear(6, 4)
     scaled = scale_basis(compute_basis(module.weight), [random_tensor(3), None])
     for shape in [(2, 4), (1, 3, 4), (3, 3, 4)]:
-        with pytest.raises(ValueError, match="experts for 2 rows"):
+        with pytest.raises(ValueError, match="expert vectors for 2 rows"):
             apply_expert_linear(module, random_tensor(*shape), scaled)
 
 
@@ -752,7 +752,7 @@ def test_files_of_another_kind_say_so(header, message, tmp_path):
 @pytest.mark.parametrize("bad", [torch.full((3, 1), 2.0), torch.tensor([torch.nan]), torch.ones(3).int()])
 def test_files_with_wrong_vectors_say_so(bad, tmp_path):
     save_file({"q": bad}, tmp_path / "e", header_with())
-    with pytest.raises(ValueError, match="not a valid expert: The vector of `q`"):
+    with pytest.raises(ValueError, match="not a valid expert vector: The vector of `q`"):
         ExpertVector.load(tmp_path / "e")
 
 
@@ -987,10 +987,10 @@ def test_a_library_blends_names_vectors_dicts_and_the_base():
     [
         ([], ValueError, "nothing to blend"),
         ([("chef", 0.5)], TypeError, "'chef' for a weight"),
-        (["chef"], TypeError, r"pairs \(weight, expert\), got 'chef'"),
+        (["chef"], TypeError, r"pairs \(weight, expert vector\), got 'chef'"),
         ([0.5, "chef"], TypeError, "pairs"),
         ([(0.5, "cook")], ValueError, r"'cook'.*\['chef'\]"),
-        ([(0.5, 3)], TypeError, "int for an expert"),
+        ([(0.5, 3)], TypeError, "got int for the latter"),
         ([(float("inf"), "chef")], ValueError, "finite"),
         ([(10**400, "chef")], TypeError, "for a weight"),
     ],
@@ -1043,7 +1043,7 @@ def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path):
         library.load(tmp_path)
     assert len(library) == 0
     random_expert(1).save(tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="two experts named 'chef'"):
+    with pytest.raises(ValueError, match="two expert vectors named 'chef'"):
         library.load(tmp_path)
     assert len(library) == 0
 
@@ -1105,5 +1105,5 @@ def test_the_key_is_the_content_row_by_row():
     assert expert_key([a, random_expert(0, name="same")]) == a.fingerprint
     assert expert_key([None, None]) == BASE_FINGERPRINT
     assert expert_key(a, rows=5) == a.fingerprint
-    with pytest.raises(ValueError, match="2 experts for a batch of 3 rows"):
+    with pytest.raises(ValueError, match="2 expert vectors for a batch of 3 rows"):
         expert_key([a, b], rows=3)

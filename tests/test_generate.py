@@ -205,7 +205,7 @@ def test_generation_refuses_what_it_cannot_do_before_anything_runs():
         "from 0": {"expert_schedule": {-1: expert}},
         "integers": {"expert_schedule": {"2": expert}},
         "dict": {"expert_schedule": [expert]},
-        "no expert named": {"expert_vector": "nobody"},
+        "no expert vector named": {"expert_vector": "nobody"},
         "singular values": {"expert_schedule": {3: other}},
         "not both": {"past_key_values": model.make_cache(), "cache_implementation": "static"},
         "not supported": {"cache_implementation": "quantized"},

@@ -87,8 +87,8 @@ def test_a_schedule_that_starts_late_starts_from_the_next_vector_in_order(model)
 
 def test_bad_experts_of_a_configuration_are_refused_before_anything_has_run(model):
     bad = {
-        "no expert named 'ghost'": {"expert_vector": "ghost"},
-        "no expert named 'spectre'": {"expert_schedule": {0: "bold", 5: "spectre"}},
+        "no expert vector named 'ghost'": {"expert_vector": "ghost"},
+        "no expert vector named 'spectre'": {"expert_schedule": {0: "bold", 5: "spectre"}},
         "both name the first": {"expert_vector": "bold", "expert_schedule": {"0": "calm"}},
         "counts? new tokens": {"expert_schedule": {"soon": "bold"}},
         "a new token twice": {"expert_schedule": {"0": "bold", 0: "calm"}},
@@ -101,7 +101,7 @@ def test_bad_experts_of_a_configuration_are_refused_before_anything_has_run(mode
             model.generate(IDS, generation_config=GenerationConfig(**GREEDY, **named), cache=cache)
         assert cache.get_seq_length() == 0 and cache.expert_vector is None
     model.generation_config.expert_vector = "ghost"
-    with pytest.raises(ValueError, match="no expert named 'ghost'"):
+    with pytest.raises(ValueError, match="no expert vector named 'ghost'"):
         model.generate(IDS, **GREEDY)
 
 

@@ -302,7 +302,7 @@ def test_merging_into_quantized_weights_is_refused_and_changes_nothing(kind):
     with pytest.raises(ValueError, match="pass it as `expert_vector`"):
         model.merge_expert_vector(random_expert(twin, 1))
     assert weights_stamp(model) == stamp
-    with pytest.raises(ValueError, match="No expert is merged"):
+    with pytest.raises(ValueError, match="No expert vector is merged"):
         model.unmerge_expert_vector()
 
 

@@ -126,11 +126,11 @@ def test_each_request_is_answered_under_the_expert_that_it_names(server, is_stre
 def test_a_request_for_an_expert_that_there_is_not_is_told_so_and_harms_nobody(server):
     """It was answered by "Internal Server Error", which a client takes for a reason to try again."""
     for named in ({"expert_vector": "ghost"}, {"expert_schedule": {"3": "ghost"}}):
-        with pytest.raises(openai.BadRequestError, match="no expert named 'ghost'"):
+        with pytest.raises(openai.BadRequestError, match="no expert vector named 'ghost'"):
             ask(server, named)
         with pytest.raises(openai.APIError) as refused:
             list(ask(server, named, stream=True))
-        assert "no expert named 'ghost'" in str(refused.value.body)
+        assert "no expert vector named 'ghost'" in str(refused.value.body)
     assert ask(server, {"expert_vector": "bold"}).choices[0].message.content
 
 

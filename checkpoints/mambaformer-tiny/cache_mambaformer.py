@@ -125,25 +125,26 @@ class MambaFormerCache(Cache):
 
     # ---- experts and weights
 
-    @not_while_fed("given another expert")
-    def set_expert_vector(self, expert) -> None:
-        """Puts `expert` in force, as `on_expert_change` says; whatever it costs, the next forward pays.
+    @not_while_fed("given another expert vector")
+    def set_expert_vector(self, expert_vector: Any) -> None:
+        """Puts an expert vector in force, as `on_expert_change` says; whatever it costs, the next forward pays.
 
         Args:
-            expert: whatever `expert_vector=` takes: `None` (the base), a name, an `ExpertVector`, a dict of tensors,
-                or a list with one of these per row.
+            expert_vector: `None` (the base), a name, an `ExpertVector`, a dict of tensors, or a list with one of these
+                per row.
 
         Raises:
-            ValueError: the policy is `"error"` and a sequence is cached, or the expert is not known or does not fit.
+            ValueError: the policy is `"error"` and a sequence is cached, or the expert vector is unknown or does not
+                fit.
         """
-        if expert is not None and self.resolve is None:
+        if expert_vector is not None and self.resolve is None:
             raise ValueError("This cache belongs to no model yet: make it with `model.make_cache()`.")
-        self._check_one_a_row(expert)
-        expert, key = (None, None) if expert is None else self.resolve(expert)
-        for row in expert if isinstance(expert, list) else [expert]:
+        self._check_one_a_row(expert_vector)
+        resolved, key = (None, None) if expert_vector is None else self.resolve(expert_vector)
+        for row in resolved if isinstance(resolved, list) else [resolved]:
             if row is not None and self.model is not None:
                 self.model.check_expert_vector(row)
-        change = self.plan(expert, key, self.provenance.in_force.weights)
+        change = self.plan(resolved, key, self.provenance.in_force.weights)
         if change.action is Action.RESET:
             self.reset()
         self.put_in_force(change)

@@ -1,6 +1,6 @@
 """Expert vectors: one scale per singular value of a frozen weight, their files, and the library of a model.
 
-An expert's vector `z` means `W' = U diag(s * z) V^T` for a weight `W = U diag(s) V^T` (SVF, Transformer-squared,
+For a weight `W = U diag(s) V^T`, a vector `z` means `W' = U diag(s * z) V^T` (SVF, Transformer-squared,
 arXiv 2501.06252); `z = 1` is the base. `expert_linear_mambaformer` computes with it.
 """
 
@@ -29,7 +29,7 @@ EXPERT_FORMAT = "mambaformer.expert_vector"
 FORMAT_VERSION = 1
 SPECTRUM_LENGTH = 4
 SPECTRUM_TOLERANCE = 0.05
-MOST_MISSPELT = 5  # an expert with more unknown modules is another model's
+MOST_MISSPELT = 5  # with more unknown modules it belongs to another model
 # A gated MLP multiplies three scaled modules and the next norm squares the result: MAX_SCALE**6 = 1e24, times weights
 # and activations, stays within the 3.4e38 of float32.
 MAX_SCALE = 1e4
@@ -129,7 +129,7 @@ class ExpertVector:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what the expert does: equal for equal effect, `BASE_FINGERPRINT` for the base.
+        """Hex SHA-256 of the effect: equal for equal effect, `BASE_FINGERPRINT` for the base.
 
         Names, metadata, the float type, the order of modules, trailing ones and all-one vectors do not count.
         """
@@ -156,7 +156,7 @@ class ExpertVector:
         return len(self._vectors)
 
     def __bool__(self) -> bool:
-        return True  # an expert without vectors is still an expert, the base
+        return True  # without vectors it is the base
 
     def __eq__(self, other: object) -> bool:
         if not is_expert_vector(other):
@@ -200,34 +200,36 @@ class ExpertVector:
             raise ValueError(f"{path} is a folder: load it into an `ExpertVectorLibrary`, or pass one of its files.")
         vectors, header = read_tensors(path, EXPERT_FORMAT, FORMAT_VERSION, "`ExpertVector(vectors).save(path)`")
         try:
-            expert = cls(vectors, json_of(header["name"]), json_of(header["metadata"]))
+            expert_vector = cls(vectors, json_of(header["name"]), json_of(header["metadata"]))
             expected = header["fingerprint"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a valid expert: {error}") from error
-        if expert.fingerprint != expected:
+            raise ValueError(f"{path} is not a valid expert vector: {error}") from error
+        if expert_vector.fingerprint != expected:
             raise ValueError(f"{path} holds other vectors than were saved (fingerprint mismatch): it is damaged.")
         labels = _digest_of_labels(header)
         if header.get("labels", labels) != labels:
             raise ValueError(f"{path} holds another name or other metadata than were saved: it is damaged.")
-        return expert
+        return expert_vector
 
     @classmethod
     def blend(cls, parts: Iterable[tuple[float, "ExpertVector"]], name: str | None = None) -> "ExpertVector":
-        """Mix experts: `z = 1 + sum of weight * (z_e - 1)`, what an expert leaves out being 1.
+        """Mix expert vectors: `z = 1 + sum of weight * (z_e - 1)`, modules that one leaves out being 1.
 
         Source: the linear mixing of Transformer-squared (arXiv 2501.06252), taken around the base; it is the
         paper's own wherever the weights add up to 1.
         """
         parts = _checked_parts(parts)
-        for _, expert in parts:
-            if isinstance(expert, str):
-                raise TypeError(f"{expert!r} is a name: blend by name with `model.expert_vectors.blend`.")
-            if not is_expert_vector(expert):
-                raise TypeError(f"`blend` takes pairs (weight, expert), got {type(expert).__name__} for an expert.")
-        parts = [(weight, expert) for weight, expert in parts if weight != 0]
+        for _, expert_vector in parts:
+            if isinstance(expert_vector, str):
+                raise TypeError(f"{expert_vector!r} is a name: blend by name with `model.expert_vectors.blend`.")
+            if not is_expert_vector(expert_vector):
+                raise TypeError(
+                    f"`blend` takes pairs (weight, expert vector), got {type(expert_vector).__name__} for the latter."
+                )
+        parts = [(weight, expert_vector) for weight, expert_vector in parts if weight != 0]
         if [weight for weight, _ in parts] == [1]:
             return cls(parts[0][1].vectors, name)  # exact, where 1 + (z - 1) would round
-        keys = dict.fromkeys(key for _, expert in parts for key in expert.vectors)
+        keys = dict.fromkeys(key for _, expert_vector in parts for key in expert_vector.vectors)
         return cls({key: _blend([(w, e.vectors[key]) for w, e in parts if key in e.vectors]) for key in keys}, name)
 
 
@@ -235,14 +237,14 @@ def _checked_parts(parts: Iterable[tuple[float, Any]]) -> list[tuple[float, Any]
     """The pairs of a blend, with weights that are finite numbers."""
     parts = list(parts)
     if not parts:
-        raise ValueError("There is nothing to blend: give a list of (weight, expert).")
+        raise ValueError("There is nothing to blend: give a list of (weight, expert vector).")
     for part in parts:
         if not isinstance(part, (tuple, list)) or len(part) != 2:
-            raise TypeError(f"`blend` takes pairs (weight, expert), got {part!r}.")
+            raise TypeError(f"`blend` takes pairs (weight, expert vector), got {part!r}.")
         try:
             is_finite = math.isfinite(part[0])
         except (TypeError, ValueError, OverflowError) as error:
-            raise TypeError(f"`blend` takes pairs (weight, expert), got {part[0]!r} for a weight.") from error
+            raise TypeError(f"`blend` takes pairs (weight, expert vector), got {part[0]!r} for a weight.") from error
         if not is_finite:
             raise ValueError(f"Weights of a blend must be finite, got {part[0]}.")
     return [tuple(part) for part in parts]
@@ -287,31 +289,31 @@ def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
     return (1 + delta).to(torch.float64 if is_double else torch.float32)
 
 
-def check_expert_vector(expert: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
-    """Refuse an expert that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
-    unknown = [name for name in expert.vectors if name not in sizes]
+def check_expert_vector(expert_vector: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
+    """Refuse an expert vector that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
+    unknown = [name for name in expert_vector.vectors if name not in sizes]
     if len(unknown) > MOST_MISSPELT:
         raise ValueError(
-            f"{_named(expert)} has vectors for {len(unknown)} modules that this model does not have, such as "
+            f"{_named(expert_vector)} has vectors for {len(unknown)} modules that this model does not have, such as "
             f"{unknown[0]!r}: it was made for another model."
         )
     if unknown:
         close = sorted({hint for name in unknown for hint in difflib.get_close_matches(name, sizes, n=2)})
         hint = f" Did you mean {close}?" if close else f" Some that exist: {list(sizes)[:3]}."
         raise ValueError(
-            f"{_named(expert)} has vectors for modules that this model does not have: {unknown}.{hint} It may belong "
-            "to another model."
+            f"{_named(expert_vector)} has vectors for modules that this model does not have: {unknown}.{hint} It may "
+            "belong to another model."
         )
-    for name, vector in expert.vectors.items():
+    for name, vector in expert_vector.vectors.items():
         if vector.numel() > min(sizes[name]):
             raise ValueError(
-                f"{_named(expert)} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
+                f"{_named(expert_vector)} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
                 f"only {min(sizes[name])} singular values: it was made for another model."
             )
 
 
-def _named(expert: ExpertVector) -> str:
-    return "The expert vector" if expert.name is None else f"The expert {expert.name!r}"
+def _named(expert_vector: ExpertVector) -> str:
+    return "The expert vector" if expert_vector.name is None else f"The expert vector {expert_vector.name!r}"
 
 
 def spectrum_of(bases: Mapping[str, SingularBasis]) -> dict[str, list[float]]:
@@ -319,12 +321,13 @@ def spectrum_of(bases: Mapping[str, SingularBasis]) -> dict[str, list[float]]:
     return {name: basis.values[:SPECTRUM_LENGTH].tolist() for name, basis in bases.items()}
 
 
-def check_spectrum(expert: ExpertVector, name: str, values: Tensor):
-    """Refuse an expert whose `metadata["spectrum"]` is not that of module `name`, whose singular values are `values`.
+def check_spectrum(expert_vector: ExpertVector, name: str, values: Tensor):
+    """Refuse an expert vector that was trained on other weights than module `name` has, as its spectrum tells.
 
-    A relative deviation of more than 5% in the first values counts as other weights. Without a spectrum, no check.
+    `values` are the module's singular values, and `metadata["spectrum"]` has the ones at training. A relative
+    deviation of more than 5% in the first values counts as other weights. Without a spectrum, nothing is checked.
     """
-    spectra = expert.metadata.get("spectrum", {})
+    spectra = expert_vector.metadata.get("spectrum", {})
     _check_spectra(spectra)  # metadata may have been written since they were checked
     expected = spectra.get(name)
     if not expected:
@@ -334,7 +337,7 @@ def check_spectrum(expert: ExpertVector, name: str, values: Tensor):
     floor = 1e-3 * abs(expected[0])
     if any(not abs(a - b) <= max(SPECTRUM_TOLERANCE * abs(b), floor) for a, b in zip(found, expected, strict=False)):
         raise ValueError(
-            f"{_named(expert)} was trained on other weights: the singular values of `{name}` start with "
+            f"{_named(expert_vector)} was trained on other weights: the singular values of `{name}` start with "
             f"{found}, those it was trained on with {expected}. Use it with the model that it was trained on."
         )
 
@@ -358,10 +361,10 @@ class ExpertVectorLibrary:
         return list(self._entries)
 
     def add(self, name: str | ExpertVector, expert_vector: ExpertVector | Mapping[str, Any] | None = None):
-        """Keeps an expert under a name, replacing the one that had it, and returns it.
+        """Keeps an expert vector under a name, replacing the one that had it, and returns it.
 
         `add("bold", {"model.layers.0.mlp.down_proj": [1.5, 0.5]})` with the vectors of some modules, as a dict or an
-        `ExpertVector`; `add(expert)` under the expert's own name.
+        `ExpertVector`; `add(expert_vector)` under the expert vector's own name.
         """
         if isinstance(expert_vector, str):
             raise TypeError(f"The name comes first: `add({expert_vector!r}, ...)`.")
@@ -372,14 +375,14 @@ class ExpertVectorLibrary:
         if not is_expert_vector(expert_vector):
             raise TypeError(f"An `ExpertVector` or a dict is needed, got {type(expert_vector).__name__}.")
         name = checked_name(name)
-        expert = expert_vector if expert_vector.name == name else _with_name(expert_vector, name)
-        self._entries[name] = expert
-        return expert
+        expert_vector = expert_vector if expert_vector.name == name else _with_name(expert_vector, name)
+        self._entries[name] = expert_vector
+        return expert_vector
 
     def blend(self, parts: Iterable[tuple[float, Any]], name: str | None = None) -> ExpertVector:
         """`ExpertVector.blend` of whatever `expert_vector=` takes for a row: names too, dicts, None for the base."""
-        experts = [(weight, self._vectors_of(value)) for weight, value in _checked_parts(parts)]
-        return ExpertVector.blend(experts, name)
+        expert_vectors = [(weight, self._vectors_of(value)) for weight, value in _checked_parts(parts)]
+        return ExpertVector.blend(expert_vectors, name)
 
     def _vectors_of(self, value: Any) -> ExpertVector:
         if value is None:
@@ -398,20 +401,20 @@ class ExpertVectorLibrary:
             raise ValueError(f"{path} is a folder and its files have names: pass `name` only with one file.")
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
-            raise ValueError(f"{path} holds no *.safetensors file: pass a folder of saved experts.")
-        experts: dict[str, ExpertVector] = {}
+            raise ValueError(f"{path} holds no *.safetensors file: pass a folder of saved expert vectors.")
+        expert_vectors: dict[str, ExpertVector] = {}
         for file in files:
-            expert = ExpertVector.load(file)
-            key = checked_name(name or expert.name or file.stem)
-            if key in experts:
-                raise ValueError(f"{path} holds two experts named {key!r}: load them one by one with `name=`.")
-            experts[key] = expert
-        for key, expert in experts.items():
-            self.add(key, expert)
-        return list(experts)
+            expert_vector = ExpertVector.load(file)
+            key = checked_name(name or expert_vector.name or file.stem)
+            if key in expert_vectors:
+                raise ValueError(f"{path} holds two expert vectors named {key!r}: load them one by one with `name=`.")
+            expert_vectors[key] = expert_vector
+        for key, expert_vector in expert_vectors.items():
+            self.add(key, expert_vector)
+        return list(expert_vectors)
 
     def save(self, folder: str | os.PathLike):
-        """Write every expert as `{name}.safetensors`.
+        """Writes every expert vector as `{name}.safetensors`.
 
         Errors: ValueError for names that some file systems take for one.
         """
@@ -450,23 +453,23 @@ class ExpertVectorLibrary:
 
     def _unknown(self, name: str) -> ValueError:
         known = f"known are {sorted(self._entries)}" if self._entries else "there are none yet"
-        return ValueError(f"There is no expert named {name!r}; {known}. Add it with `load` or `add`.")
+        return ValueError(f"There is no expert vector named {name!r}; {known}. Add it with `load` or `add`.")
 
 
 def checked_name(name: str | None) -> str:
-    """`name`, if it can name an expert and its file. Errors: ValueError."""
+    """`name`, if it can name an expert vector and its file. Errors: ValueError."""
     if name is None:
-        raise ValueError("The expert has no name: give one, as in `add(name, expert)`.")
+        raise ValueError("The expert vector has no name: give one, as in `add(name, expert_vector)`.")
     if not isinstance(name, str) or not re.fullmatch(FILE_NAME, name):
         raise ValueError(
-            f"{name!r} cannot name an expert, as it becomes a file name: use letters, digits, '-', '_' and '.' "
+            f"{name!r} cannot name an expert vector, as it becomes a file name: use letters, digits, '-', '_' and '.' "
             "(not at the start). `load(file, name=...)` gives a file another one."
         )
     return name
 
 
-def _with_name(expert: ExpertVector, name: str) -> ExpertVector:
-    return ExpertVector(expert.vectors, name, expert.metadata)
+def _with_name(expert_vector: ExpertVector, name: str) -> ExpertVector:
+    return ExpertVector(expert_vector.vectors, name, expert_vector.metadata)
 
 
 def resolve_expert_vector(
@@ -474,12 +477,12 @@ def resolve_expert_vector(
 ) -> ExpertVector | list | None:
     """Resolves what a user passes as `expert_vector`: an expert vector, None for the base, or a list of one per row.
 
-    Takes None, a name in `library`, an `ExpertVector`, a dict of tensors, or a list of these. An expert that scales
-    nothing is the base, unless it is being trained. Errors: TypeError, ValueError.
+    Takes None, a name in `library`, an `ExpertVector`, a dict of tensors, or a list of these. One that scales nothing
+    is the base, unless it is being trained. Errors: TypeError, ValueError.
     """
     if isinstance(expert_vector, (list, tuple)):
         if not expert_vector:
-            raise ValueError("`expert_vector` is an empty list: give one expert (None for the base) per row.")
+            raise ValueError("`expert_vector` is an empty list: give one expert vector (None for the base) per row.")
         return [_resolve_one(row, library) for row in expert_vector]
     return _resolve_one(expert_vector, library)
 
@@ -489,7 +492,7 @@ def _resolve_one(value: Any, library: ExpertVectorLibrary | None) -> ExpertVecto
         return None
     if isinstance(value, str):
         if library is None:
-            raise ValueError(f"The expert {value!r} is given by name, but there is no library to find it in.")
+            raise ValueError(f"The expert vector {value!r} is given by name, but there is no library to find it in.")
         value = library[value]
     elif isinstance(value, Mapping):
         value = ExpertVector(value)
@@ -511,7 +514,7 @@ def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) ->
         return BASE_FINGERPRINT if resolved is None else resolved.fingerprint
     if rows is not None and len(resolved) != rows:
         raise ValueError(
-            f"`expert_vector` lists {len(resolved)} experts for a batch of {rows} rows: give one per row."
+            f"`expert_vector` lists {len(resolved)} expert vectors for a batch of {rows} rows: give one per row."
         )
     keys = tuple(expert_key(row) for row in resolved)
     return keys[0] if len(set(keys)) == 1 else keys

@@ -1,6 +1,7 @@
 """Folders of models: loaded and saved together with the expert vectors of the library."""
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from .expert_vectors_files_mambaformer import load_named_expert_vectors, save_expert_vectors
 from .files_folders_mambaformer import staged_folder
@@ -9,6 +10,11 @@ from .library_mambaformer import UploadsFolders
 from .weights_parallel_mambaformer import base_linear, is_shard, num_shards
 from .weights_quantized_mambaformer import is_quantized, pack_for_this_processor, saved_as_quantized
 from .weights_quantized_modules_mambaformer import keep_codes_in_order
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel as Model
+else:
+    Model = object  # a mixin: the class that uses it is a `PreTrainedModel`
 
 # Which class of the saved folder each Auto class loads.
 AUTO_MAP = {
@@ -19,7 +25,7 @@ AUTO_MAP = {
 }
 
 
-class SavingMixin(UploadsFolders):
+class SavingMixin(UploadsFolders, Model):
     """The models' part that loads and saves folders, and uploads them."""
 
     @classmethod
