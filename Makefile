@@ -94,25 +94,25 @@ bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## the two experts of SmolLM2's hybrid anew; EXPERTS=FOLDER ARGS="--model smollm2" for those of SmolLM2
+train-experts: $(VENV)/.dev  ## trains the two expert vectors of SmolLM2's hybrid; EXPERTS=FOLDER ARGS="--model smollm2" for SmolLM2 itself
 	sh recipes/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),checkpoints/expert-vectors) $(ARGS)
 
-experts-sweep: $(VENV)/.dev  ## what experts gain by family and rank, and LoRAs of equal bytes, an hour; goes on after a cut
+experts-sweep: $(VENV)/.dev  ## gains of expert vectors by module family and rank, and of LoRAs of equal bytes; an hour, resumes
 	$(BIN)/python -m recipes.language.sweep_experts $(ARGS)
 
-pretrain: $(VENV)/.dev  ## a small hybrid from scratch and a Llama of its size, hours; goes on where it was cut off
+pretrain: $(VENV)/.dev  ## trains a small hybrid and a Llama of its size from scratch; hours, resumes
 	$(BIN)/python -m recipes.language.pretrain --output checkpoints/mambaformer-tiny $(ARGS)
 
-distill: $(VENV)/.dev  ## SmolLM2 becomes a hybrid: windows, and Mamba blocks for what they lose; 45 minutes, goes on after a cut
+distill: $(VENV)/.dev  ## distills SmolLM2 into a hybrid of windowed attention and Mamba; 45 minutes, resumes
 	$(BIN)/python -m recipes.language.distill --output checkpoints/smollm2-hybrid $(ARGS)
 
-measure: $(VENV)/.dev  ## the figures and the card of what `make distill` has trained; goes on after a cut
+measure: $(VENV)/.dev  ## figures and card of the model that `make distill` trained; resumes
 	$(BIN)/python -m recipes.language.measure_hybrid checkpoints/smollm2-hybrid $(ARGS)
 
-eval: $(VENV)/.dev  ## the figures of the models in checkpoints/ again, against their cards; ARGS="--only tiny" for some
+eval: $(VENV)/.dev  ## computes the figures of the models in checkpoints/ and compares them with their cards; ARGS="--only tiny"
 	$(BIN)/python -m recipes.language.evaluate $(ARGS)
 
-icl: $(VENV)/.dev  ## Transformer, Mamba, MambaFormer learn in context, two hours; ARGS="--tasks sparse_parity --seeds 1" for some
+icl: $(VENV)/.dev  ## compares three architectures at in-context learning; two hours; ARGS="--tasks sparse_parity --seeds 1"
 	$(BIN)/python -m recipes.icl.run $(ARGS)
 
 clean:
