@@ -26,7 +26,7 @@ from .cache_keys_mambaformer import Layout, Removal, as_index
 from .cache_layers_mambaformer import STORAGES, CacheStore, make_layer
 from .cache_session_mambaformer import load_session, save_session
 from .cache_use_mambaformer import CacheStep, CacheUse, not_while_fed
-from .modeling_stack_mambaformer import Facts, facts_of, places_of_model
+from .modeling_stack_mambaformer import LayerSpec, places_of_model, specs_of
 
 # Tokens that `generate` can take back at once when it speculates; the library drafts 20 at a time by default.
 DEFAULT_REACH = 64
@@ -48,7 +48,7 @@ class MambaFormerCache(Cache):
         rollback_reach: tokens that `crop` takes back at once; beyond it, and under static storage, it is as exact but
             the next forward encodes the remaining tokens again. See `activate_past_recording`.
         model: the stack whose weights a saved cache is tied to; it is not kept alive.
-        facts: of the layers, as a fork takes them over; by default those of `model`, or else of `config`.
+        specs: of the layers, as a fork takes them over; by default those of `model`, or else of `config`.
 
     Raises:
         ValueError: an unknown option, or static storage without `max_cache_len`.
@@ -63,7 +63,7 @@ class MambaFormerCache(Cache):
         resolve: Callable | None = None,
         rollback_reach: int = 0,
         model: Any = None,
-        facts: list[Facts] | None = None,
+        specs: list[LayerSpec] | None = None,
     ):
         _check_options(storage, max_cache_len, rollback_reach)
         self.config, self.storage, self.max_columns = config, storage, max_cache_len
@@ -77,11 +77,11 @@ class MambaFormerCache(Cache):
         self.use = CacheUse()
         self.rollback_reach = 0
         # Of the model's layers as they are now, which need not be as the configuration describes them.
-        if facts is None:
-            facts = facts_of(config) if model is None else [place.facts for place in places_of_model(model)]
-        self.facts = facts
+        if specs is None:
+            specs = specs_of(config) if model is None else [place.spec for place in places_of_model(model)]
+        self.specs = specs
         super().__init__(
-            layers=[make_layer(config, each, self.lengths, storage, max_cache_len) for each in self.facts]
+            layers=[make_layer(config, each, self.lengths, storage, max_cache_len) for each in self.specs]
         )
         if rollback_reach:
             self.activate_past_recording(rollback_reach)
@@ -190,7 +190,15 @@ class MambaFormerCache(Cache):
         return is_uniform and not self.history.has_embeddings
 
     # Fields of the configuration that a cache takes its shape from.
-    depends_on = ("layer_types", "sliding_window", "num_sink_tokens", "num_key_value_heads", "head_dim", "vocab_size")
+    depends_on = (
+        "layer_types",
+        "recurrent_mixer",
+        "sliding_window",
+        "num_sink_tokens",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    )
     depends_on += ("hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_expand")
 
     def fits(self, config) -> bool:
@@ -384,8 +392,8 @@ class MambaFormerCache(Cache):
     def duplicate(self) -> "MambaFormerCache":
         """`fork`, also in the middle of a forward."""
         options = (self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
-        other = MambaFormerCache(*options, self.rollback_reach, self.model, facts=[])
-        other.facts, other.layers = self.facts, [layer.fork(other.lengths) for layer in self.layers]
+        other = MambaFormerCache(*options, self.rollback_reach, self.model, specs=[])
+        other.specs, other.layers = self.specs, [layer.fork(other.lengths) for layer in self.layers]
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()
         other.prepared_expert_vectors = self.prepared_expert_vectors
@@ -468,7 +476,7 @@ class MambaFormerCache(Cache):
         A layer has `mamba_cache` (`{"conv", "ssm"}`), `attn_kv_cache` (`{"keys", "values"}`), either of them `None`
         where there is none, and `cache_length`, the columns fed. Tensors are views of what the cache holds.
         """
-        starts_with_mamba = self.facts[:1] == [(False, True, None)]
+        starts_with_mamba = self.specs[:1] == [LayerSpec(is_recurrent=True)]
         names = ["initial_mamba"] if starts_with_mamba else []
         names += [f"layer_{idx}" for idx in range(len(self.layers) - len(names))]
         length, layers = self.get_seq_length(), zip(names, self.layers, strict=True)
@@ -480,8 +488,8 @@ class MambaFormerCache(Cache):
         Kinds are `keys`, `values`, `conv`, `ssm` and `past`, which is what `activate_past_recording` keeps.
         """
         found: dict[str, dict[str, int]] = {}
-        for facts, layer in zip(self.facts, self.layers, strict=True):
-            kinds = found.setdefault(_layer_type(*facts), {})
+        for spec, layer in zip(self.specs, self.layers, strict=True):
+            kinds = found.setdefault(_layer_type(spec), {})
             for store in layer.stores.values():
                 for kind, nbytes in store.nbytes().items():
                     kinds[kind] = kinds.get(kind, 0) + nbytes
@@ -494,13 +502,13 @@ class MambaFormerCache(Cache):
         return sum(sum(kinds.values()) for kinds in self.report().values())
 
 
-def _layer_type(has_attention: bool, has_mamba: bool, window: int | None) -> str:
-    """The name in `config.layer_types` of a layer with these facts."""
-    if not has_attention:
-        return "linear_attention" if has_mamba else "other"
-    if has_mamba:
-        return "hybrid" if window is None else "hybrid_sliding"
-    return "full_attention" if window is None else "sliding_attention"
+def _layer_type(spec: LayerSpec) -> str:
+    """The name in `config.layer_types` of a layer with this spec."""
+    if not spec.attends:
+        return "linear_attention" if spec.is_recurrent else "other"
+    if spec.is_recurrent:
+        return "hybrid" if spec.window is None else "hybrid_sliding"
+    return "full_attention" if spec.window is None else "sliding_attention"
 
 
 def _check_options(storage: str, max_cache_len: int | None, rollback_reach: int) -> None:

@@ -164,8 +164,8 @@ class RecurrentStore:
         self.commit()
 
     def spec(self, rows: int, columns: int, layer: Any) -> dict[str, StateSpec]:
-        mixer = next(each for each in layer.modules() if hasattr(each, "state_shapes"))  # `layer` may be wrapped
-        return {name: StateSpec((rows, *shape), is_wide=True) for name, shape in mixer.state_shapes().items()}
+        mixer = next(each for each in layer.modules() if hasattr(each, "state_specs"))  # `layer` may be wrapped
+        return {name: StateSpec((rows, *spec.shape), is_wide=True) for name, spec in mixer.state_specs().items()}
 
     def buffers(self) -> dict[str, torch.Tensor]:
         return dict(self.states)

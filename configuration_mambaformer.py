@@ -13,31 +13,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-# What each layer type is made of, in the order in which a token passes through it. The names are Transformers' own.
+# The mixers of each layer type, in the order in which a token passes through them. The names are Transformers' own;
+# "recurrent" is the mixer that `recurrent_mixer` names.
 LAYER_MIXERS = {
-    "linear_attention": ("mamba",),
+    "linear_attention": ("recurrent",),
     "full_attention": ("attention",),
     "sliding_attention": ("attention",),
-    "hybrid": ("attention", "mamba"),
-    "hybrid_sliding": ("attention", "mamba"),
-}
-# How tensor parallelism splits a mixer's modules; Mamba's styles are defined in `weights_parallel_mambaformer`.
-MIXER_SPLITS = {
-    "attention": {
-        "self_attn.q_proj": "colwise",
-        "self_attn.k_proj": "colwise",
-        "self_attn.v_proj": "colwise",
-        "self_attn.o_proj": "rowwise",
-    },
-    "mamba": {
-        "mamba": "mambaformer_channels",
-        "mamba.in_proj": "mambaformer_packed_channels",
-        "mamba.conv1d": "mambaformer_channels",
-        "mamba.x_proj": "rowwise",
-        "mamba.dt_proj": "colwise",
-        "mamba.out_proj": "rowwise",
-    },
-    "mlp": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
+    "hybrid": ("attention", "recurrent"),
+    "hybrid_sliding": ("attention", "recurrent"),
 }
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -131,6 +114,7 @@ FIELD_KINDS = {
     **dict.fromkeys(("mlp_bias", "attention_bias", "attention_output_bias", "mamba_conv_bias"), SWITCH),
     **dict.fromkeys(("mamba_proj_bias", "mamba_inner_norms", "tie_word_embeddings", "use_cache"), SWITCH),
     "hidden_act": Kind(f"one of {sorted(ACT2FN)}", lambda value: isinstance(value, str) and value in ACT2FN),
+    "recurrent_mixer": Kind("the name of a mixer", lambda value: isinstance(value, str) and value.isidentifier()),
     "layer_types": Kind(f"a list of layer types out of {sorted(LAYER_MIXERS)}", is_list_of_words, is_optional=True),
     "rope_parameters": Kind("a dict", lambda value: isinstance(value, dict), is_optional=True),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), TOKEN_ID),
@@ -186,8 +170,10 @@ class MambaFormerConfig(PreTrainedConfig):
     encoding nor MLP. The options below let the same classes express Llama-style, Mamba and dense Jamba checkpoints.
 
     Args:
-        layer_types: one entry a layer out of `"linear_attention"` (Mamba), `"full_attention"`, `"sliding_attention"`,
-            `"hybrid"` (attention, then Mamba) and `"hybrid_sliding"`. Default: Mamba first, hybrids after it.
+        layer_types: one entry a layer out of `"linear_attention"` (the recurrent mixer), `"full_attention"`,
+            `"sliding_attention"`, `"hybrid"` (attention, then the recurrent mixer) and `"hybrid_sliding"`. Default: a
+            recurrent layer first, hybrids after it.
+        recurrent_mixer: the recurrent mixer of all layers, a row of the table in `mixer_registry_mambaformer`.
         intermediate_size: width of the gated MLP that ends every layer; `None` builds no MLP.
         num_key_value_heads: heads of keys and values; `None` means as many as `num_attention_heads`.
         head_dim: width of one attention head; `None` means `hidden_size // num_attention_heads`.
@@ -217,6 +203,7 @@ class MambaFormerConfig(PreTrainedConfig):
     hidden_size: int = 512
     num_hidden_layers: int = 8
     layer_types: list[str] | None = None
+    recurrent_mixer: str = "mamba"
     intermediate_size: int | None = None
     hidden_act: str = "silu"
     mlp_bias: bool = False
@@ -267,7 +254,6 @@ class MambaFormerConfig(PreTrainedConfig):
         if without_position_encoding and not {"rope_theta", "rope_scaling"} & kwargs.keys():
             self.rope_parameters = None  # the parent fills in a default RoPE
         self._check()
-        self.base_model_tp_plan = self._split_of_each_layer()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -296,32 +282,13 @@ class MambaFormerConfig(PreTrainedConfig):
         return int(self.mamba_expand * self.hidden_size)
 
     def mixers(self, layer_idx: int) -> tuple[str, ...]:
-        """What layer `layer_idx` is made of: `"attention"`, `"mamba"` or both, in order."""
-        return LAYER_MIXERS[self.layer_types[layer_idx]]
+        """The mixers of layer `layer_idx`, in order: out of `"attention"`, `"recurrent"` and `"mlp"`."""
+        mixers = LAYER_MIXERS[self.layer_types[layer_idx]]
+        return mixers if self.intermediate_size is None else (*mixers, "mlp")
 
     def window(self, layer_idx: int) -> int | None:
         """Tokens that a query of layer `layer_idx` sees, itself included; `None` if it sees all or does not attend."""
         return self.sliding_window if self.layer_types[layer_idx] in SLIDING_LAYER_TYPES else None
-
-    def _split_of_each_layer(self) -> dict[str, str]:
-        used = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
-        used |= set() if self.intermediate_size is None else {"mlp"}
-        plan = {f"layers.*.{name}": style for mixer in sorted(used) for name, style in MIXER_SPLITS[mixer].items()}
-        return {"embed_tokens": "embedding_rowwise", **plan}
-
-    def check_tensor_parallel(self, num_processes: int):
-        """Raises a `ValueError` if heads or channels cannot be dealt out evenly to so many processes."""
-        names = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
-        sizes = {"num_attention_heads": "attention", "num_key_value_heads": "attention"}
-        uneven = [name for name, mixer in sizes.items() if mixer in names and getattr(self, name) % num_processes]
-        if "mamba" in names and self.mamba_intermediate_size % num_processes:
-            uneven.append("mamba_expand * hidden_size")
-        if self.intermediate_size is not None and self.intermediate_size % num_processes:
-            uneven.append("intermediate_size")
-        if uneven:
-            raise ValueError(
-                f"{uneven} cannot be split evenly over {num_processes} processes: load the model with fewer of them."
-            )
 
     def _check_kinds(self, arguments: dict[str, Any]):
         """Each field by itself, before anything is computed from it."""
@@ -360,9 +327,10 @@ class MambaFormerConfig(PreTrainedConfig):
                 f"`layer_types` has unknown entries {shown(unknown)}: choose from {sorted(LAYER_MIXERS)}."
             )
         FIELD_KINDS["head_dim"].check("head_dim", self.head_dim)
-        if any("attention" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
+        mixers = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
+        if "attention" in mixers:
             self._check_attention()
-        if self.hidden_act != "silu" and any("mamba" in self.mixers(idx) for idx in range(self.num_hidden_layers)):
+        if self.hidden_act != "silu" and "recurrent" in mixers and self.recurrent_mixer == "mamba":
             raise ValueError(f"`hidden_act` is {self.hidden_act!r} but Mamba layers need 'silu': set it to 'silu'.")
         self._check_values()
 

@@ -30,7 +30,7 @@ from .expert_vectors_mambaformer import (
 )
 from .inputs_padding_mambaformer import check_is_ours
 from .library_mambaformer import is_every_operation_seen
-from .modeling_stack_mambaformer import without_wrappers
+from .modeling_stack_mambaformer import places_of_model, without_wrappers
 from .weights_parallel_mambaformer import agreed, base_linear, mesh_of, placed_like, weight_of, writes_stamp
 from .weights_quantized_mambaformer import is_quantized
 from .weights_quantized_modules_mambaformer import check_can_be_read, matrix_of, shape_of
@@ -191,7 +191,9 @@ class ExpertRuntimeMixin(Model):
         """The linear modules that an expert vector may scale, by the names that expert vectors use."""
         prefix = "" if self.base_model is not self else "model."
         projections = {prefix + name: module for name, module in self.named_modules() if name.endswith("_proj")}
-        modules, head = without_wrappers(projections), self.get_output_embeddings()
+        layers = [place.layer for place in places_of_model(self.base_model) if place.layer is not None]
+        mixers = {name for layer in layers for name in layer.expert_names}
+        modules, head = without_wrappers(projections, mixers), self.get_output_embeddings()
         modules = modules if head is None else {**modules, "lm_head": head}
         modules = {name: base_linear(module) for name, module in modules.items()}
         # A module that a user put in has no weight that could be scaled, or one of another kind.

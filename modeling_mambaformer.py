@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -50,19 +49,13 @@ from .library_mambaformer import (
     cache_of,
     name_causal_model,
 )
-from .mixers_mambaformer import (
-    AttentionPlan,
-    MambaFormerAttention,
-    MambaFormerMambaMixer,
-    MambaFormerMLP,
-    MambaFormerRMSNorm,
-    MambaFormerRotaryEmbedding,
-    can_group,
-    plan_attention,
-)
+from .mixer_attention_mambaformer import MambaFormerAttention, MambaFormerRotaryEmbedding
+from .mixer_attention_masks_mambaformer import AttentionPlan, can_group, plan_attention
+from .mixer_base_mambaformer import MambaFormerRMSNorm, RecurrentMixer
+from .mixer_registry_mambaformer import mixers_of, tensor_parallel_plan
 from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
 from .modeling_saving_mambaformer import SavingMixin
-from .modeling_stack_mambaformer import Place, check_cache_fits, places_of_model
+from .modeling_stack_mambaformer import LayerSpec, Place, check_cache_fits, places_of_model
 from .ops_eligibility_mambaformer import replaceable_by_kernels
 from .weights_parallel_mambaformer import (
     CountsReplacements,
@@ -81,28 +74,27 @@ NO_EXPERTS: dict[str, Any] = {}
 
 @replaceable_by_kernels
 class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
-    """The mixers of one layer type and, if configured, an MLP, each behind a norm and beside a residual."""
+    """A sequence of steps, `hidden_states + mixer(norm(hidden_states))` each, for the mixers of one layer type."""
 
     _is_replayed = False
-    read_by_kernels = ("has_attention", "has_mamba", "has_mlp", "window")
+    read_by_kernels = ("steps", "window")
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.expert_names = {name: f"layers.{layer_idx}.{name}" for name in ("self_attn", "mamba", "mlp")}
-        mixers = config.mixers(layer_idx)
-        self.has_attention, self.has_mamba = "attention" in mixers, "mamba" in mixers
-        self.window = config.window(layer_idx)
-        self.has_mlp = config.intermediate_size is not None
-        if self.has_attention:
-            self.self_attn_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.self_attn = MambaFormerAttention(config, layer_idx)
-        if self.has_mamba:
-            self.mamba_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mamba = MambaFormerMambaMixer(config, layer_idx)
-        if self.has_mlp:
-            self.mlp_layernorm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.mlp = MambaFormerMLP(config)
+        mixers = {mixer.name: mixer for mixer in mixers_of(config, layer_idx)}
+        self.steps, self.window = tuple(mixers), config.window(layer_idx)
+        self.recurrent = frozenset(name for name, mixer in mixers.items() if issubclass(mixer, RecurrentMixer))
+        self.contexts = {name: mixer.context for name, mixer in mixers.items()}
+        self.expert_names = {name: f"layers.{layer_idx}.{name}" for name in mixers}
+        for name, mixer in mixers.items():
+            setattr(self, f"{name}_layernorm", MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps))
+            setattr(self, name, mixer(config, layer_idx))
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The properties that the layer's part of a cache depends on."""
+        return LayerSpec("self_attn" in self.steps, self.window, not self.recurrent.isdisjoint(self.steps))
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -124,39 +116,38 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         positions: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context = {
+            "attention": attention,
+            "position_embeddings": position_embeddings,
+            "cache": cache,
+            "lengths": lengths,
+            "positions": positions,
+        }
         attentions = None
-        if self.has_attention:
-            mixed, attentions = self.self_attn(
-                self.self_attn_layernorm(hidden_states),
-                attention,
-                self.experts_of("self_attn", experts),
-                position_embeddings,
-                cache,
-                **kwargs,
-            )
-            hidden_states = hidden_states + mixed
-        if self.has_mamba:
-            hidden_states = self.add_mamba(hidden_states, experts, cache, lengths, positions)
-        if self.has_mlp:
-            normed = self.mlp_layernorm(hidden_states)
-            hidden_states = hidden_states + self.mlp(normed, self.experts_of("mlp", experts))
+        for name in self.steps:
+            hidden_states, weights = self.step(name, hidden_states, experts, context, **kwargs)
+            attentions = weights if attentions is None else attentions
         return hidden_states, attentions
 
-    def add_mamba(
+    def step(
         self,
+        name: str,
         hidden_states: torch.Tensor,
         experts: dict[str, dict[str, ScaledBasis]],
-        cache: MambaFormerCache | None,
-        lengths: torch.Tensor | None,
-        positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The part of the layer that is Mamba."""
-        normed = self.mamba_layernorm(hidden_states)
-        experts = self.experts_of("mamba", experts)
-        return hidden_states + self.mamba(normed, experts, cache, lengths, positions)
+        context: dict[str, Any],
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step: the hidden states after it, and the attention weights if its mixer returns them."""
+        normed = getattr(self, f"{name}_layernorm")(hidden_states)
+        arguments = {argument: context[argument] for argument in self.contexts[name]}
+        if name == "self_attn":
+            arguments |= kwargs  # those of the attention function that a user has chosen
+        mixed = getattr(self, name)(normed, self.experts_of(name, experts), **arguments)
+        mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
+        return hidden_states + mixed, weights
 
     def experts_of(self, mixer: str, experts: dict[str, dict[str, ScaledBasis]]) -> dict[str, ScaledBasis]:
-        """Those of one mixer of this layer, by the names of its linear modules."""
+        """Prepared expert vectors of one mixer of this layer, by the names of its linear modules."""
         return experts.get(self.expert_names[mixer], NO_EXPERTS)
 
 
@@ -183,17 +174,8 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if not isinstance(module, MambaFormerMambaMixer):
-            return
-        # S4D-real and the step sizes of the paper (section 3.6): A = -(1 ... N), dt log-uniform in its range.
-        low, high = self.config.time_step_min, self.config.time_step_max
-        states = torch.arange(1, module.state_size + 1, dtype=torch.float32, device=module.A_log.device)
-        init.copy_(module.A_log, torch.log(states).expand_as(module.A_log))
-        init.ones_(module.D)
-        init.uniform_(module.dt_proj.weight, -(module.rank**-0.5), module.rank**-0.5)
-        uniform = torch.rand(module.dt_proj.bias.shape, device=module.dt_proj.bias.device)
-        dt = (low * (high / low) ** uniform).clamp(min=self.config.time_step_floor)
-        init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        if hasattr(module, "init_mixer_weights"):
+            module.init_mixer_weights(self.config)
 
     # ---- caches
 
@@ -248,6 +230,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
     """The stack without a head: token ids or embeddings -> hidden states (rows, tokens, hidden_size)."""
 
     def __init__(self, config: MambaFormerConfig):
+        config.base_model_tp_plan = tensor_parallel_plan(config)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MambaFormerLayer(config, idx) for idx in range(config.num_hidden_layers)])

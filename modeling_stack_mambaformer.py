@@ -1,21 +1,30 @@
-"""The layers as they stand in a stack: where each is, and the facts that its cache and its mask depend on.
+"""The layers as they stand in a stack: the place of each, and the spec that its cache and its mask depend on.
 
 Users remove, repeat, copy, replace and wrap layers. A layer then stands at another place than the one that it was
-made for, and the configuration may describe another layer. So a layer's facts are read from the layer, and its place
+made for, and the configuration may describe another layer. So a layer's spec is read from the layer, and its place
 is where it is found: `Place` gives it the part of the cache and the expert vectors that belong there.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-MIXERS = ("self_attn", "mamba", "mlp")
-# Whether a layer attends, whether it has Mamba, and how many tokens a query sees (`None`: all).
-Facts = tuple[bool, bool, int | None]
-NO_STATE: Facts = (False, False, None)
+
+class LayerSpec(NamedTuple):
+    """The properties of a layer that its cache and its mask depend on.
+
+    Args:
+        attends: whether it keeps keys and values.
+        window: tokens that a query sees, itself included; `None` for all.
+        is_recurrent: whether it keeps recurrent states.
+    """
+
+    attends: bool = False
+    window: int | None = None
+    is_recurrent: bool = False
 
 
 @dataclass(slots=True)
@@ -26,19 +35,19 @@ class Place:
         position: index in the stack, and in the layers of the cache.
         module: the module that is called: a layer, or what wraps it.
         layer: our layer inside of `module`; `None` where there is none.
-        facts: of the layer; a layer of another kind keeps nothing in the cache.
+        spec: of the layer; a layer of another kind keeps nothing in the cache.
         first: the first position of the same module, which names its linear modules.
     """
 
     position: int
     module: nn.Module
     layer: Any
-    facts: Facts
+    spec: LayerSpec
     first: int
 
     @property
     def window(self) -> int | None:
-        return self.facts[2]
+        return self.spec.window
 
     @property
     def is_as_made(self) -> bool:
@@ -103,9 +112,9 @@ def places_of(layers: Iterable[nn.Module]) -> list[Place]:
     found: list[Place] = []
     firsts: dict[int, int] = {}
     for position, module in enumerate(layers):
-        layer = module if "has_attention" in module.__dict__ else layer_inside(module)
-        facts = NO_STATE if layer is None else (layer.has_attention, layer.has_mamba, layer.window)
-        found.append(Place(position, module, layer, facts, firsts.setdefault(id(module), position)))
+        layer = module if "steps" in module.__dict__ else layer_inside(module)
+        spec = LayerSpec() if layer is None else layer.spec
+        found.append(Place(position, module, layer, spec, firsts.setdefault(id(module), position)))
     return found
 
 
@@ -115,7 +124,7 @@ def layer_inside(module: nn.Module) -> Any:
     Raises:
         ValueError: `module` wraps several.
     """
-    found = [each for each in module.modules() if "has_attention" in each.__dict__]
+    found = [each for each in module.modules() if "steps" in each.__dict__]
     if len(found) > 1:
         raise ValueError(
             f"A {type(module).__name__} in `layers` wraps {len(found)} layers, and each needs its own part of the "
@@ -129,10 +138,10 @@ def places_of_model(stack: Any) -> list[Place]:
     return places_of(list(stack.layers)[: stack.config.num_hidden_layers])
 
 
-def facts_of(config: Any) -> list[Facts]:
-    """The facts of all layers, as the configuration describes them."""
+def specs_of(config: Any) -> list[LayerSpec]:
+    """The specs of all layers, as the configuration describes them."""
     every = ((config.mixers(idx), config.window(idx)) for idx in range(config.num_hidden_layers))
-    return [("attention" in mixers, "mamba" in mixers, window) for mixers, window in every]
+    return [LayerSpec("attention" in mixers, window, "recurrent" in mixers) for mixers, window in every]
 
 
 def check_cache_fits(cache: Any, places: list[Place]) -> None:
@@ -141,37 +150,40 @@ def check_cache_fits(cache: Any, places: list[Place]) -> None:
     Raises:
         ValueError: the number or the kinds of layers differ.
     """
-    if cache.facts != [place.facts for place in places]:
+    if cache.specs != [place.spec for place in places]:
         raise ValueError(
-            f"The cache was made for {len(cache.facts)} layers and the model now has {len(places)}, or layers of "
+            f"The cache was made for {len(cache.specs)} layers and the model now has {len(places)}, or layers of "
             "other kinds: make a new cache with `model.make_cache()` after changing `model.layers`."
         )
 
 
-def without_wrappers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Linear modules by the names that expert vectors use, which do not name the wrappers around them."""
-    named = {name: _name_in_stack(name) for name in modules}
+def without_wrappers(modules: dict[str, nn.Module], mixers: Collection[str]) -> dict[str, nn.Module]:
+    """Linear modules by the names that expert vectors use, which do not name the wrappers around them.
+
+    `mixers` are the names of the mixers in their layers.
+    """
+    named = {name: _name_in_stack(name, mixers) for name in modules}
     taken = Counter(named.values())
     return {named[name] if taken[named[name]] == 1 else name: module for name, module in modules.items()}
 
 
-def _name_in_stack(name: str) -> str:
+def _name_in_stack(name: str, mixers: Collection[str]) -> str:
     """ "model.layers.3.inside.mlp._orig_mod.up_proj" -> "model.layers.3.mlp.up_proj"."""
     parts = name.split(".")
     if "layers" not in parts:
         return name
     start = parts.index("layers") + 2
-    mixer = next((i for i in range(start, len(parts) - 1) if parts[i] in MIXERS), None)
+    mixer = next((i for i in range(start, len(parts) - 1) if parts[i] in mixers), None)
     return name if mixer is None else ".".join([*parts[:start], parts[mixer], parts[-1]])
 
 
 __all__ = [
-    "Facts",
+    "LayerSpec",
     "Place",
     "check_cache_fits",
-    "facts_of",
     "layer_inside",
     "places_of",
     "places_of_model",
+    "specs_of",
     "without_wrappers",
 ]

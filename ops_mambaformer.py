@@ -1,4 +1,4 @@
-"""The two tensor functions that Mamba is made of; each takes and returns its recurrent state.
+"""The tensor functions of recurrent mixers; each takes and returns its recurrent state.
 
 Letters, after Mamba (arXiv 2312.00752). Activations are channels-last and packed: real tokens first, pads last.
 
@@ -166,6 +166,73 @@ def selective_scan(
             return scan(u, dt, A, B, C, D, gate, initial_state)
         y, state = scan(*_forgetting(u.to(dtype), dt.to(dtype), positions), A, B, C, None, None, initial_state)
         return _skip_and_gate(y, u, D, gate), state
+
+
+def matrix_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention with decay, and the delta rule: S <- exp(g) S; S <- S + k w^T; y = S^T q.
+
+    w is v, or with `beta` the correction beta (v - S^T k) (Gated DeltaNet, arXiv 2412.06464, equation 10; gated linear
+    attention, arXiv 2312.06635, equation 3; Mamba-2, arXiv 2405.21060, section 3). Arithmetic is in float32, or in
+    float64 if any input is.
+
+    Args:
+        q, k: (B, L, H, K). Row b holds `lengths[b]` real tokens and then pads, whose values are never used.
+        v: (B, L, H, V).
+        g: log decay, at most 0: (B, L, H), or (B, L, H, K) for a decay per channel.
+        beta: (B, L, H), or `None`.
+        initial_state: (B, H, K, V); `None` means zeros.
+        lengths: (B,) integers from 0 to L; `None` means that every token is real.
+        positions: (B, L) integers, the position of each token in its own sequence, where a row holds several: at
+            position 0 the state starts from zeros. `None` means that each row is one sequence.
+
+    Returns:
+        y: (B, L, H, V) in the dtype of v; zero at pads.
+        final_state: (B, H, K, V) in the dtype of the arithmetic, the state after each row's last real token.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+    """
+    (rows, length, heads, keys), values, stored = q.shape, v.shape[-1], v.dtype
+    of_token = (rows, length, heads)
+    _check_shapes(
+        k=(k, (*of_token, keys)),
+        v=(v, (*of_token, values)),
+        g=(g, of_token if g.ndim == 3 else (*of_token, keys)),
+        beta=(beta, of_token),
+        initial_state=(initial_state, (rows, heads, keys, values)),
+        lengths=(lengths, (rows,)),
+        positions=(positions, (rows, length)),
+    )
+    dtype, real = arithmetic_dtype(q, k, v, g, beta, initial_state), _real_tokens(lengths, length)
+    real = None if real is None else real[..., None]
+    g = g[..., None] if g.ndim == 3 else g
+    # A pad is the neutral input: no decay, nothing written, nothing read.
+    q, k, v, g = (_zero_pads(each, real).to(dtype) for each in (q, k, v, g))
+    beta = None if beta is None else _zero_pads(beta[..., None], real).to(dtype)
+    kept = torch.exp(g)
+    if positions is not None:
+        kept = torch.where((positions == 0)[:, :, None, None], 0, kept)
+    state = q.new_zeros(rows, heads, keys, values) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    with _without_autocast(q.device.type):
+        for t in range(length):
+            state = kept[:, t, :, :, None] * state
+            w = v[:, t]
+            if beta is not None:
+                w = beta[:, t] * (w - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+            state = state + k[:, t, :, :, None] * w[:, :, None]
+            outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    y = torch.stack(outputs, dim=1) if outputs else v
+    return y.to(stored), state
 
 
 def _forgetting(u: Tensor, dt: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

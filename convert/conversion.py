@@ -166,8 +166,8 @@ def _target_config(
     for layer_idx in new_layers:
         kind = fields["layer_types"][layer_idx]
         fields["layer_types"][layer_idx] = UPCYCLED[kind if window is None else "sliding_attention"]
-    has_mamba = any("mamba" in LAYER_MIXERS[kind] for kind in fields["layer_types"])
-    if has_mamba and fields["hidden_act"] != "silu":
+    is_recurrent = any("recurrent" in LAYER_MIXERS[kind] for kind in fields["layer_types"])
+    if is_recurrent and fields["hidden_act"] != "silu":
         raise ValueError(
             f"`hidden_act` is {fields['hidden_act']!r} in the source but Mamba blocks compute with 'silu': "
             "only a source without Mamba layers can keep it, converted without `upcycle`."

@@ -150,7 +150,7 @@ def _check_sizes(blocks: MambaBlocks, prefix: str) -> None:
 
 
 def _has_block(layer_type: str) -> bool:
-    return "mamba" in LAYER_MIXERS[layer_type]
+    return "recurrent" in LAYER_MIXERS[layer_type]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import gated_linear_attention  # noqa: F401  (adds a recurrent mixer)
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
 from mambaformer.convert import find_smollm2
 from reference import ReferenceRow, tuned_weights
@@ -45,6 +46,11 @@ PATTERNS = {
         "mamba_inner_norms": True,
         "mamba_expand": 1,
         "num_key_value_heads": 1,
+    },
+    "another_mixer": {
+        "layer_types": ["linear_attention", "hybrid_sliding"],
+        "recurrent_mixer": "gated_linear_attention",
+        "intermediate_size": 24,
     },
     "everything": {
         "layer_types": ALL_FIVE,

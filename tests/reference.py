@@ -12,7 +12,7 @@ import torch
 
 SLIDING = ("sliding_attention", "hybrid_sliding")
 WITH_ATTENTION = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
-WITH_MAMBA = ("linear_attention", "hybrid", "hybrid_sliding")
+RECURRENT = ("linear_attention", "hybrid", "hybrid_sliding")
 
 
 def reference_logits(state_dict, config_dict, token_rows, experts=None):
@@ -67,11 +67,10 @@ class ReferenceRow:
         self.config = config
         self.position = 0
         layers = range(config["num_hidden_layers"])
-        D = config["mamba_expand"] * config["hidden_size"]
         self.keys = [[] for _ in layers]  # per token (key/value heads, head size)
         self.values = [[] for _ in layers]
         self.conv_inputs = [[] for _ in layers]  # per token (D,)
-        self.h = [torch.zeros(D, config["mamba_d_state"], dtype=torch.float64) for _ in layers]
+        self.h = [0.0 for _ in layers]
 
     def copy(self):
         """Another reader that remembers the same text and goes on by itself."""
@@ -89,8 +88,10 @@ class ReferenceRow:
             at = Names(weights, f"model.layers.{layer}.", config["rms_norm_eps"])
             if kind in WITH_ATTENTION:
                 x = x + self.attention(layer, kind, at, at.norm("self_attn_layernorm", x))
-            if kind in WITH_MAMBA:
+            if kind in RECURRENT and config["recurrent_mixer"] == "mamba":
                 x = x + self.mamba(layer, at, at.norm("mamba_layernorm", x))
+            if kind in RECURRENT and config["recurrent_mixer"] == "gated_linear_attention":
+                x = x + self.gated_linear_attention(layer, at, at.norm("gla_layernorm", x))
             if config["intermediate_size"] is not None:
                 x = x + mlp(at, at.norm("mlp_layernorm", x))
         self.position += 1
@@ -147,6 +148,18 @@ class ReferenceRow:
         self.h[layer] = torch.exp(dt[:, None] * A) * self.h[layer] + (dt * u)[:, None] * B[None, :]
         y = self.h[layer] @ C + at["mamba.D"] * u
         return at.linear("mamba.out_proj", y * gate * torch.sigmoid(gate))
+
+    def gated_linear_attention(self, layer, at, x):
+        heads, size, K = self.config["num_attention_heads"], self.config["head_dim"], 3
+        queries, keys = (at.linear(f"gla.{name}", x).view(heads, size) for name in ("q_proj", "k_proj"))
+        self.conv_inputs[layer].append(at.linear("gla.v_proj", x))
+        values = at["gla.conv1d.bias"]
+        for back, old in enumerate(reversed(self.conv_inputs[layer][-K:])):
+            values = values + at["gla.conv1d.weight"][:, 0, K - 1 - back] * old
+        values = (values * torch.sigmoid(values)).view(heads, size)
+        decays = torch.sigmoid(at.linear("gla.g_proj", x))
+        self.h[layer] = decays[:, None, None] * self.h[layer] + keys[:, :, None] * values[:, None, :]
+        return at.linear("gla.o_proj", (self.h[layer] * queries[:, :, None]).sum(1).flatten())
 
 
 class Names:

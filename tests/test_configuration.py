@@ -17,7 +17,7 @@ def test_the_default_is_the_mambaformer_of_the_paper():
     config = MambaFormerConfig(num_hidden_layers=4)
     assert config.layer_types == ["linear_attention", "hybrid", "hybrid", "hybrid"]
     assert config.rope_parameters is None and config.intermediate_size is None
-    assert config.mixers(0) == ("mamba",) and config.mixers(1) == ("attention", "mamba")
+    assert config.mixers(0) == ("recurrent",) and config.mixers(1) == ("attention", "recurrent")
 
 
 def test_expert_vectors_are_read_under_their_older_name():

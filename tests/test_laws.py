@@ -189,7 +189,7 @@ def test_a_wrong_state_or_key_moves_the_logits(pattern):
         return torch.stack([reader.read(token, weights) for token in row[6:]])
 
     def zero_h(reader):
-        reader.h = [torch.zeros_like(h) for h in reader.h]
+        reader.h = [0.0 * h for h in reader.h]
 
     def zero_conv_inputs(reader):
         reader.conv_inputs = [[torch.zeros_like(x) for x in inputs] for inputs in reader.conv_inputs]
@@ -839,10 +839,13 @@ def test_half_precision_runs_near_the_oracle_with_wide_states(pattern, variant, 
     found = feed(model, cache, ragged_turns(random.Random(83), rows, count=3))
     wanted = reference_logits(model.state_dict(), config.to_dict(), rows)
     assert_same_logits([logits.double() for logits in found], wanted, 0.05 if dtype is torch.bfloat16 else 0.01)
-    width = config.mamba_intermediate_size
-    states = [tensor for tensor in tensors_in(cache.to_dict()) if tensor.shape == (3, width, config.mamba_d_state)]
-    mamba_layers = sum("mamba" in config.mixers(layer) for layer in range(config.num_hidden_layers))
-    assert [state.dtype for state in states] == [torch.float32] * mamba_layers
+    specs = [mixer.state_specs() for mixer in model.modules() if hasattr(mixer, "state_specs")]
+    stores = [layer.recurrent.state() for layer in cache.layers if layer.recurrent is not None]
+    assert len(specs) == sum("recurrent" in config.mixers(layer) for layer in range(config.num_hidden_layers))
+    for of_layer, states in zip(specs, stores, strict=True):
+        for name, spec in of_layer.items():
+            assert states[name].shape == (3, *spec.shape)
+            assert states[name].dtype is (torch.float32 if spec.is_wide else dtype)
 
 
 @every_random_pattern

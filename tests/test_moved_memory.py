@@ -276,8 +276,8 @@ def recurrence(states, weights):
 SINGLE_KERNELS = {
     "linear": (linear, [(WIDTH, WIDTH), (WIDTH,)], decode, "kernel_of"),
     "norm": (norm, [(WIDTH,)], decode, "kernel_of"),
-    "convolution": (convolution, [(WIDTH,)], scan, "_function"),
-    "recurrence": (recurrence, [(WIDTH, 8), (WIDTH,)], scan, "_function"),
+    "convolution": (convolution, [(WIDTH,)], scan, "kernel_of"),
+    "recurrence": (recurrence, [(WIDTH, 8), (WIDTH,)], scan, "kernel_of"),
 }
 
 

@@ -28,7 +28,7 @@ from in_two_processes import (
     start_of_training,
 )
 from mambaformer import MambaFormerForCausalLM
-from mambaformer.mixers_mambaformer import AttentionPlan
+from mambaformer.mixer_attention_masks_mambaformer import AttentionPlan
 
 # One worker runs all of this file, so that the two processes are started once.
 pytestmark = pytest.mark.xdist_group("placement")

@@ -1067,7 +1067,7 @@ def as_many_columns(tensors, session):
 
 
 def one_more_tensor(tensors, session):
-    tensors["layers.0.mamba.more"] = torch.ones(1)
+    tensors["layers.0.recurrent.more"] = torch.ones(1)
 
 
 def a_mask_of_other_bytes(tensors, session):
@@ -1106,9 +1106,12 @@ FORGERIES = {
     "keys of fewer rows": (with_tensor("layers.1.attention.values", lambda v: v[:2]), "layers.1.attention.values"),
     "keys as integers": (with_tensor("layers.1.attention.keys", lambda k: k.long()), "layers.1.attention.keys"),
     "keys in float32": (with_tensor("layers.1.attention.keys", lambda k: k.float()), "layers.1.attention.keys"),
-    "state of another shape": (with_tensor("layers.0.mamba.ssm", lambda s: s.mT), "layers.0.mamba.ssm"),
-    "window too long": (with_tensor("layers.0.mamba.conv", lambda c: torch.cat([c, c], 1)), "layers.0.mamba.conv"),
-    "state missing": (without_tensor("layers.0.mamba.conv"), "lacks"),
+    "state of another shape": (with_tensor("layers.0.recurrent.ssm", lambda s: s.mT), "layers.0.recurrent.ssm"),
+    "window too long": (
+        with_tensor("layers.0.recurrent.conv", lambda c: torch.cat([c, c], 1)),
+        "layers.0.recurrent.conv",
+    ),
+    "state missing": (without_tensor("layers.0.recurrent.conv"), "lacks"),
     "one more state": (one_more_tensor, "should not have"),
     "states said to be missing": (with_field("has_states", False), "should not have"),
     "no text": (with_field("columns", 0), "a text of 3 rows and 0 columns"),
@@ -1166,6 +1169,22 @@ def test_a_whole_file_with_wrong_content_is_refused(name, saved):
     forge, message = FORGERIES[name]
     with pytest.raises(ValueError, match=f"is no session that this model can go on from: .*{message}"):
         saved[0].load_cache(forged(saved[2], forge))
+
+
+def as_before_mixers(tensors, session):
+    """The names of a time when Mamba was the only recurrent mixer."""
+    del session["config"]["recurrent_mixer"]
+    for name in [name for name in tensors if ".recurrent." in name]:
+        tensors[name.replace(".recurrent.", ".mamba.")] = tensors.pop(name)
+
+
+def test_a_session_of_before_there_were_mixers_continues_bit_for_bit(saved):
+    model, cache, path = saved
+    old = forged(path, as_before_mixers)
+    assert any(".mamba.ssm" in name for name in contents_of(old)[0])
+    loaded = model.load_cache(old)
+    ids = some_ids(model, 3).expand(cache.batch_size, -1)
+    assert torch.equal(model(ids, cache=loaded).logits, model(ids, cache=cache).logits)
 
 
 def test_a_session_of_too_much_text_for_its_storage_is_refused(saved):

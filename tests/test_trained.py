@@ -73,7 +73,8 @@ def test_the_mamba_states_of_a_text_move_the_logits(name, state):
     cache, wanted = model.make_cache(), plain(model, row)[-8:]
     feed_row(model, cache, row[:-8])
     num_states = len(states_of(cache, state))
-    assert num_states == sum("mamba" in model.config.mixers(layer) for layer in range(model.config.num_hidden_layers))
+    config = model.config
+    assert num_states == sum("recurrent" in config.mixers(layer) for layer in range(config.num_hidden_layers))
 
     def moved_by_zeroing(which):
         fork = cache.fork()

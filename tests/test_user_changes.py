@@ -15,10 +15,13 @@ from transformers.activations import ACT2FN
 
 from cases import random_model, random_rows, tiny_config
 from mambaformer import decode_program_mambaformer as stack
-from mambaformer import mixers_mambaformer as mixers
 from mambaformer import modeling_mambaformer as modeling
 from mambaformer import ops_cpu_build_mambaformer as compiler
 from mambaformer import ops_cpu_decode_mambaformer as decode
+from mambaformer.mixer_attention_mambaformer import MambaFormerAttention
+from mambaformer.mixer_base_mambaformer import MambaFormerRMSNorm
+from mambaformer.mixer_mamba_mambaformer import MambaFormerConv1d, MambaFormerMambaMixer
+from mambaformer.mixer_mlp_mambaformer import MambaFormerMLP
 
 PROMPT, TOLERANCES = 5, {torch.float64: 1e-10, torch.float32: 1e-6}
 IDS = torch.tensor([random_rows(1)[0][:10]])
@@ -246,15 +249,15 @@ def wrap_lora(model, monkeypatch):
 
 CHANGES = {
     "nothing": lambda model, monkeypatch: None,
-    "class: norm": patch_class(mixers.MambaFormerRMSNorm),
+    "class: norm": patch_class(MambaFormerRMSNorm),
     "class: linear": patch_class(nn.Linear),
-    "class: mlp": patch_class(mixers.MambaFormerMLP),
-    "class: attention": patch_class(mixers.MambaFormerAttention),
-    "class: attention's core": patch_class(mixers.MambaFormerAttention, "attend"),
-    "class: mamba": patch_class(mixers.MambaFormerMambaMixer),
-    "class: mamba's recurrence": patch_class(mixers.MambaFormerMambaMixer, "advance"),
-    "class: mamba's selection": patch_class(mixers.MambaFormerMambaMixer, "selection"),
-    "class: convolution": patch_class(mixers.MambaFormerConv1d),
+    "class: mlp": patch_class(MambaFormerMLP),
+    "class: attention": patch_class(MambaFormerAttention),
+    "class: attention's core": patch_class(MambaFormerAttention, "attend"),
+    "class: mamba": patch_class(MambaFormerMambaMixer),
+    "class: mamba's recurrence": patch_class(MambaFormerMambaMixer, "recur"),
+    "class: mamba's selection": patch_class(MambaFormerMambaMixer, "selection"),
+    "class: convolution": patch_class(MambaFormerConv1d),
     "class: layer": patch_class(modeling.MambaFormerLayer),
     "class: layer's call": patch_class(modeling.MambaFormerLayer, "__call__"),
     "class: activation": patch_class(type(ACT2FN["silu"])),
@@ -451,10 +454,11 @@ BETWEEN_STEPS = {
     "another window": set_attribute("layers.2", window=3),
     "no window": set_attribute("layers.3", window=None),
     "a window": set_attribute("layers.4", window=3),
-    "no mlp": set_attribute("layers.0", has_mlp=False),
-    "nothing for an mlp": set_attribute("layers.0", has_mlp=False, mlp=None, mlp_layernorm=None),
-    "no attention": set_attribute("layers.1", has_attention=False),
-    "no mamba": set_attribute("layers.3", has_mamba=False),
+    "no mlp": set_attribute("layers.0", steps=("mamba",)),
+    "nothing for an mlp": set_attribute("layers.0", steps=("mamba",), mlp=None, mlp_layernorm=None),
+    "no attention": set_attribute("layers.1", steps=("mamba", "mlp")),
+    "no mamba": set_attribute("layers.3", steps=("self_attn", "mlp")),
+    "other order": set_attribute("layers.3", steps=("mlp", "mamba", "self_attn")),
     "no inner norms": set_attribute("layers.1.mamba", has_inner_norms=False),
     **{name: CHANGES[name] for name in CHANGES if name.startswith(("pruned", "instance", "hook"))},
 }

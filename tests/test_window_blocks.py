@@ -18,7 +18,7 @@ from cases import (
     shared_model,
     tiny_config,
 )
-from mambaformer import mixers_mambaformer as mixers
+from mambaformer import mixer_attention_masks_mambaformer as masks
 from mambaformer.cache_keys_mambaformer import Retention, Span, plan_layout
 
 WINDOWED = ["sliding", "sliding_sinks", "hybrid_sliding", "everything"]
@@ -30,15 +30,15 @@ every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
 def blocks(request, monkeypatch):
     """Blocks as small as the window, or of four queries; counts those that were made."""
     made = []
-    whole = mixers._query_blocks
+    whole = masks._query_blocks
 
     def counted(*args):
         for block in whole(*args):
             made.append(block)
             yield block
 
-    monkeypatch.setattr(mixers, "SMALLEST_BLOCK", request.param)
-    monkeypatch.setattr(mixers, "_query_blocks", counted)
+    monkeypatch.setattr(masks, "SMALLEST_BLOCK", request.param)
+    monkeypatch.setattr(masks, "_query_blocks", counted)
     yield made
     assert len(made) > 1
 
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_one_mask(monkeypatch):
     model, ids = random_model(tiny_config("everything")), torch.tensor([random_rows(4, (24, 1, 1))[0]])
     gradients = []
     for smallest in (128, 1):
-        monkeypatch.setattr(mixers, "SMALLEST_BLOCK", smallest)
+        monkeypatch.setattr(masks, "SMALLEST_BLOCK", smallest)
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
@@ -99,7 +99,7 @@ def test_blocks_are_the_mask_without_what_no_query_of_them_sees(retention, fed):
     queries, keys = span.positions(torch.device("cpu")), layout.key_positions
     mask = retention.is_visible(queries[0, :, None], keys[0])
     compared = 0
-    for block in mixers._query_blocks(retention, layout.num_stored, queries, keys):
+    for block in masks._query_blocks(retention, layout.num_stored, queries, keys):
         columns = torch.cat([torch.arange(keys.shape[1])[part] for part in block.keys])
         assert len(columns) == len(set(columns.tolist()))
         assert torch.equal(block.mask[0, 0], mask[block.queries][:, columns])
@@ -109,10 +109,10 @@ def test_blocks_are_the_mask_without_what_no_query_of_them_sees(retention, fed):
 
 
 def test_a_plan_on_another_device_has_its_blocks_there():
-    block = mixers.QueryBlock(slice(0, 2), (slice(0, 1), slice(3, 5)), torch.ones(1, 1, 2, 3, dtype=torch.bool))
-    plan = mixers.AttentionPlan(blocks=(block,))
+    block = masks.QueryBlock(slice(0, 2), (slice(0, 1), slice(3, 5)), torch.ones(1, 1, 2, 3, dtype=torch.bool))
+    plan = masks.AttentionPlan(blocks=(block,))
     (moved,) = plan.to("meta").blocks
     assert moved.mask.is_meta and moved.mask.shape == block.mask.shape
     assert (moved.queries, moved.keys) == (block.queries, block.keys) and not block.mask.is_meta
-    assert mixers.AttentionPlan().to("meta").mask is None
-    assert mixers.AttentionPlan(mask=block.mask).to("meta").mask.is_meta
+    assert masks.AttentionPlan().to("meta").mask is None
+    assert masks.AttentionPlan(mask=block.mask).to("meta").mask.is_meta

@@ -20,7 +20,6 @@ OWN_NAMES = "the weights of a checkpoint are named as the modules are; loading r
 NO_POSITIONS = "this configuration encodes no positions"
 NOT_CAUSAL = "angles that depend on the length of the text are refused: the logits would depend on how it is cut"
 NOTHING_WIDE = "no weights are kept in float32: the scan widens its arithmetic instead"
-NO_PLAN = "there is no plan for tensor parallelism"
 NOT_SHIPPED = "the source distribution has no generation tests to inherit from"
 
 NOT_APPLICABLE = {
@@ -49,8 +48,6 @@ NOT_APPLICABLE = {
 }
 if not is_complete():
     NOT_APPLICABLE["test_generation_tester_mixin_inheritance"] = NOT_SHIPPED
-if MambaFormerConfig().base_model_tp_plan is None:
-    NOT_APPLICABLE |= {"test_tp_plan_matches_params": NO_PLAN, "test_tied_head_has_a_tp_plan_entry": NO_PLAN}
 
 
 class MambaFormerTests(CommonTests):

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from .cache_history_mambaformer import CacheLengths
 from .cache_keys_mambaformer import Buffer, KeyValueStore, Removal, Retention, StateSpec
 from .cache_states_mambaformer import RecurrentStore
-from .modeling_stack_mambaformer import Facts
+from .modeling_stack_mambaformer import LayerSpec
 
 
 class CacheStore(Protocol):
@@ -82,7 +82,7 @@ class CacheLayer:
     def _set_up(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None) -> None:
         self.lengths, self.stores, self.max_columns = lengths, stores, max_cache_len
         self.attention: KeyValueStore | None = stores.get("attention")
-        self.recurrent: RecurrentStore | None = stores.get("mamba")
+        self.recurrent: RecurrentStore | None = stores.get("recurrent")
         self.is_sliding = self.attention is not None and self.attention.retention.window is not None
 
     @property
@@ -165,7 +165,7 @@ class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
 
 
 class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
-    """Convolution window and state of a Mamba layer."""
+    """Convolution window and matrix state of a recurrent layer."""
 
     supports_early_init = False
     number_of_states = 1
@@ -191,11 +191,11 @@ class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
 
     @property
     def has_previous_state(self) -> dict[int, bool]:
-        return {0: "ssm" in self.recurrent.states and not self.lengths.is_empty}
+        return {0: bool(self.recurrent.states) and not self.lengths.is_empty}
 
 
 class HybridCacheLayer(RecurrentCacheLayer, AttentionCacheLayer):
-    """Both, for a layer of attention and Mamba."""
+    """Both, for a layer of attention and a recurrent mixer."""
 
 
 class StatelessCacheLayer(AttentionCacheLayer):
@@ -208,22 +208,23 @@ class StatelessCacheLayer(AttentionCacheLayer):
 LAYER_CLASSES = {
     (): StatelessCacheLayer,
     ("attention",): AttentionCacheLayer,
-    ("mamba",): RecurrentCacheLayer,
-    ("attention", "mamba"): HybridCacheLayer,
+    ("recurrent",): RecurrentCacheLayer,
+    ("attention", "recurrent"): HybridCacheLayer,
 }
 
 
 def make_layer(
-    config, facts: Facts, lengths: CacheLengths, storage: str = "dense", max_columns: int | None = None
+    config, spec: LayerSpec, lengths: CacheLengths, storage: str = "dense", max_columns: int | None = None
 ) -> CacheLayer:
-    """An empty cache layer for a layer of these facts; its storage is fixed if `max_columns` is given."""
-    has_attention, has_mamba, window = facts
+    """An empty cache layer for a layer of this spec; its storage is fixed if `max_columns` is given."""
     stores: dict[str, CacheStore] = {}
-    if has_attention:
+    if spec.attends:
         row_shape = (config.num_key_value_heads, config.head_dim)
-        stores["attention"] = KeyValueStore(Retention.of(config, window), row_shape, max_columns, STORAGES[storage])
-    if has_mamba:
-        stores["mamba"] = RecurrentStore(is_fixed=max_columns is not None)
+        stores["attention"] = KeyValueStore(
+            Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage]
+        )
+    if spec.is_recurrent:
+        stores["recurrent"] = RecurrentStore(is_fixed=max_columns is not None)
     return LAYER_CLASSES[tuple(stores)](lengths, stores, max_columns)
 
 

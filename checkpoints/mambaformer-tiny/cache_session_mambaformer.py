@@ -6,6 +6,7 @@ a cache is built.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -158,6 +159,14 @@ def _states(cache) -> Iterator[tuple[str, Tensor]]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
+def _with_names_of_today(session: Session, tensors: dict[str, Tensor]) -> tuple[Session, dict[str, Tensor]]:
+    """A session that was saved when Mamba was the only recurrent mixer, under the names of today."""
+    if "recurrent_mixer" in session.config:
+        return session, tensors
+    tensors = {re.sub(r"^(layers\.\d+)\.mamba\.", r"\1.recurrent.", name): each for name, each in tensors.items()}
+    return replace(session, config={**session.config, "recurrent_mixer": "mamba"}), tensors
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def load_session(path, model, on_weights_change: str = "error", max_cache_len: int | None = None):
@@ -171,7 +180,7 @@ def load_session(path, model, on_weights_change: str = "error", max_cache_len: i
     if not is_sealed(header, tensors):
         raise ValueError(f"{path} holds something else than was saved (checksum mismatch): it is damaged.")
     try:
-        session = _session_of(header)
+        session, tensors = _with_names_of_today(_session_of(header), tensors)
         cache = model.make_cache(**_options_for(session, model.config, max_cache_len))
         _check_config(session, cache)
         experts = _check_experts(session, tensors, cache.model)

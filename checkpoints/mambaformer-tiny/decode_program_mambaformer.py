@@ -36,12 +36,13 @@ from .ops_cpu_interface_mambaformer import (
     fits_kernel,
     kernel_of,
 )
-from .ops_eligibility_mambaformer import SILU_TYPES, Watch, is_own_attention
+from .ops_eligibility_mambaformer import SILU_TYPES, Watch, is_of_own_type, is_own_attention
 
+_LOWERINGS = {"attention": ATTENTION, "mlp": MLP, "mamba": MAMBA}
 _PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"),
+    ATTENTION: ("q_proj", "k_proj", "v_proj", "o_proj"),
+    MLP: ("gate_proj", "up_proj", "down_proj"),
+    MAMBA: ("in_proj", "x_proj", "dt_proj", "out_proj"),
 }
 _INNER_NORMS = ("dt_layernorm", "b_layernorm", "c_layernorm")
 
@@ -143,14 +144,14 @@ class _Memory:
 
 
 class _Layers:
-    """The blocks of all layers as C structures, and what runs them: kernels, or a layer where Mamba is left to it."""
+    """The blocks of all layers as C structures, and what runs them: kernels, or a layer's own recurrent mixer."""
 
     def __init__(self, key: tuple, places: list[Place], experts: dict[str, dict[str, Any]]):
         self.key, self.experts, self.is_whole = key, experts, False
         self.attention: list[tuple[int, Place, nn.Module]] = []  # index of the block, where its layer is, mixer
-        self.mamba: list[tuple[int, Place]] = []
+        self.recurrent: list[tuple[int, Place, str]] = []  # index of the block, where its layer is, name of the mixer
         self.deltas: list[Tensor] = []
-        self.norms: list[nn.Module] = []  # of each block
+        self.norms: dict[int, nn.Module] = {}  # by index of the block
         self.memory = _Memory()
         self.watch = Watch(_modules_that_run(places))
         if self.watch.are_own:
@@ -160,19 +161,20 @@ class _Layers:
         dtype = self.dtype = self.key[1]
         blocks: list[Block | None] = []
         for place in places:
-            layer = place.layer
-            if layer.has_attention:
-                self.attention.append((len(blocks), place, layer.self_attn))
-                blocks.append(self._block(ATTENTION, place, "self_attn"))
-            if layer.has_mamba:
-                self.mamba.append((len(blocks), place))
-                blocks.append(self._block(MAMBA, place, "mamba"))
-            if layer.has_mlp:
-                blocks.append(self._block(MLP, place, "mlp"))
-        self.takes_mamba = all(blocks[index] is not None for index, _ in self.mamba)
-        for index, _ in self.mamba:
-            blocks[index] = blocks[index] or Block()  # which is left to the layer
-        self.widths = {norm.weight.shape[0] for norm in self.norms}
+            for name in place.layer.steps:
+                mixer = getattr(place.layer, name)
+                kind = _LOWERINGS[mixer.lowering] if _has_lowering(mixer) else None
+                if name in place.layer.recurrent:
+                    self.recurrent.append((len(blocks), place, name))
+                if kind == ATTENTION:
+                    self.attention.append((len(blocks), place, mixer))
+                if kind is not None:
+                    self.norms[len(blocks)] = getattr(place.layer, f"{name}_layernorm")
+                blocks.append(None if kind is None else self._block(kind, place, name))
+        self.has_recurrences = all(blocks[index] is not None for index, _, _ in self.recurrent)
+        for index, _, _ in self.recurrent:
+            blocks[index] = blocks[index] or Block(kind=MAMBA)  # never run: the layer runs its mixer
+        self.widths = {norm.weight.shape[0] for norm in self.norms.values()}
         is_known = len(self.widths) == 1 and None not in blocks
         self.is_whole = is_known and kernel_of("run_blocks", dtype) is not None
         self.blocks = (Block * len(blocks))(*blocks) if self.is_whole else None
@@ -180,14 +182,13 @@ class _Layers:
         for index, place, _ in self.attention if self.is_whole else ():
             self.blocks[index].plan = self.windows.index(place.window)
         self.in_one = [range(len(blocks))]
-        self.in_parts = list(_around(self.mamba, len(blocks)))
+        self.in_parts = list(_around(self.recurrent, len(blocks)))
 
     def _block(self, kind: int, place: Place, name: str) -> Block | None:
         layer = place.layer
         mixer, norm = getattr(layer, name), getattr(layer, f"{name}_layernorm")
-        self.norms.append(norm)
         scaled, block = layer.experts_of(name, place.experts_of(self.experts)), Block(kind=kind)
-        for i, short in enumerate(_PROJECTIONS[name]):
+        for i, short in enumerate(_PROJECTIONS[kind]):
             described = self._described(getattr(mixer, short), scaled.get(short))
             if described is None:
                 return None
@@ -257,8 +258,8 @@ class _Layers:
 
     def run(self, hidden_states: Tensor, step: "_Step", cache: Any, lengths: Tensor | None) -> Tensor | None:
         blocks = type(self.blocks).from_buffer_copy(self.blocks)  # other threads may run the same layers
-        for block, norm in zip(blocks, self.norms, strict=True):
-            block.eps = norm.variance_epsilon
+        for index, norm in self.norms.items():
+            blocks[index].eps = norm.variance_epsilon
         for index, place, mixer in self.attention:
             block, layout = blocks[index], step.layouts[place.window]
             block.scaling = mixer.scaling
@@ -269,8 +270,8 @@ class _Layers:
             block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]
             step.kept += keys, values
         parts, states = self.in_parts, None
-        if step.tokens.count == 1 and lengths is None and not cache.replay_reach and self.takes_mamba:
-            states = step.states_of(self.mamba, blocks, cache)
+        if step.tokens.count == 1 and lengths is None and not cache.replay_reach and self.has_recurrences:
+            states = step.states_of(self.recurrent, blocks, cache)
             parts = self.in_parts if states is None else self.in_one
         kernel, start = kernel_of("run_blocks", self.dtype), ctypes.addressof(blocks)
         if not fits_kernel()(ctypes.addressof(step.tokens), start, len(blocks), ctypes.addressof(step.plans)):
@@ -282,8 +283,9 @@ class _Layers:
                 kernel(inputs.data_ptr(), ctypes.addressof(step.tokens), first, len(part),
                        ctypes.addressof(step.plans), hidden_states.data_ptr(), get_num_threads())  # fmt: skip
             else:
-                experts, own_cache = part.experts_of(self.experts), part.cache_of(cache)
-                hidden_states = part.layer.add_mamba(hidden_states, experts, own_cache, lengths)
+                place, name = part
+                context = {"cache": place.cache_of(cache), "lengths": lengths, "positions": None}
+                hidden_states, _ = place.layer.step(name, hidden_states, place.experts_of(self.experts), context)
         for position, window, state in states or ():
             cache.layers[position].update_conv_state(window)
             cache.layers[position].update_recurrent_state(state)
@@ -294,20 +296,32 @@ def _modules_that_run(places: list[Place]) -> Iterator[nn.Module]:
     """All modules whose results the blocks compute; what is not ours, and what it holds, included."""
     for place in places:
         yield place.module
-        for module in place.module._modules.values():  # mixers and norms
-            if module is not None:
+        left_out = _run_as_modules(place.layer)
+        for name, module in place.module._modules.items():  # mixers and norms
+            if module is not None and name not in left_out:
                 yield module
                 yield from (child for child in module._modules.values() if child is not None)
 
 
-def _around(mamba: list[tuple[int, Place]], num_blocks: int) -> Iterator[Any]:
-    """Ranges of blocks, and between them the places of the layers whose Mamba comes next."""
+def _run_as_modules(layer: Any) -> set[str]:
+    """Recurrent mixers that no kernel stands in for, and their norms, by their names in the layer."""
+    names = () if layer is None else layer.recurrent.intersection(layer.steps)
+    names = [name for name in names if not _has_lowering(getattr(layer, name))]
+    return {*names, *(f"{name}_layernorm" for name in names)}
+
+
+def _has_lowering(mixer: nn.Module) -> bool:
+    return is_of_own_type(mixer) and mixer.lowering is not None
+
+
+def _around(recurrent: list[tuple[int, Place, str]], num_blocks: int) -> Iterator[Any]:
+    """Ranges of blocks, and between them the place and the name of each recurrent mixer."""
     start = 0
-    for index, place in [*mamba, (num_blocks, None)]:
+    for index, place, name in [*recurrent, (num_blocks, None, "")]:
         if index > start:
             yield range(start, index)
         if place is not None:
-            yield place
+            yield place, name
         start = index + 1
 
 
@@ -333,20 +347,20 @@ class _Step:
             self._like = self.hidden_states.new_empty(shape)
         return self._like
 
-    def states_of(self, mamba: list[tuple[int, Place]], blocks: Any, cache: Any) -> list[tuple] | None:
+    def states_of(self, recurrent: list[tuple[int, Place, str]], blocks: Any, cache: Any) -> list[tuple] | None:
         """Position, window and state of each Mamba block as they are to be; `None` if kernels do not take the old."""
         rows, stored = self.tokens.rows, self.hidden_states.dtype
         wide = torch.float64 if stored == torch.float64 else torch.float32
         found = []
-        for index, place in mamba:
-            block, mixer = blocks[index].mamba, place.layer.mamba
+        for index, place, name in recurrent:
+            block, mixer = blocks[index].mamba, getattr(place.layer, name)
             window = self.hidden_states.new_empty((rows, block.taps - 1, block.channels))
             state = self.hidden_states.new_empty((rows, block.channels, block.numbers), dtype=wide)
             old = cache.recurrent_states(place.position, self.hidden_states)
-            for name, new in (("conv", window), ("ssm", state)):
-                if name in old and not _is_like(old[name], new):
+            for state_name, new in (("conv", window), ("ssm", state)):
+                if state_name in old and not _is_like(old[state_name], new):
                     return None
-            block.window, block.state = (old[name].data_ptr() if name in old else 0 for name in ("conv", "ssm"))
+            block.window, block.state = (old[each].data_ptr() if each in old else 0 for each in ("conv", "ssm"))
             block.next_window, block.next_state = window.data_ptr(), state.data_ptr()
             if mixer.has_inner_norms:
                 block.eps[:] = [getattr(mixer, name).variance_epsilon for name in _INNER_NORMS]

@@ -7,6 +7,7 @@ from .expert_vectors_files_mambaformer import load_named_expert_vectors, save_ex
 from .files_folders_mambaformer import staged_folder
 from .generation_schedule_mambaformer import prepare_to_save
 from .library_mambaformer import UploadsFolders
+from .mixer_registry_mambaformer import check_can_be_split
 from .weights_parallel_mambaformer import base_linear, is_shard, num_shards
 from .weights_quantized_mambaformer import is_quantized, pack_for_this_processor, saved_as_quantized
 from .weights_quantized_modules_mambaformer import keep_codes_in_order
@@ -39,7 +40,7 @@ class SavingMixin(UploadsFolders, Model):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         pack_for_this_processor(model)
         keep_codes_in_order(model)
-        model.config.check_tensor_parallel(max(map(num_shards, model.linear_modules().values()), default=1))
+        check_can_be_split(model.config, max(map(num_shards, model.linear_modules().values()), default=1))
         load_named_expert_vectors(model.expert_vectors, model.config, pretrained_model_name_or_path, kwargs)
         return loaded
 

@@ -26,10 +26,17 @@ _RECORDED: list[tuple[type, str, Callable]] = []
 def replaceable_by_kernels(kind: type) -> type:
     """Class decorator: kernels may stand in for modules of exactly this type, as long as its methods stay.
 
-    `read_by_kernels` of the class names the attributes that are written down for kernels.
+    Methods that it inherits from our own classes count too. `read_by_kernels` of the class names the attributes that
+    are written down for kernels.
     """
-    names = [name for name, value in vars(kind).items() if isinstance(value, FunctionType) and name[:2] != "__"]
-    return _record(kind, ["forward", "__call__", *names])
+    own = [each for each in kind.__mro__ if each.__module__.endswith("_mambaformer")]
+    names = {
+        name: None
+        for each in own
+        for name, value in vars(each).items()
+        if isinstance(value, FunctionType) and name[:2] != "__"
+    }
+    return _record(kind, ["forward", "__call__", *(name for name in names if name != "forward")])
 
 
 def _record(kind: type, names: Iterable[str]) -> type:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mambaformer import MambaFormerForCausalLM
 from mambaformer.cache_keys_mambaformer import Span
-from mambaformer.mixers_mambaformer import AttentionPlan, plan_attention
+from mambaformer.mixer_attention_masks_mambaformer import AttentionPlan, plan_attention
 from mambaformer.modeling_stack_mambaformer import places_of_model
 
 STAGES = ("layers", "logits")
@@ -34,7 +34,7 @@ class Distillation(nn.Module):
         self.window, self.logits_every, self.stage = model.config.sliding_window, logits_every, STAGES[0]
         self.blocks = nn.ModuleDict()
         for idx, layer in enumerate(model.model.layers):
-            if layer.has_mamba:
+            if layer.spec.is_recurrent:
                 block = nn.ModuleDict({"mamba": layer.mamba, "mamba_layernorm": layer.mamba_layernorm})
                 self.blocks[str(idx)] = block.float().requires_grad_()
 
@@ -56,7 +56,7 @@ class Distillation(nn.Module):
 
     def attended(self, layer: nn.Module, hidden_states: torch.Tensor, plan: AttentionPlan, rotation) -> torch.Tensor:
         """The output of attention, (rows, tokens, hidden_size)."""
-        return layer.self_attn(layer.self_attn_layernorm(hidden_states), plan, {}, rotation)[0]
+        return layer.self_attn(layer.self_attn_layernorm(hidden_states), {}, plan, rotation)[0]
 
     def remembered(self, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """The output of the Mamba block, (rows, tokens, hidden_size), in float32."""
@@ -79,7 +79,7 @@ class Distillation(nn.Module):
         for layer in self.model.model.layers:
             with torch.no_grad():
                 whole = self.attended(layer, hidden_states, plans[None], rotation)
-            if layer.has_mamba:
+            if layer.spec.is_recurrent:
                 with torch.no_grad():
                     seen = self.attended(layer, hidden_states, plans[layer.window], rotation)
                     lost = whole.float() - seen.float()
@@ -103,7 +103,7 @@ class Distillation(nn.Module):
         hidden_states, plans, rotation = self.prepare(input_ids)
         for layer in self.model.model.layers:
             hidden_states = hidden_states + self.attended(layer, hidden_states, plans[layer.window], rotation)
-            if layer.has_mamba:
+            if layer.spec.is_recurrent:
                 hidden_states = hidden_states + self.remembered(layer, hidden_states).to(hidden_states.dtype)
             hidden_states = self.after_mlp(layer, hidden_states)
         return hidden_states

@@ -99,7 +99,7 @@ def models_of(source: Path, blocks: Path) -> tuple[dict[str, PreTrainedModel], o
     models |= {name: convert(loaded, blocks=blocks, dtype=torch.bfloat16) for name in ("untrained", "trained")}
     with torch.no_grad():
         for layer in models["untrained"].model.layers:
-            if layer.has_mamba:
+            if layer.spec.is_recurrent:
                 layer.mamba.out_proj.weight.zero_()
     return models, AutoTokenizer.from_pretrained(folder, **of_file)
 

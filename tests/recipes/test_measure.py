@@ -215,7 +215,7 @@ def test_other_blocks_do_not_have_the_stated_figures(world, shipped):
     blocks = shipped / "smollm2-hybrid/blocks.safetensors"
     hybrid = convert(world / "llama", blocks=blocks)
     for layer in hybrid.model.layers:
-        if layer.has_mamba:
+        if layer.spec.is_recurrent:
             torch.nn.init.zeros_(layer.mamba.out_proj.weight)
     save_blocks(hybrid, blocks)
     assert evaluate_hybrid(world, shipped) == 1

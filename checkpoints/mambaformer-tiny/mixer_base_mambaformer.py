@@ -1,0 +1,157 @@
+"""The mixer protocol, the recurrent mixer, and the RMS norm.
+
+A mixer sees left-aligned rows: the real tokens of a row come first, padding follows.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .cache_keys_mambaformer import StateSpec
+from .cache_mambaformer import MambaFormerCache
+from .cache_states_mambaformer import ReplaySegment, split_at_reach
+from .configuration_mambaformer import MambaFormerConfig
+from .expert_bases_mambaformer import at_least_float32
+from .expert_linear_mambaformer import ScaledBasis
+from .ops_cpu_decode_mambaformer import rms_normed
+from .ops_eligibility_mambaformer import replaceable_by_kernels
+from .weights_parallel_mambaformer import CountsReplacements
+
+
+@replaceable_by_kernels
+class MambaFormerRMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467, equation 4), computed in float32 at least."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = rms_normed(hidden_states, self.weight, self.variance_epsilon)
+        if normed is not None:
+            return normed
+        wide = hidden_states.to(at_least_float32(hidden_states.dtype))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class MambaFormerMixer(CountsReplacements):
+    """One part of a layer, with a norm in front of it and a residual around both.
+
+    A subclass takes `(hidden_states, vectors, **context)` and returns hidden states of the same shape, alone or with
+    attention weights. `vectors` are the prepared expert vectors by name of the linear module. The class says:
+
+    - `name`: its attribute in the layer, which is part of the names of its weights;
+    - `context`: the arguments of the layer's forward that it takes;
+    - `lowering`: the kind of block that a decode program makes of it; `None` runs it as a module;
+    - `tensor_parallel_plan`: how tensor parallelism splits its modules, by their names below the layer.
+    """
+
+    name: ClassVar[str]
+    context: ClassVar[tuple[str, ...]] = ()
+    lowering: ClassVar[str | None] = None
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    @classmethod
+    def split_sizes(cls, config: MambaFormerConfig) -> dict[str, int]:
+        """The sizes that the number of tensor-parallel processes must divide, by the field that sets them."""
+        return {}
+
+    def init_mixer_weights(self, config: MambaFormerConfig) -> None:
+        """Initializes the weights that need more than the model's normal distribution."""
+
+
+# Real tokens of each row (rows,); `None` when all are real.
+Lengths = Tensor | None
+States = dict[str, Tensor]
+
+
+class RecurrentMixer(MambaFormerMixer):
+    """A mixer with a state of fixed size: `before`, the recurrence `recur`, `after`.
+
+    The recurrence runs any number of tokens from any state. Its tape is what `advance` needs to repeat it without its
+    outputs, so that a cache can take tokens back; caches, sessions and rollback never ask which mixer it is.
+    """
+
+    context = ("cache", "lengths", "positions")
+
+    @abstractmethod
+    def before(self, hidden_states: Tensor, vectors: dict[str, ScaledBasis]) -> tuple[Tensor, ...]:
+        """The inputs of the recurrence, (rows, tokens, ...) each, from hidden states (rows, tokens, hidden)."""
+
+    @abstractmethod
+    def recur(
+        self,
+        states: States,
+        inputs: tuple[Tensor, ...],
+        vectors: dict[str, ScaledBasis],
+        lengths: Lengths = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, States, dict[str, Tensor] | None]:
+        """The recurrence over `inputs` from `states` ({} before the first token).
+
+        Args:
+            lengths: a token behind a row's length must leave the row's states as they are.
+            positions: (rows, tokens), positions of tokens in their own sequences: states start from zeros at 0.
+
+        Returns:
+            Outputs (rows, tokens, ...), the new states, and the tape: tensors (rows, tokens, ...) by name, or `None`
+            if `advance` cannot repeat these tokens.
+        """
+
+    @abstractmethod
+    def advance(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
+        """A pure function `(states, tape, lengths) -> states` that repeats the recurrence with today's weights."""
+
+    @abstractmethod
+    def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
+        """Hidden states (rows, tokens, hidden) from the outputs of the recurrence."""
+
+    @abstractmethod
+    def state_specs(self) -> dict[str, StateSpec]:
+        """The states that a cache keeps for this mixer, by name, with the shape of one row."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        vectors: dict[str, ScaledBasis],
+        cache: MambaFormerCache | None = None,
+        lengths: Lengths = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Left-aligned (rows, tokens, hidden) of which `lengths` (rows,) are real -> the same shape.
+
+        `positions` (rows, tokens) are given where a row without a cache holds several sequences.
+        """
+        inputs = self.before(hidden_states, vectors)
+        if cache is None:
+            mixed, _, _ = self.recur({}, inputs, vectors, lengths, positions)
+        else:
+            mixed = self._recur_in_cache(cache, inputs, vectors, lengths)
+        return self.after(mixed, inputs, vectors)
+
+    def _recur_in_cache(self, cache: MambaFormerCache, inputs: tuple[Tensor, ...], vectors: Any, lengths: Lengths):
+        store, states = cache.layers[self.layer_idx].recurrent, cache.recurrent_states(self.layer_idx, inputs[0])
+        outputs, segment, reach = [], None, cache.replay_reach
+        for tokens, real in split_at_reach(inputs[0].shape[1], lengths, reach):
+            part = tuple(each[:, tokens] for each in inputs)
+            mixed, new_states, tape = self.recur(states, part, vectors, real)
+            segment = None
+            if reach and tape is not None:  # a view of the inputs would keep those of a whole prompt in memory
+                views = {id(each) for each in part}
+                tape = {name: each.clone() if id(each) in views else each for name, each in tape.items()}
+                segment = ReplaySegment(tape, self.advance(), states, real)
+            states = new_states
+            outputs.append(mixed)
+        for name, state in states.items():
+            store.update(name, state)
+        store.record(segment, is_whole=len(outputs) == 1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -1,0 +1,37 @@
+"""The gated MLP that ends a layer."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_mambaformer import MambaFormerConfig
+from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
+from .mixer_base_mambaformer import MambaFormerMixer
+from .ops_cpu_decode_mambaformer import gated
+from .ops_eligibility_mambaformer import is_silu, replaceable_by_kernels
+
+
+@replaceable_by_kernels
+class MambaFormerMLP(MambaFormerMixer):
+    """Gated MLP (arXiv 2002.05202, equation 6)."""
+
+    name, lowering = "mlp", "mlp"
+    tensor_parallel_plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    @classmethod
+    def split_sizes(cls, config: MambaFormerConfig) -> dict[str, int]:
+        return {"intermediate_size": config.intermediate_size}
+
+    def forward(self, hidden_states: torch.Tensor, vectors: dict[str, ScaledBasis]) -> torch.Tensor:
+        gates = apply_expert_linear(self.gate_proj, hidden_states, vectors.get("gate_proj"))
+        states = apply_expert_linear(self.up_proj, hidden_states, vectors.get("up_proj"))
+        inner = gated(gates, states) if is_silu(self.act_fn) else None
+        inner = self.act_fn(gates) * states if inner is None else inner
+        return apply_expert_linear(self.down_proj, inner, vectors.get("down_proj"))

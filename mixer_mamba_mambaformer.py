@@ -1,0 +1,139 @@
+"""Mamba-1, the selective state space mixer."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .cache_keys_mambaformer import StateSpec
+from .configuration_mambaformer import MambaFormerConfig
+from .expert_bases_mambaformer import at_least_float32
+from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
+from .mixer_base_mambaformer import Lengths, MambaFormerRMSNorm, RecurrentMixer, States
+from .ops_eligibility_mambaformer import is_replaceable, replaceable_by_kernels
+from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
+from .weights_parallel_mambaformer import mesh_of_inputs, used_by_shards
+
+
+@replaceable_by_kernels
+class MambaFormerConv1d(nn.Conv1d):
+    """The causal convolution of `causal_conv1d`, as a module, so that whoever moves or splits weights sees it run."""
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        initial_state: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return causal_conv1d(inputs, self.weight[:, 0], self.bias, initial_state, lengths, positions)
+
+
+@replaceable_by_kernels
+class MambaFormerMambaMixer(RecurrentMixer):
+    """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), optionally with Jamba's inner norms."""
+
+    name, lowering = "mamba", "mamba"
+    read_by_kernels = ("has_inner_norms", "rank", "state_size")
+    tensor_parallel_plan = {  # the styles of Mamba are defined in `weights_parallel_mambaformer`
+        "mamba": "mambaformer_channels",
+        "mamba.in_proj": "mambaformer_packed_channels",
+        "mamba.conv1d": "mambaformer_channels",
+        "mamba.x_proj": "rowwise",
+        "mamba.dt_proj": "colwise",
+        "mamba.out_proj": "rowwise",
+    }
+
+    def __init__(self, config: MambaFormerConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        channels, self.state_size, self.rank = (
+            config.mamba_intermediate_size,
+            config.mamba_d_state,
+            config.mamba_dt_rank,
+        )
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
+        self.conv1d = MambaFormerConv1d(
+            channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
+        )
+        self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
+        self.dt_proj = nn.Linear(self.rank, channels, bias=True)
+        self.A_log = nn.Parameter(torch.empty(channels, self.state_size))
+        self.D = nn.Parameter(torch.ones(channels))
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.mamba_proj_bias)
+        if config.mamba_inner_norms:
+            self.dt_layernorm = MambaFormerRMSNorm(self.rank, config.rms_norm_eps)
+            self.b_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
+            self.c_layernorm = MambaFormerRMSNorm(self.state_size, config.rms_norm_eps)
+        self.has_inner_norms = config.mamba_inner_norms
+
+    @classmethod
+    def split_sizes(cls, config: MambaFormerConfig) -> dict[str, int]:
+        return {"mamba_expand * hidden_size": config.mamba_intermediate_size}
+
+    @torch.no_grad()
+    def init_mixer_weights(self, config: MambaFormerConfig) -> None:
+        """S4D-real and the step sizes of the paper (section 3.6): A = -(1 ... N), dt log-uniform in its range."""
+        low, high = config.time_step_min, config.time_step_max
+        states = torch.arange(1, self.state_size + 1, dtype=torch.float32, device=self.A_log.device)
+        init.copy_(self.A_log, torch.log(states).expand_as(self.A_log))
+        init.ones_(self.D)
+        init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        uniform = torch.rand(self.dt_proj.bias.shape, device=self.dt_proj.bias.device)
+        dt = (low * (high / low) ** uniform).clamp(min=config.time_step_floor)
+        init.copy_(self.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def before(self, hidden_states: Tensor, vectors: dict[str, ScaledBasis]) -> tuple[Tensor, ...]:
+        """Inputs of the convolution and the gate, (rows, tokens, channels) each."""
+        return apply_expert_linear(self.in_proj, hidden_states, vectors.get("in_proj")).chunk(2, dim=-1)
+
+    def recur(
+        self,
+        states: States,
+        inputs: tuple[Tensor, ...],
+        vectors: dict[str, ScaledBasis],
+        lengths: Lengths = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, States, dict[str, Tensor] | None]:
+        """Convolution and selective scan, gated."""
+        x, gate = inputs
+        u, window = self.conv1d(x, states.get("conv"), lengths, positions)
+        dt, B, C = self.selection(u, vectors)
+        options = {"lengths": lengths, "dt_softplus": True, "A_is_log": True, "positions": positions}
+        y, state = selective_scan(u, dt, self.A_log, B, C, self.D, gate, states.get("ssm"), **options)
+        # `advance` does not call the module of the convolution.
+        tape = {"x": x, "u": u, "dt": dt, "B": B} if is_replaceable(self.conv1d) else None
+        return y, {"conv": window, "ssm": state}, tape
+
+    def advance(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
+        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))  # a copy: training may go on
+        return functools.partial(_advance_states, A, self.conv1d.kernel_size[0])
+
+    def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
+        return apply_expert_linear(self.out_proj, mixed, vectors.get("out_proj"))
+
+    def state_specs(self) -> dict[str, StateSpec]:
+        channels, _, kernel_size = self.conv1d.weight.shape
+        return {
+            "conv": StateSpec((kernel_size - 1, channels)),
+            "ssm": StateSpec((channels, self.state_size), is_wide=True),
+        }
+
+    def selection(self, inputs: Tensor, vectors: dict[str, ScaledBasis]) -> tuple[Tensor, ...]:
+        """The step sizes before softplus (rows, tokens, channels), and B and C (rows, tokens, state size)."""
+        sizes = [self.rank, self.state_size, self.state_size]
+        dt, B, C = apply_expert_linear(self.x_proj, inputs, vectors.get("x_proj")).split(sizes, dim=-1)
+        if self.has_inner_norms:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        mesh = mesh_of_inputs(self.x_proj)
+        if mesh is not None:
+            B, C = used_by_shards(B, mesh), used_by_shards(C, mesh)
+        return apply_expert_linear(self.dt_proj, dt, vectors.get("dt_proj")), B, C
+
+
+def _advance_states(A: Tensor, kernel_size: int, states: States, tape: dict[str, Tensor], lengths: Lengths) -> States:
+    window = conv_window(tape["x"], kernel_size, states.get("conv"), lengths)
+    u, dt, B, state = tape["u"], tape["dt"], tape["B"], states.get("ssm")
+    _, state = selective_scan(u, dt, A, B, B, initial_state=state, lengths=lengths, dt_softplus=True)
+    return {"conv": window, "ssm": state}

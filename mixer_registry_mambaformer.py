@@ -1,0 +1,60 @@
+"""The table of mixers: the kinds in `config.mixers` and the values of `config.recurrent_mixer`, with their classes.
+
+A new recurrent mixer is a file `mixer_..._mambaformer.py` and a row here.
+"""
+
+from .configuration_mambaformer import MambaFormerConfig
+from .mixer_attention_mambaformer import MambaFormerAttention
+from .mixer_base_mambaformer import MambaFormerMixer
+from .mixer_mamba_mambaformer import MambaFormerMambaMixer
+from .mixer_mlp_mambaformer import MambaFormerMLP
+
+MIXERS: dict[str, type[MambaFormerMixer]] = {"attention": MambaFormerAttention, "mlp": MambaFormerMLP}
+RECURRENT_MIXERS: dict[str, type[MambaFormerMixer]] = {"mamba": MambaFormerMambaMixer}
+
+
+def mixers_of(config: MambaFormerConfig, layer_idx: int) -> list[type[MambaFormerMixer]]:
+    """The mixers of one layer, in the order in which a token passes through them.
+
+    Raises:
+        ValueError: `config.recurrent_mixer` names no mixer.
+    """
+    return [_class_of(config, kind) for kind in config.mixers(layer_idx)]
+
+
+def _class_of(config: MambaFormerConfig, kind: str) -> type[MambaFormerMixer]:
+    if kind != "recurrent":
+        return MIXERS[kind]
+    if config.recurrent_mixer not in RECURRENT_MIXERS:
+        raise ValueError(f"`recurrent_mixer` is {config.recurrent_mixer!r}: choose one of {sorted(RECURRENT_MIXERS)}.")
+    return RECURRENT_MIXERS[config.recurrent_mixer]
+
+
+def _used_mixers(config: MambaFormerConfig) -> dict[str, type[MambaFormerMixer]]:
+    found = [mixer for idx in range(config.num_hidden_layers) for mixer in mixers_of(config, idx)]
+    return {mixer.name: mixer for mixer in found}
+
+
+def tensor_parallel_plan(config: MambaFormerConfig) -> dict[str, str]:
+    """`base_model_tp_plan` of Transformers for the mixers that a configuration uses."""
+    plans = [mixer.tensor_parallel_plan for mixer in _used_mixers(config).values()]
+    return {"embed_tokens": "embedding_rowwise"} | {
+        f"layers.*.{name}": style for plan in plans for name, style in plan.items()
+    }
+
+
+def check_can_be_split(config: MambaFormerConfig, num_processes: int) -> None:
+    """Refuses a number of tensor-parallel processes that does not divide heads or channels.
+
+    Raises:
+        ValueError: names the fields.
+    """
+    sizes = [mixer.split_sizes(config) for mixer in _used_mixers(config).values()]
+    uneven = [name for fields in sizes for name, size in fields.items() if size % num_processes]
+    if uneven:
+        raise ValueError(
+            f"{uneven} cannot be split evenly over {num_processes} processes: load the model with fewer of them."
+        )
+
+
+__all__ = ["MIXERS", "RECURRENT_MIXERS", "check_can_be_split", "mixers_of", "tensor_parallel_plan"]
