@@ -312,13 +312,23 @@ class SingularBases:
             ranks: how many directions of each; default: all.
             in_weights_dtype: bases in the dtype of their weights instead of float32.
         """
-        found: dict[str, SingularBasis] = {}
+        bases: dict[str, SingularBasis] = {}
+        self.visit_all(weights, bases.__setitem__, ranks, in_weights_dtype)
+        return bases
+
+    def visit_all(
+        self,
+        weights: Mapping[str, Callable[[], Tensor]],
+        visit: Callable[[str, SingularBasis], None],
+        ranks: Mapping[str, int] | None = None,
+        in_weights_dtype: bool = False,
+    ) -> None:
+        """`get_all` for a function of name and basis, called while the processor's caches still hold the weight."""
 
         def use(request: _Request, whole: SingularBasis | None) -> None:
-            found[request.name] = request.from_memory() if whole is None else request.keep(whole)
+            visit(request.name, request.from_memory() if whole is None else request.keep(whole))
 
         self._each(weights, use, ranks or {}, in_weights_dtype)
-        return found
 
     def prepare(self, named_weights: Mapping[str, Tensor | Callable[[], Tensor]], progress: bool | None = None):
         """Compute the bases that are neither on disk nor in memory, and keep them on disk, so that `get` is quick.

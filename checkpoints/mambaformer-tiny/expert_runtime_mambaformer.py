@@ -367,10 +367,13 @@ class ExpertRuntimeMixin(Model):
         for name, module in modules.items():
             _check_can_be_merged_into(name, module)
         merged = []
-        for name, basis in self._bases_of(modules).items():
+
+        def merge(name: str, basis: SingularBasis) -> None:
             check_spectrum(expert_vector, name, basis.values)
             weight = merged_weight(weight_of(modules[name]), basis, expert_vector.vectors[name].detach())
             merged.append((modules[name], placed_like(weight, modules[name].weight)))
+
+        self._bases.visit_all({name: functools.partial(weight_of, each) for name, each in modules.items()}, merge)
         return merged
 
     def unmerge_expert_vector(self) -> None:
