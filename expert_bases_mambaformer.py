@@ -326,7 +326,9 @@ class SingularBases:
         """`get_all` for a function of name and basis, called while the processor's caches still hold the weight."""
 
         def use(request: _Request, whole: SingularBasis | None) -> None:
-            visit(request.name, request.from_memory() if whole is None else request.keep(whole))
+            with _undisturbed(request.name):
+                basis = request.from_memory() if whole is None else request.keep(whole)
+            visit(request.name, basis)
 
         self._each(weights, use, ranks or {}, in_weights_dtype)
 
@@ -339,8 +341,9 @@ class SingularBases:
 
         def use(request: _Request, whole: SingularBasis | None) -> None:
             entry = request.entry
-            if entry.unsaved is not None and self._save(entry.digest, entry.unsaved):
-                entry.unsaved = None
+            with _undisturbed(request.name):
+                if entry.unsaved is not None and self._save(entry.digest, entry.unsaved):
+                    entry.unsaved = None
 
         self._each(weights, use, {}, is_shown=True if progress is None else progress)
 
@@ -358,7 +361,8 @@ class SingularBases:
         def finish() -> None:
             request = waiting.popleft()
             with _undisturbed(request.name):
-                use(request, self._finish(request, *request.whole.result()))
+                whole = self._finish(request, *request.whole.result())
+            use(request, whole)
 
         workers = min(torch.get_num_threads(), MOST_WORKERS, len(weights))
         progress = self._progress(len(weights), is_shown)
@@ -368,10 +372,10 @@ class SingularBases:
                     weight = weight_of()
                     dtype = weight.dtype if in_weights_dtype else None
                     request = self._request(name, weight, ranks.get(name), dtype)
-                    if request.is_in_memory:
-                        use(request, None)
-                        progress.step()
-                        continue
+                if request.is_in_memory:
+                    use(request, None)
+                    progress.step()
+                    continue
                 is_small = weight.device.type == "cpu" and min(weight.shape) <= SIDE_BY_SIDE
                 request.whole = (threads.submit if is_small else completed)(self._find, request, weight, progress)
                 waiting.append(request)
