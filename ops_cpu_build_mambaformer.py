@@ -19,6 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import nn
@@ -85,6 +86,10 @@ def are_readable(*tensors: torch.Tensor | None) -> bool:
     return not is_every_operation_seen()
 
 
+@overload
+def held(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def held(tensor: None) -> None: ...
 def held(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The same numbers, whose memory lives as long as the result: another thread may give a weight other memory."""
     return None if tensor is None else tensor.detach()
@@ -172,7 +177,7 @@ def _loaded(path: Path, functions: Sequence[str], values: Mapping[str, int]) -> 
             # Reports of sanitizers name lines only of a file that is still there under the name it was loaded by.
             library = ctypes.CDLL(str(path.resolve() if os.environ.get(SANITIZERS) else path))
             fault = _disagreement(library, functions, values)
-            if fault is None:
+            if not fault:
                 return library
         except OSError as error:
             logger.info("%s cannot be loaded: %s", path.name, error)
@@ -180,8 +185,8 @@ def _loaded(path: Path, functions: Sequence[str], values: Mapping[str, int]) -> 
     return fault
 
 
-def _disagreement(library: ctypes.CDLL, functions: Sequence[str], values: Mapping[str, int]) -> str | None:
-    """The first difference between a library and the interface that Python declares; `None` if there is none."""
+def _disagreement(library: ctypes.CDLL, functions: Sequence[str], values: Mapping[str, int]) -> str:
+    """The first difference between a library and the interface that Python declares; empty if there is none."""
     for function in functions:
         if not hasattr(library, function):
             return f"lacks functions, {function} for one: use another compiler"
@@ -193,7 +198,7 @@ def _disagreement(library: ctypes.CDLL, functions: Sequence[str], values: Mappin
                 f"disagrees with Python about {name} ({found}, not {expected}): its code is of two versions, so load "
                 "or install it again"
             )
-    return None
+    return ""
 
 
 def _is_whole(library: bytes) -> bool:

@@ -21,69 +21,91 @@ PLAIN, INT8, INT4 = range(3)
 ATTENTION, MLP, MAMBA = range(3)
 
 
-def structure(name: str, fields: str, **types: Any) -> type[ctypes.Structure]:
-    """The C structure `name`. Fields are integers of 64 bits, pointers among them, unless `types` says otherwise."""
-    declared = [(field, types.get(field, ctypes.c_int64)) for field in fields.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": declared})
+def _fields(names: str, **types: Any) -> list[tuple[str, Any]]:
+    """The fields of a structure: integers of 64 bits, pointers among them, unless `types` says otherwise."""
+    return [(name, types.get(name, ctypes.c_int64)) for name in names.split()]
 
 
-def as_integers(of: type[ctypes.Structure]) -> type[ctypes.Array]:
+def as_integers(structure: type[ctypes.Structure]) -> type[ctypes.Array]:
     """The same memory as an array of integers, which is faster to fill than a structure of structures."""
-    return ctypes.c_int64 * (ctypes.sizeof(of) // 8)
+    return ctypes.c_int64 * (ctypes.sizeof(structure) // 8)
 
 
-_STRIDES = ctypes.c_int64 * 3
+class View(ctypes.Structure):
+    _fields_ = _fields("data row token")
 
-View = structure("View", "data row token")
-Shares = structure("Shares", "lengths rows length channels splits threads positions")
-Convolution = structure(
-    "Convolution", "x y weight bias initial_state final_state taps shares", x=View, y=View, shares=Shares
-)
-ConvolutionGradient = structure(
-    "ConvolutionGradient",
-    "of dy dx dfinal_state dweight dbias dinitial_state",
-    of=Convolution,
-    dy=View,
-    dx=View,
-)
-Scan = structure(
-    "Scan",
-    "B C u dt gate y A D initial_state final_state checkpoints numbers dt_softplus A_is_log shares",
-    **dict.fromkeys(("B", "C", "u", "dt", "gate", "y"), View),
-    shares=Shares,
-)
-ScanGradient = structure(
-    "ScanGradient",
-    "of dy du ddt dgate dfinal_state dA dB dC dD dinitial_state",
-    of=Scan,
-    **dict.fromkeys(("dy", "du", "ddt", "dgate"), View),
-)
-Weight = structure(
-    "Weight",
-    "kind data scale bias outputs inputs group has_narrow_scales "
-    "basis basis_stride rank delta delta_stride on_outputs",
-)
-Shape = structure(
-    "Shape",
-    "rows key_heads group queries keys width query key value mask_row mask_query",
-    **dict.fromkeys(("query", "key", "value"), _STRIDES),
-)
-Recurrence = structure(
-    "Recurrence",
-    "conv_weight conv_bias A_log D channels taps numbers rank norms eps window next_window state next_state",
-    norms=ctypes.c_int64 * 3,
-    eps=ctypes.c_double * 3,
-)
-Block = structure(
-    "Block",
-    "kind norm eps weights scaling heads key_heads head_dim plan keys values capacity mamba",
-    eps=ctypes.c_double,
-    weights=Weight * 4,
-    scaling=ctypes.c_double,
-    mamba=Recurrence,
-)
-Plan = structure("Plan", "mask mask_row mask_query keys first_slot slots slots_row")
-Tokens = structure("Tokens", "rows count width cosines sines angle_row")
+
+class Shares(ctypes.Structure):
+    _fields_ = _fields("lengths rows length channels splits threads positions")
+
+
+class Convolution(ctypes.Structure):
+    _fields_ = _fields(
+        "x y weight bias initial_state final_state taps shares", **dict.fromkeys(("x", "y"), View), shares=Shares
+    )
+
+
+class ConvolutionGradient(ctypes.Structure):
+    _fields_ = _fields(
+        "of dy dx dfinal_state dweight dbias dinitial_state", of=Convolution, **dict.fromkeys(("dy", "dx"), View)
+    )
+
+
+class Scan(ctypes.Structure):
+    _fields_ = _fields(
+        "B C u dt gate y A D initial_state final_state checkpoints numbers dt_softplus A_is_log shares",
+        **dict.fromkeys(("B", "C", "u", "dt", "gate", "y"), View),
+        shares=Shares,
+    )
+
+
+class ScanGradient(ctypes.Structure):
+    _fields_ = _fields(
+        "of dy du ddt dgate dfinal_state dA dB dC dD dinitial_state",
+        of=Scan,
+        **dict.fromkeys(("dy", "du", "ddt", "dgate"), View),
+    )
+
+
+class Weight(ctypes.Structure):
+    _fields_ = _fields(
+        "kind data scale bias outputs inputs group has_narrow_scales "
+        "basis basis_stride rank delta delta_stride on_outputs"
+    )
+
+
+class Shape(ctypes.Structure):
+    _fields_ = _fields(
+        "rows key_heads group queries keys width query key value mask_row mask_query",
+        **dict.fromkeys(("query", "key", "value"), ctypes.c_int64 * 3),
+    )
+
+
+class Recurrence(ctypes.Structure):
+    _fields_ = _fields(
+        "conv_weight conv_bias A_log D channels taps numbers rank norms eps window next_window state next_state",
+        norms=ctypes.c_int64 * 3,
+        eps=ctypes.c_double * 3,
+    )
+
+
+class Block(ctypes.Structure):
+    _fields_ = _fields(
+        "kind norm eps weights scaling heads key_heads head_dim plan keys values capacity mamba",
+        eps=ctypes.c_double,
+        weights=Weight * 4,
+        scaling=ctypes.c_double,
+        mamba=Recurrence,
+    )
+
+
+class Plan(ctypes.Structure):
+    _fields_ = _fields("mask mask_row mask_query keys first_slot slots slots_row")
+
+
+class Tokens(ctypes.Structure):
+    _fields_ = _fields("rows count width cosines sines angle_row")
+
 
 STRUCTURES = (
     View, Shares, Convolution, ConvolutionGradient, Scan, ScanGradient, Weight, Shape, Recurrence, Block, Plan, Tokens,
@@ -100,7 +122,7 @@ VALUES = {
     "ATTENTION": ATTENTION,
     "MLP": MLP,
     "MAMBA": MAMBA,
-    **{of.__name__: ctypes.sizeof(of) for of in STRUCTURES},
+    **{structure.__name__: ctypes.sizeof(structure) for structure in STRUCTURES},
 }
 
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double, "i": ctypes.c_int}
@@ -146,7 +168,10 @@ def kernel_of(name: str, *stored: torch.dtype) -> Any:
 @lru_cache
 def fits_kernel() -> Any:
     """The C function that returns whether blocks read and write keys within their capacity."""
-    function = kernels().fits
+    library = kernels()
+    if library is None:
+        raise RuntimeError("There are no kernels: ask `kernels()` before.")
+    function = library.fits
     function.argtypes, function.restype = [_TYPES[kind] for kind in "ppnp"], ctypes.c_int
     return function
 
