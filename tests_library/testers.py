@@ -44,6 +44,7 @@ class CommonTests(
     model_classes = ()
     fields = {}
     not_applicable = {}
+    model_tester_class = Tester
     model_tester = None
 
     @property
@@ -58,7 +59,7 @@ class CommonTests(
         reason = self.not_applicable.get(self._testMethodName)
         if reason is not None:
             self.skipTest(f"not applicable: {reason}")
-        self.model_tester = Tester(self.config_class, self.model_classes, self.fields)
+        self.model_tester = self.model_tester_class(self.config_class, self.model_classes, self.fields)
         torch.manual_seed(0)
 
     def test_config(self):
