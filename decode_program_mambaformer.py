@@ -187,7 +187,7 @@ class _Layers:
     def _block(self, kind: int, place: Place, name: str) -> Block | None:
         layer = place.layer
         mixer, norm = getattr(layer, name), getattr(layer, f"{name}_layernorm")
-        scaled, block = layer.experts_of(name, place.experts_of(self.experts)), Block(kind=kind)
+        scaled, block = layer.vectors_of(name, place.vectors_of(self.experts)), Block(kind=kind)
         for i, short in enumerate(_PROJECTIONS[kind]):
             described = self._described(getattr(mixer, short), scaled.get(short))
             if described is None:
@@ -285,7 +285,7 @@ class _Layers:
             else:
                 place, name = part
                 context = {"cache": place.cache_of(cache), "lengths": lengths, "positions": None}
-                hidden_states, _ = place.layer.step(name, hidden_states, place.experts_of(self.experts), context)
+                hidden_states, _ = place.layer.step(name, hidden_states, place.vectors_of(self.experts), context)
         for position, window, state in states or ():
             cache.layers[position].update_conv_state(window)
             cache.layers[position].update_recurrent_state(state)

@@ -14,7 +14,7 @@ from .configuration_mambaformer import MambaFormerConfig
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .inputs_padding_mambaformer import Packing
-from .mixer_attention_masks_mambaformer import AttentionPlan
+from .mixer_attention_masks_mambaformer import AttentionMasks
 from .mixer_base_mambaformer import MambaFormerMixer
 from .ops_cpu_decode_mambaformer import few_queries_attention, rotated
 from .ops_eligibility_mambaformer import is_own_attention, replaceable_by_kernels
@@ -115,7 +115,7 @@ class MambaFormerAttention(MambaFormerMixer):
         self,
         hidden_states: torch.Tensor,
         vectors: dict[str, ScaledBasis],
-        attention: AttentionPlan,
+        attention: AttentionMasks,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: MambaFormerCache | None = None,
         **kwargs,
@@ -133,9 +133,9 @@ class MambaFormerAttention(MambaFormerMixer):
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return apply_expert_linear(self.o_proj, mixed.flatten(2), vectors.get("o_proj")), weights
 
-    def attend(self, query, key, value, attention: AttentionPlan, **kwargs):
+    def attend(self, query, key, value, attention: AttentionMasks, **kwargs):
         """Attention of (rows, heads, tokens, head_dim): (rows, tokens, heads, head_dim), and its weights."""
-        if attention.of_groups:
+        if attention.groups:
             return self._attend_groups(query, key, value, attention, **kwargs), None
         dropout = self.attention_dropout if self.training else 0.0
         if dropout == 0.0 and not torch.compiler.is_compiling() and is_own_attention(attention.implementation):
@@ -149,18 +149,18 @@ class MambaFormerAttention(MambaFormerMixer):
         if not attention.blocks:
             return forward(query, key, value, attention.mask)
         mixed = [
-            forward(query[:, :, block.queries], block.seen(key), block.seen(value), block.mask)[0]
+            forward(query[:, :, block.queries], block.select_keys(key), block.select_keys(value), block.mask)[0]
             for block in attention.blocks
         ]
         return torch.cat(mixed, dim=1), None
 
-    def _attend_groups(self, query, key, value, attention: AttentionPlan, **kwargs) -> torch.Tensor:
+    def _attend_groups(self, query, key, value, attention: AttentionMasks, **kwargs) -> torch.Tensor:
         """`attend` of packed rows: sequences of similar length are the rows of a batch."""
         shape = (query.shape[0], query.shape[2])
         flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-        groups = zip(*(attention.sequences.group(states) for states in flat), attention.of_groups, strict=True)
+        groups = zip(*(attention.sequences.group(states) for states in flat), attention.groups, strict=True)
         mixed = [
-            self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), plan, **kwargs)[0]
-            for q, k, v, plan in groups
+            self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), masks, **kwargs)[0]
+            for q, k, v, masks in groups
         ]
         return attention.sequences.ungroup(mixed).unflatten(0, shape)

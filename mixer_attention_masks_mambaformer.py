@@ -2,162 +2,179 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .cache_keys_mambaformer import Layout, Retention, Span, plan_uncached
+from .cache_mambaformer import MambaFormerCache
+from .configuration_mambaformer import MambaFormerConfig
 from .inputs_packing_mambaformer import Sequences
 from .inputs_padding_mambaformer import Packing
 from .modeling_stack_mambaformer import Place
 
-# Attention that leaves out the causal mask by itself; whatever needs another mask falls back on the first of them.
+# Implementations that apply the causal mask without a tensor; other masks are left to the first of them.
 CAUSAL_BY_ITSELF = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-SMALLEST_BLOCK = 128  # queries of a layer with a window that are computed at a time; fewer are not worth the calls
+SMALLEST_BLOCK = 128  # queries of a layer with a window in one call; smaller blocks cost more calls than they save
 
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Queries of a layer with a window, and the keys that any of them may see: all of a text is never compared.
+    """Queries of a layer with a window, and the keys that any of them may see.
+
+    Blocks keep the work proportional to the window: a query is never compared with all keys of a long sequence.
 
     Args:
-        queries: which of the forward's tokens.
-        keys: parts of the keys, in order.
-        mask: (rows, 1, queries, keys of these parts).
+        queries: the range of the forward's tokens.
+        keys: ranges of the keys, in order.
+        mask: (rows, 1, queries, keys of these ranges).
     """
 
     queries: slice
     keys: tuple[slice, ...]
     mask: torch.Tensor
 
-    def seen(self, states: torch.Tensor) -> torch.Tensor:
-        """What a block sees of (rows, heads, keys, head_dim)."""
+    def select_keys(self, states: torch.Tensor) -> torch.Tensor:
+        """The part of keys or values (rows, heads, keys, head_dim) that the block sees."""
         parts = [states[:, :, part] for part in self.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """What attention layers that retain alike share in one forward: the mask and the implementation that takes it.
+class AttentionMasks:
+    """The mask of one forward, and the attention implementation that takes it; layers with equal windows share it.
 
-    `packing` is the way back to the order of the tokens, given when the weights are to be returned. `blocks` stand for
-    the mask where there are many more tokens than a window has. `sequences` are those of packed rows, with one plan in
-    `of_groups` for each of their groups.
+    Args:
+        mask: in the form of the implementation; `None` means causal, or that a single query sees all keys.
+        implementation: the name of an attention function of Transformers.
+        packing: restores the order of the tokens; present if attention weights are returned.
+        blocks: replace the mask where there are many more tokens than a window has.
+        sequences: the sequences of packed rows, with the masks of each of their groups in `groups`.
     """
 
-    mask: Any = None
+    mask: torch.Tensor | BlockMask | None = None
     implementation: str = "sdpa"
     packing: Packing | None = None
     blocks: tuple[QueryBlock, ...] = ()
     sequences: Sequences | None = None
-    of_groups: tuple["AttentionPlan", ...] = ()
+    groups: tuple["AttentionMasks", ...] = ()
 
-    def to(self, device, non_blocking: bool = False) -> "AttentionPlan":
-        """The same for a layer on `device`; Accelerate asks for it where layers are on several."""
-        if self.of_groups:
-            of_groups = tuple(plan.to(device, non_blocking) for plan in self.of_groups)
-            return replace(self, sequences=self.sequences.to(device, non_blocking), of_groups=of_groups)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionMasks":
+        """The same masks on `device`; Accelerate calls this where layers are on several devices."""
+        if self.sequences is not None and self.groups:
+            groups = tuple(masks.to(device, non_blocking) for masks in self.groups)
+            return replace(self, sequences=self.sequences.to(device, non_blocking), groups=groups)
         if self.mask is None and not self.blocks:
             return self
         blocks = tuple(replace(block, mask=block.mask.to(device, non_blocking=non_blocking)) for block in self.blocks)
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        mask = self.mask
+        if mask is not None:  # a mask of flex attention takes no other argument
+            mask = mask.to(device) if isinstance(mask, BlockMask) else mask.to(device, non_blocking=non_blocking)
         return replace(self, mask=mask, blocks=blocks)
 
 
-def plan_attention(
+def make_attention_masks(
     places: list[Place],
-    config,
+    config: MambaFormerConfig,
     span: Span,
-    cache,
+    cache: MambaFormerCache | None,
     hidden_states: torch.Tensor,
     packing: Packing | None,
     sequences: Sequences | None = None,
-) -> dict[int | None, AttentionPlan]:
-    """One plan for each retention of the layers in these places, by its window.
+) -> dict[int | None, AttentionMasks]:
+    """The masks of the layers in these places, by their windows.
 
     `packing` is given when the attention weights are to be returned, which only written-out attention can.
     """
-    found = {}
+    by_window: dict[int | None, AttentionMasks] = {}
     packing = packing if config._attn_implementation == "eager" else None
     for place in places:
         attends, window, _ = place.spec
-        if attends and window not in found:
+        if attends and window not in by_window:
             retention, device = Retention.of(config, window), hidden_states.device
             layout = plan_uncached(retention, span, device) if cache is None else cache.layout(place.position)
             if sequences is None:
-                plan = _attention_plan(config, retention, layout, span, hidden_states)
+                masks = _make_masks(config, retention, layout, span, hidden_states)
             else:
-                plan = _packed_attention_plan(config, retention, sequences, hidden_states)
-            found[window] = replace(plan, packing=packing)
-    return found
+                masks = _make_packed_masks(config, retention, sequences, hidden_states)
+            by_window[window] = replace(masks, packing=packing)
+    return by_window
 
 
-def can_group(config, output_attentions: bool | None) -> bool:
-    """Whether attention of packed rows may look at their borders, and need not return its weights."""
+def can_group(config: MambaFormerConfig, output_attentions: bool | None) -> bool:
+    """Whether attention of packed rows may read the lengths of their sequences, and need not return its weights."""
     implementation = config._attn_implementation
     is_shown = config.output_attentions if output_attentions is None else output_attentions
     is_shown = is_shown and implementation == "eager"
     return not (torch.compiler.is_compiling() or implementation == "flex_attention" or is_shown)
 
 
-def _packed_attention_plan(config, retention: Retention, sequences: Sequences, hidden_states) -> AttentionPlan:
+def _implementation_of(config: MambaFormerConfig) -> str:
+    return config._attn_implementation or "eager"
+
+
+def _make_packed_masks(
+    config: MambaFormerConfig, retention: Retention, sequences: Sequences, hidden_states: torch.Tensor
+) -> AttentionMasks:
     if not sequences.groups:
-        implementation, positions, numbers = config._attn_implementation, sequences.positions, sequences.numbers
+        implementation, positions, numbers = _implementation_of(config), sequences.positions, sequences.numbers
         implementation = "sdpa" if implementation.startswith("flash") else implementation
-        return _masked_plan(config, retention, implementation, positions, positions, hidden_states, numbers)
-    device, of_groups = hidden_states.device, []
+        return _masks_from_positions(config, retention, implementation, positions, positions, hidden_states, numbers)
+    device, groups = hidden_states.device, []
     for group in sequences.groups:
         span = Span(group.length)
-        of_groups.append(
-            _attention_plan(config, retention, plan_uncached(retention, span, device), span, hidden_states)
-        )
-    return AttentionPlan(sequences=sequences, of_groups=tuple(of_groups))
+        layout = plan_uncached(retention, span, device)
+        groups.append(_make_masks(config, retention, layout, span, hidden_states))
+    return AttentionMasks(sequences=sequences, groups=tuple(groups))
 
 
-def _attention_plan(config, retention: Retention, layout: Layout, span: Span, hidden_states) -> AttentionPlan:
-    implementation, device = config._attn_implementation, hidden_states.device
+def _make_masks(
+    config: MambaFormerConfig, retention: Retention, layout: Layout, span: Span, hidden_states: torch.Tensor
+) -> AttentionMasks:
+    implementation, device = _implementation_of(config), hidden_states.device
     key_positions = layout.key_positions
     if key_positions is None and (implementation in CAUSAL_BY_ITSELF or span.num_tokens == 1):
-        return AttentionPlan(None, implementation)
+        return AttentionMasks(None, implementation)
     if implementation.startswith("flash"):
         implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
     query_positions = span.positions(device)
     key_positions = query_positions if key_positions is None else key_positions
     num_queries = query_positions.shape[1]
     rows = max(query_positions.shape[0], key_positions.shape[0])
-    is_cut = implementation == "sdpa" and retention.window is not None and not isinstance(num_queries, torch.SymInt)
-    if is_cut and num_queries > _block_size(retention):
+    window = retention.window
+    can_cut = implementation == "sdpa" and not isinstance(num_queries, torch.SymInt)
+    if window is not None and can_cut and num_queries > _block_size(window):
         query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
-        blocks = _query_blocks(retention, layout.num_stored, query_positions, key_positions)
-        return AttentionPlan(None, implementation, blocks=tuple(blocks))
-    return _masked_plan(config, retention, implementation, query_positions, key_positions, hidden_states)
+        blocks = _query_blocks(retention, window, layout.num_stored, query_positions, key_positions)
+        return AttentionMasks(None, implementation, blocks=tuple(blocks))
+    return _masks_from_positions(config, retention, implementation, query_positions, key_positions, hidden_states)
 
 
-def _masked_plan(
-    config,
+def _masks_from_positions(
+    config: MambaFormerConfig,
     retention: Retention,
     implementation: str,
     query_positions: torch.Tensor,
     key_positions: torch.Tensor,
     hidden_states: torch.Tensor,
     sequences: torch.Tensor | None = None,
-) -> AttentionPlan:
-    """A mask from positions (rows or 1, queries) and (rows or 1, keys), for the implementation's own kind.
+) -> AttentionMasks:
+    """The mask of `implementation`, from positions (rows or 1, queries) and (rows or 1, keys).
 
-    `sequences` (rows, tokens) tells the sequence of each token, of queries and keys alike, where a row has several.
+    `sequences` (rows, tokens) numbers the sequence of each token, of queries and keys alike, where a row has several.
     """
     num_queries, num_keys, device = query_positions.shape[1], key_positions.shape[1], hidden_states.device
     rows = max(query_positions.shape[0], key_positions.shape[0])
     if implementation == "flex_attention":
-        # It asks about every row of the batch, and about whole blocks, also beyond the last query and key.
+        # It calls `is_visible` for every row of the batch, and for full blocks, beyond the last query and key too.
         rows = hidden_states.shape[0]
-        query_positions, key_positions = _whole_blocks(query_positions), _whole_blocks(key_positions)
-        sequences = None if sequences is None else _whole_blocks(sequences)
+        query_positions, key_positions = _pad_to_blocks(query_positions), _pad_to_blocks(key_positions)
+        sequences = None if sequences is None else _pad_to_blocks(sequences)
     query_positions, key_positions = query_positions.expand(rows, -1), key_positions.expand(rows, -1)
 
-    def is_visible(row, head, query, key):
+    def is_visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         visible = retention.is_visible(query_positions[row, query], key_positions[row, key])
         return visible if sequences is None else visible & (sequences[row, query] == sequences[row, key])
 
@@ -172,24 +189,24 @@ def _masked_plan(
         device=device,
         config=config,
     )
-    return AttentionPlan(mask, implementation)
+    return AttentionMasks(mask, implementation)
 
 
-def _block_size(retention: Retention) -> int:
-    return max(retention.window, SMALLEST_BLOCK)
+def _block_size(window: int) -> int:
+    return max(window, SMALLEST_BLOCK)
 
 
 def _query_blocks(
-    retention: Retention, num_stored: int, query_positions: torch.Tensor, key_positions: torch.Tensor
+    retention: Retention, window: int, num_stored: int, query_positions: torch.Tensor, key_positions: torch.Tensor
 ) -> Iterator[QueryBlock]:
-    """Blocks of adjoining queries, from the positions of (rows, queries) and of (rows, stored and new keys).
+    """Blocks of adjoining queries, from positions (rows, queries) and (rows, stored and new keys).
 
-    Rows are packed, so that what lies a window back in the columns does so in the positions of all rows.
+    Rows are left-aligned, so a distance of a window in columns is one in the positions of every row.
     """
-    num_queries, size, sinks = query_positions.shape[1], _block_size(retention), retention.sinks
+    num_queries, size, sinks = query_positions.shape[1], _block_size(window), retention.sinks
     for start in range(0, num_queries, size):
-        end, first = min(start + size, num_queries), max(0, start - retention.window + 1)  # first: of the new keys
-        stored = num_stored if start < retention.window else min(sinks, num_stored)
+        end, first = min(start + size, num_queries), max(0, start - window + 1)  # first: of the new keys
+        stored = num_stored if start < window else min(sinks, num_stored)
         ends = ((0, stored), (num_stored, num_stored + min(sinks, first)), (num_stored + first, num_stored + end))
         keys = tuple(slice(*part) for part in ends if part[0] < part[1])
         positions = torch.cat([key_positions[:, part] for part in keys], dim=1)
@@ -197,5 +214,5 @@ def _query_blocks(
         yield QueryBlock(slice(start, end), keys, visible[:, None])
 
 
-def _whole_blocks(positions: torch.Tensor) -> torch.Tensor:
+def _pad_to_blocks(positions: torch.Tensor) -> torch.Tensor:
     return F.pad(positions, (0, -positions.shape[1] % 128), value=-1)

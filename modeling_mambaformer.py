@@ -50,7 +50,7 @@ from .library_mambaformer import (
     name_causal_model,
 )
 from .mixer_attention_mambaformer import MambaFormerAttention, MambaFormerRotaryEmbedding
-from .mixer_attention_masks_mambaformer import AttentionPlan, can_group, plan_attention
+from .mixer_attention_masks_mambaformer import AttentionMasks, can_group, make_attention_masks
 from .mixer_base_mambaformer import MambaFormerRMSNorm, RecurrentMixer
 from .mixer_registry_mambaformer import mixers_of, tensor_parallel_plan
 from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
@@ -69,7 +69,7 @@ from .weights_version_mambaformer import SeenWeights, weights_stamp, without_cou
 
 logger = logging.get_logger(__name__)
 
-NO_EXPERTS: dict[str, Any] = {}
+NO_VECTORS: dict[str, ScaledBasis] = {}
 
 
 @replaceable_by_kernels
@@ -108,8 +108,8 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention: AttentionPlan | None,
-        experts: dict[str, dict[str, ScaledBasis]],
+        attention: AttentionMasks | None,
+        expert_vectors: dict[str, dict[str, ScaledBasis]],
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: MambaFormerCache | None = None,
         lengths: torch.Tensor | None = None,
@@ -125,7 +125,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         }
         attentions = None
         for name in self.steps:
-            hidden_states, weights = self.step(name, hidden_states, experts, context, **kwargs)
+            hidden_states, weights = self.step(name, hidden_states, expert_vectors, context, **kwargs)
             attentions = weights if attentions is None else attentions
         return hidden_states, attentions
 
@@ -133,7 +133,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         self,
         name: str,
         hidden_states: torch.Tensor,
-        experts: dict[str, dict[str, ScaledBasis]],
+        expert_vectors: dict[str, dict[str, ScaledBasis]],
         context: dict[str, Any],
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,13 +142,13 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         arguments = {argument: context[argument] for argument in self.contexts[name]}
         if name == "self_attn":
             arguments |= kwargs  # those of the attention function that a user has chosen
-        mixed = getattr(self, name)(normed, self.experts_of(name, experts), **arguments)
+        mixed = getattr(self, name)(normed, self.vectors_of(name, expert_vectors), **arguments)
         mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
         return hidden_states + mixed, weights
 
-    def experts_of(self, mixer: str, experts: dict[str, dict[str, ScaledBasis]]) -> dict[str, ScaledBasis]:
+    def vectors_of(self, mixer: str, expert_vectors: dict[str, dict[str, ScaledBasis]]) -> dict[str, ScaledBasis]:
         """Prepared expert vectors of one mixer of this layer, by the names of its linear modules."""
-        return experts.get(self.expert_names[mixer], NO_EXPERTS)
+        return expert_vectors.get(self.expert_names[mixer], NO_VECTORS)
 
 
 class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingMixin, PreTrainedModel):
@@ -329,7 +329,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             positions = counted if chosen is None else packing.pack(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
         shown = packing if collector.wants_attention else None
-        attention = plan_attention(places, self.config, span, cache, hidden_states, shown, sequences)
+        attention = make_attention_masks(places, self.config, span, cache, hidden_states, shown, sequences)
         if not collector.wants_anything:
             shared = attention, prepared.scaled_bases, position_embeddings, cache, span.lengths
             of_kernels = self._few_tokens.run(places, prepared.weights, hidden_states, *shared)
@@ -339,7 +339,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             outputs = place.module(
                 collector.hidden(hidden_states),
                 attention=attention.get(place.window),
-                experts=place.experts_of(prepared.scaled_bases),
+                expert_vectors=place.vectors_of(prepared.scaled_bases),
                 position_embeddings=position_embeddings,
                 cache=place.cache_of(cache),
                 lengths=span.lengths,

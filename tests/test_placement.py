@@ -28,7 +28,7 @@ from in_two_processes import (
     start_of_training,
 )
 from mambaformer import MambaFormerForCausalLM
-from mambaformer.mixer_attention_masks_mambaformer import AttentionPlan
+from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks
 
 # One worker runs all of this file, so that the two processes are started once.
 pytestmark = pytest.mark.xdist_group("placement")
@@ -130,10 +130,10 @@ def test_a_cache_notices_a_write_to_weights_that_are_offloaded_to_memory():
 
 
 def test_an_attention_mask_follows_its_layer_to_another_device():
-    plan = AttentionPlan(torch.ones(1, 1, 2, 2), "eager")
-    moved = accelerate.utils.send_to_device({"attention": plan}, torch.device("meta"))["attention"]
+    masks = AttentionMasks(torch.ones(1, 1, 2, 2), "eager")
+    moved = accelerate.utils.send_to_device({"attention": masks}, torch.device("meta"))["attention"]
     assert (moved.mask.device.type, moved.implementation) == ("meta", "eager")
-    assert accelerate.utils.send_to_device(AttentionPlan(), torch.device("meta")) == AttentionPlan()
+    assert accelerate.utils.send_to_device(AttentionMasks(), torch.device("meta")) == AttentionMasks()
 
 
 # ---- two processes

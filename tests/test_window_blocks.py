@@ -99,7 +99,7 @@ def test_blocks_are_the_mask_without_what_no_query_of_them_sees(retention, fed):
     queries, keys = span.positions(torch.device("cpu")), layout.key_positions
     mask = retention.is_visible(queries[0, :, None], keys[0])
     compared = 0
-    for block in masks._query_blocks(retention, layout.num_stored, queries, keys):
+    for block in masks._query_blocks(retention, retention.window, layout.num_stored, queries, keys):
         columns = torch.cat([torch.arange(keys.shape[1])[part] for part in block.keys])
         assert len(columns) == len(set(columns.tolist()))
         assert torch.equal(block.mask[0, 0], mask[block.queries][:, columns])
@@ -108,11 +108,11 @@ def test_blocks_are_the_mask_without_what_no_query_of_them_sees(retention, fed):
     assert compared < 0.55 * mask.numel()
 
 
-def test_a_plan_on_another_device_has_its_blocks_there():
+def test_masks_moved_to_another_device_have_their_blocks_there():
     block = masks.QueryBlock(slice(0, 2), (slice(0, 1), slice(3, 5)), torch.ones(1, 1, 2, 3, dtype=torch.bool))
-    plan = masks.AttentionPlan(blocks=(block,))
-    (moved,) = plan.to("meta").blocks
+    attention = masks.AttentionMasks(blocks=(block,))
+    (moved,) = attention.to("meta").blocks
     assert moved.mask.is_meta and moved.mask.shape == block.mask.shape
     assert (moved.queries, moved.keys) == (block.queries, block.keys) and not block.mask.is_meta
-    assert masks.AttentionPlan().to("meta").mask is None
-    assert masks.AttentionPlan(mask=block.mask).to("meta").mask.is_meta
+    assert masks.AttentionMasks().to("meta").mask is None
+    assert masks.AttentionMasks(mask=block.mask).to("meta").mask.is_meta

@@ -58,12 +58,12 @@ class Place:
         """The cache, in which the layer finds its own part under its own number."""
         return cache if cache is None or self.is_as_made else CacheAt(cache, self.position)
 
-    def experts_of(self, experts: dict[str, Any]) -> dict[str, Any]:
+    def vectors_of(self, expert_vectors: dict[str, Any]) -> dict[str, Any]:
         """Prepared expert vectors by mixer, under the names that the layer asks for."""
-        if not experts or self.is_as_made:
-            return experts
+        if not expert_vectors or self.is_as_made:
+            return expert_vectors
         pairs = ((own, f"layers.{self.first}.{mixer}") for mixer, own in self.layer.expert_names.items())
-        return {own: experts[name] for own, name in pairs if name in experts}
+        return {own: expert_vectors[name] for own, name in pairs if name in expert_vectors}
 
 
 class CacheAt:

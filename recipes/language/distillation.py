@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mambaformer import MambaFormerForCausalLM
 from mambaformer.cache_keys_mambaformer import Span
-from mambaformer.mixer_attention_masks_mambaformer import AttentionPlan, plan_attention
+from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks, make_attention_masks
 from mambaformer.modeling_stack_mambaformer import places_of_model
 
 STAGES = ("layers", "logits")
@@ -50,13 +50,13 @@ class Distillation(nn.Module):
         """Embeddings (rows, tokens, hidden_size), the attention of each window, cosines and sines."""
         stack, span = self.model.model, Span(input_ids.shape[1])
         hidden_states = stack.embed_tokens(input_ids)
-        plans = plan_attention(places_of_model(stack), stack.config, span, None, hidden_states, None)
-        plans.setdefault(None, AttentionPlan())
-        return hidden_states, plans, stack.rotary_emb(hidden_states, span.positions(input_ids.device))
+        masks = make_attention_masks(places_of_model(stack), stack.config, span, None, hidden_states, None)
+        masks.setdefault(None, AttentionMasks())
+        return hidden_states, masks, stack.rotary_emb(hidden_states, span.positions(input_ids.device))
 
-    def attended(self, layer: nn.Module, hidden_states: torch.Tensor, plan: AttentionPlan, rotation) -> torch.Tensor:
+    def attended(self, layer: nn.Module, hidden_states: torch.Tensor, masks: AttentionMasks, rotation) -> torch.Tensor:
         """The output of attention, (rows, tokens, hidden_size)."""
-        return layer.self_attn(layer.self_attn_layernorm(hidden_states), {}, plan, rotation)[0]
+        return layer.self_attn(layer.self_attn_layernorm(hidden_states), {}, masks, rotation)[0]
 
     def remembered(self, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """The output of the Mamba block, (rows, tokens, hidden_size), in float32."""
@@ -74,14 +74,14 @@ class Distillation(nn.Module):
         Each block reads the teacher's own hidden states, so that all of them learn at once, and none from another's
         errors: ||block - (attention - attention in the window)||^2 / ||attention - attention in the window||^2.
         """
-        hidden_states, plans, rotation = self.prepare(input_ids)
+        hidden_states, masks, rotation = self.prepare(input_ids)
         losses = []
         for layer in self.model.model.layers:
             with torch.no_grad():
-                whole = self.attended(layer, hidden_states, plans[None], rotation)
+                whole = self.attended(layer, hidden_states, masks[None], rotation)
             if layer.spec.is_recurrent:
                 with torch.no_grad():
-                    seen = self.attended(layer, hidden_states, plans[layer.window], rotation)
+                    seen = self.attended(layer, hidden_states, masks[layer.window], rotation)
                     lost = whole.float() - seen.float()
                 given_back = self.remembered(layer, hidden_states + seen)
                 losses.append(functional.mse_loss(given_back, lost) / lost.pow(2).mean())
@@ -92,17 +92,17 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def teacher(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states (rows, tokens, hidden_size) of the model whose attention sees everything."""
-        hidden_states, plans, rotation = self.prepare(input_ids)
+        hidden_states, masks, rotation = self.prepare(input_ids)
         for layer in self.model.model.layers:
-            hidden_states = hidden_states + self.attended(layer, hidden_states, plans[None], rotation)
+            hidden_states = hidden_states + self.attended(layer, hidden_states, masks[None], rotation)
             hidden_states = self.after_mlp(layer, hidden_states)
         return hidden_states
 
     def student(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden states (rows, tokens, hidden_size) of the hybrid."""
-        hidden_states, plans, rotation = self.prepare(input_ids)
+        hidden_states, masks, rotation = self.prepare(input_ids)
         for layer in self.model.model.layers:
-            hidden_states = hidden_states + self.attended(layer, hidden_states, plans[layer.window], rotation)
+            hidden_states = hidden_states + self.attended(layer, hidden_states, masks[layer.window], rotation)
             if layer.spec.is_recurrent:
                 hidden_states = hidden_states + self.remembered(layer, hidden_states).to(hidden_states.dtype)
             hidden_states = self.after_mlp(layer, hidden_states)
