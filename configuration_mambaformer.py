@@ -1,12 +1,12 @@
 # Copyright 2026 the MambaFormer authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of MambaFormer: the layer pattern is data, everything is checked on construction."""
+"""Configuration of MambaFormer. The layer pattern is data; all fields are checked on construction."""
 
 import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,6 +22,26 @@ LAYER_MIXERS = {
     "hybrid": ("attention", "recurrent"),
     "hybrid_sliding": ("attention", "recurrent"),
 }
+# The style by which tensor parallelism splits each module of a mixer, by its name in a layer. A mixer without a row is
+# not split. `weights_parallel_mambaformer` defines the styles of Mamba. The table stands here because tools read the
+# plan from a configuration, before there is a model.
+TENSOR_PARALLEL_PLANS = {
+    "attention": {
+        "self_attn.q_proj": "colwise",
+        "self_attn.k_proj": "colwise",
+        "self_attn.v_proj": "colwise",
+        "self_attn.o_proj": "rowwise",
+    },
+    "mamba": {
+        "mamba": "mambaformer_channels",
+        "mamba.in_proj": "mambaformer_packed_channels",
+        "mamba.conv1d": "mambaformer_channels",
+        "mamba.x_proj": "rowwise",
+        "mamba.dt_proj": "colwise",
+        "mamba.out_proj": "rowwise",
+    },
+    "mlp": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
+}
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Every layer is a Python object of some 30 KB before its weights; the deepest published model (DeepNet, arXiv
@@ -31,19 +51,16 @@ MAX_SIZE = 2**31  # sizes of tensors; above it products with fractions are not e
 FILE_NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"  # of an expert vector, without its ending
 
 
-# ---------------------------------------------------------------------------------------- what a field may be
-
-
 @dataclass(frozen=True)
 class Kind:
-    """What a field may be: in words for the message, and as a test of a value that is not `None`."""
+    """The values that a field may have: in words for the message, and as a test of a value that is not `None`."""
 
     words: str
-    allows: Callable[[Any], bool]
+    allows: Callable[[object], bool]
     is_optional: bool = False
 
-    def check(self, name: str, value: Any) -> None:
-        """Raises a `ValueError` that names the field unless it may be `value`."""
+    def check(self, name: str, value: object) -> None:
+        """Raises a `ValueError` that names the field if `value` is not allowed."""
         if value is None and self.is_optional:
             return
         if value is None or not self.allows(value):
@@ -51,8 +68,8 @@ class Kind:
             raise ValueError(f"`{name}` must be {self.words}{ending}, got {shown(value)}.")
 
 
-def shown(value: Any) -> str:
-    """A value for a message, whatever it is."""
+def shown(value: object) -> str:
+    """Any value as text for a message, cut to 200 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of too many digits
@@ -60,34 +77,34 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def is_integer(value: Any, lowest: int = 1) -> bool:
+def is_integer(value: object, lowest: int = 1) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and lowest <= value < MAX_SIZE
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """A finite number that float32 holds."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 <= value <= 1e30
 
 
-def is_positive(value: Any) -> bool:
+def is_positive(value: object) -> bool:
     return is_number(value) and value >= 1e-30
 
 
-def is_list_of_words(value: Any) -> bool:
+def is_list_of_words(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
 
 
-def _are_token_ids(value: Any) -> bool:
+def _are_token_ids(value: object) -> bool:
     return all(is_integer(each, -1) for each in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-def _are_labels(value: Any) -> bool:
+def _are_labels(value: object) -> bool:
     return isinstance(value, dict) and all(
         isinstance(label, str) and re.fullmatch(r"-?[0-9]{1,9}", str(key)) for key, label in value.items()
     )
 
 
-def _is_dtype(value: Any) -> bool:
+def _is_dtype(value: object) -> bool:
     return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
 
 
@@ -106,7 +123,7 @@ FIELD_KINDS = {
     **dict.fromkeys(("max_position_embeddings", "mamba_d_state", "mamba_d_conv"), SIZE),
     **dict.fromkeys(("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"), OPTIONAL_SIZE),
     "mamba_dt_rank": Kind("a positive integer or 'auto'", lambda value: value == "auto" or is_integer(value)),
-    "mamba_expand": Kind("a positive number that makes `mamba_expand * hidden_size` whole", is_positive),
+    "mamba_expand": Kind("a positive number that makes `mamba_expand * hidden_size` an integer", is_positive),
     "num_sink_tokens": Kind("an integer of at least 0", lambda value: is_integer(value, 0)),
     **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor", "rms_norm_eps"), POSITIVE),
     "attention_dropout": Kind("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1),
@@ -134,7 +151,7 @@ FIELD_KINDS = {
     "label2id": LABEL_IDS,
     "problem_type": Kind("a string", lambda value: isinstance(value, str), is_optional=True),
 }
-# Arguments that are no fields: Transformers turns them into some.
+# Arguments that are not fields; Transformers turns them into fields.
 ARGUMENT_KINDS = {
     "rope_scaling": FIELD_KINDS["rope_parameters"],
     "rope_theta": Kind("a positive finite number", is_positive, is_optional=True),
@@ -164,7 +181,7 @@ ROPE_REQUIRED = {
 
 
 class MambaFormerConfig(PreTrainedConfig):
-    """Describes a MambaFormer, by default that of the paper (arXiv 2402.04248, section 2).
+    """Describes a MambaFormer; the default is the model of the paper (arXiv 2402.04248, section 2).
 
     The default pattern is one initial Mamba layer and then hybrids (attention, then Mamba), with neither position
     encoding nor MLP. The options below let the same classes express Llama-style, Mamba and dense Jamba checkpoints.
@@ -174,16 +191,16 @@ class MambaFormerConfig(PreTrainedConfig):
             `"sliding_attention"`, `"hybrid"` (attention, then the recurrent mixer) and `"hybrid_sliding"`. Default: a
             recurrent layer first, hybrids after it.
         recurrent_mixer: the recurrent mixer of all layers, a row of the table in `mixer_registry_mambaformer`.
-        intermediate_size: width of the gated MLP that ends every layer; `None` builds no MLP.
+        intermediate_size: width of the gated MLP at the end of every layer; `None` builds no MLP.
         num_key_value_heads: heads of keys and values; `None` means as many as `num_attention_heads`.
         head_dim: width of one attention head; `None` means `hidden_size // num_attention_heads`.
         attention_bias, attention_output_bias: biases on the q/k/v projections and on the output projection.
         rope_parameters: Transformers' RoPE dictionary (`{"rope_type": "default", "rope_theta": 10000.0}`); `None`
             means no position encoding.
-        sliding_window: tokens that a query of a sliding layer sees, itself included.
-        num_sink_tokens: first tokens that a sliding layer never forgets (attention sinks, arXiv 2309.17453).
+        sliding_window: number of tokens that a query of a sliding layer sees, its own included.
+        num_sink_tokens: number of first tokens that a sliding layer keeps (attention sinks, arXiv 2309.17453).
         mamba_d_state, mamba_d_conv, mamba_expand, mamba_dt_rank: N, K, E and R of Mamba (arXiv 2312.00752,
-            section 3). E may be a fraction, if E * hidden_size is whole; `mamba_dt_rank="auto"` is
+            section 3). E may be a fraction if E * hidden_size is an integer; `mamba_dt_rank="auto"` is
             `ceil(hidden_size / 16)`.
         mamba_conv_bias, mamba_proj_bias: biases on the convolution and on the in/out projections.
         mamba_inner_norms: RMS norms on dt, B and C, as in Jamba (arXiv 2403.19887, section 6.4).
@@ -192,7 +209,7 @@ class MambaFormerConfig(PreTrainedConfig):
             `expert_vectors/{name}.safetensors`. Configurations of version 0.1 call the field `experts`.
 
     Raises:
-        ValueError: a field that is out of range or contradicts another one; the message names it and the fix.
+        ValueError: a field is out of range or contradicts another field; the message names the field and the fix.
     """
 
     model_type = "mambaformer"
@@ -257,23 +274,23 @@ class MambaFormerConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Loads a configuration, which remembers where it came from: the expert files that it names are there."""
+        """Loads a configuration and stores its path or repository, where the files of its expert vectors are."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
         config._loaded_from = os.fspath(pretrained_model_name_or_path)
         return loaded
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict:
         fields = super().to_dict()
-        fields.pop("_loaded_from", None)  # of this object, no part of what is configured
+        fields.pop("_loaded_from", None)  # belongs to this object, not to the configuration
         return fields
 
-    def __setattr__(self, name: str, value: Any):
+    def __setattr__(self, name: str, value: object):
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:  # Transformers before 5.24 checks its own fields on assignment
             kind = FIELD_KINDS.get(name)
-            words = "something else" if kind is None else kind.words
+            words = "of another type" if kind is None else kind.words
             raise ValueError(f"`{name}` must be {words}, got {shown(value)}.") from error
 
     @property
@@ -281,17 +298,32 @@ class MambaFormerConfig(PreTrainedConfig):
         """Channels of the Mamba mixer: `mamba_expand * hidden_size`."""
         return int(self.mamba_expand * self.hidden_size)
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Transformers' tensor-parallel plan for the mixers that the layers have."""
+        kinds = {kind for layer_idx in range(self.num_hidden_layers) for kind in self.mixers(layer_idx)}
+        plan = {"embed_tokens": "embedding_rowwise"}
+        for kind in sorted(kinds):
+            styles = TENSOR_PARALLEL_PLANS.get(self.recurrent_mixer if kind == "recurrent" else kind, {})
+            plan |= {f"layers.*.{module}": style for module, style in styles.items()}
+        return plan
+
     def mixers(self, layer_idx: int) -> tuple[str, ...]:
         """The mixers of layer `layer_idx`, in order: out of `"attention"`, `"recurrent"` and `"mlp"`."""
-        mixers = LAYER_MIXERS[self.layer_types[layer_idx]]
+        mixers = LAYER_MIXERS[self._kinds[layer_idx]]
         return mixers if self.intermediate_size is None else (*mixers, "mlp")
 
     def window(self, layer_idx: int) -> int | None:
-        """Tokens that a query of layer `layer_idx` sees, itself included; `None` if it sees all or does not attend."""
-        return self.sliding_window if self.layer_types[layer_idx] in SLIDING_LAYER_TYPES else None
+        """Number of tokens that a query of layer `layer_idx` sees, its own included; `None` without a window."""
+        return self.sliding_window if self._kinds[layer_idx] in SLIDING_LAYER_TYPES else None
 
-    def _check_kinds(self, arguments: dict[str, Any]):
-        """Each field by itself, before anything is computed from it."""
+    @property
+    def _kinds(self) -> list[str]:
+        """`layer_types`, which is a list once the configuration is made."""
+        return self.layer_types or []
+
+    def _check_kinds(self, arguments: dict):
+        """Checks each field by itself, before anything is computed from it."""
         for name, kind in FIELD_KINDS.items():
             kind.check(name, getattr(self, name))
         for name, value in arguments.items():
@@ -305,23 +337,23 @@ class MambaFormerConfig(PreTrainedConfig):
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
 
-    def _check_rope_values(self, name: str, parameters: dict[str, Any]):
+    def _check_rope_values(self, name: str, parameters: dict):
         for key, value in parameters.items():
             if isinstance(value, dict):
                 raise ValueError(
-                    f"`{name}` has a dict for {shown(key)}: all layers share one RoPE here, give its values."
+                    f"`{name}` has a dict for {shown(key)}: all layers share one RoPE, so give its values."
                 )
             if key in ROPE_KINDS:
                 ROPE_KINDS[key].check(f"{name}[{key!r}]", value)
 
     def _check(self):
         self._check_expand()
-        if len(self.layer_types) != self.num_hidden_layers:
+        if len(self._kinds) != self.num_hidden_layers:
             raise ValueError(
-                f"`layer_types` has {len(self.layer_types)} entries but `num_hidden_layers` is "
+                f"`layer_types` has {len(self._kinds)} entries but `num_hidden_layers` is "
                 f"{self.num_hidden_layers}: give one entry a layer, or leave `layer_types` out."
             )
-        unknown = sorted(set(self.layer_types) - LAYER_MIXERS.keys())
+        unknown = sorted(set(self._kinds) - LAYER_MIXERS.keys())
         if unknown:
             raise ValueError(
                 f"`layer_types` has unknown entries {shown(unknown)}: choose from {sorted(LAYER_MIXERS)}."
@@ -349,37 +381,36 @@ class MambaFormerConfig(PreTrainedConfig):
         channels = self.mamba_expand * self.hidden_size
         if channels % 1 or not is_integer(int(channels)):
             raise ValueError(
-                f"`mamba_expand` must be a positive number that makes `mamba_expand * hidden_size` whole, got "
+                "`mamba_expand` must be a positive number that makes `mamba_expand * hidden_size` an integer, got "
                 f"{self.mamba_expand!r} with a `hidden_size` of {self.hidden_size}."
             )
 
     def _check_attention(self):
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads}): each key/value head serves a whole group of query heads."
+                f"({self.num_key_value_heads}): each key/value head serves a group of query heads."
             )
         if self.rope_parameters is not None:
-            self._check_rope()
-        sliding = any(kind in SLIDING_LAYER_TYPES for kind in self.layer_types)
-        if sliding and self.sliding_window is None:
+            self._check_rope(self.rope_parameters)
+        has_window = any(kind in SLIDING_LAYER_TYPES for kind in self._kinds)
+        if has_window and self.sliding_window is None:
             raise ValueError(
                 "`layer_types` has sliding layers but `sliding_window` is None: give its length in tokens."
             )
 
-    def _check_rope(self):
-        if self.head_dim % 2:
+    def _check_rope(self, parameters: dict):
+        if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for RoPE, got {self.head_dim}: change it or drop RoPE.")
-        parameters = self.rope_parameters
         if parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                "`rope_parameters` has a partial_rotary_factor: all of a head is rotated here, leave it out."
+                "`rope_parameters` has a partial_rotary_factor: all channels of a head are rotated, so leave it out."
             )
         rope_type = parameters.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(
-                f"`rope_parameters` has rope_type {shown(rope_type)}: choose from {ROPE_TYPES}. Types whose angles "
-                "depend on the length of the text would turn cached keys wrong."
+                f"`rope_parameters` has rope_type {shown(rope_type)}: choose from {ROPE_TYPES}. Cached keys would be "
+                "wrong under a type whose angles depend on the length of the sequence."
             )
         missing = [name for name in ROPE_REQUIRED[rope_type] if name not in parameters]
         if missing:
@@ -393,7 +424,7 @@ class MambaFormerConfig(PreTrainedConfig):
         if rope_type == "yarn":
             self._check_yarn(parameters)
 
-    def _check_yarn(self, parameters: dict[str, Any]):
+    def _check_yarn(self, parameters: dict):
         fast, slow = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
         if not slow <= fast:
             raise ValueError(

@@ -87,12 +87,6 @@ class MambaFormerAttention(MambaFormerMixer):
     name, lowering = "self_attn", "attention"
     context = ("attention", "position_embeddings", "cache")
     read_by_kernels = ("head_dim",)
-    tensor_parallel_plan = {
-        "self_attn.q_proj": "colwise",
-        "self_attn.k_proj": "colwise",
-        "self_attn.v_proj": "colwise",
-        "self_attn.o_proj": "rowwise",
-    }
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)

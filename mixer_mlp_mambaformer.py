@@ -16,7 +16,6 @@ class MambaFormerMLP(MambaFormerMixer):
     """Gated MLP (arXiv 2002.05202, equation 6)."""
 
     name, lowering = "mlp", "mlp"
-    tensor_parallel_plan = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)

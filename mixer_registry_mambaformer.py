@@ -35,14 +35,6 @@ def _used_mixers(config: MambaFormerConfig) -> dict[str, type[MambaFormerMixer]]
     return {mixer.name: mixer for mixer in found}
 
 
-def tensor_parallel_plan(config: MambaFormerConfig) -> dict[str, str]:
-    """`base_model_tp_plan` of Transformers for the mixers that a configuration uses."""
-    plans = [mixer.tensor_parallel_plan for mixer in _used_mixers(config).values()]
-    return {"embed_tokens": "embedding_rowwise"} | {
-        f"layers.*.{name}": style for plan in plans for name, style in plan.items()
-    }
-
-
 def check_can_be_split(config: MambaFormerConfig, num_processes: int) -> None:
     """Refuses a number of tensor-parallel processes that does not divide heads or channels.
 
@@ -57,4 +49,4 @@ def check_can_be_split(config: MambaFormerConfig, num_processes: int) -> None:
         )
 
 
-__all__ = ["MIXERS", "RECURRENT_MIXERS", "check_can_be_split", "mixers_of", "tensor_parallel_plan"]
+__all__ = ["MIXERS", "RECURRENT_MIXERS", "check_can_be_split", "mixers_of"]

@@ -52,7 +52,7 @@ from .library_mambaformer import (
 from .mixer_attention_mambaformer import MambaFormerAttention, MambaFormerRotaryEmbedding
 from .mixer_attention_masks_mambaformer import AttentionMasks, can_group, make_attention_masks
 from .mixer_base_mambaformer import MambaFormerRMSNorm, RecurrentMixer
-from .mixer_registry_mambaformer import mixers_of, tensor_parallel_plan
+from .mixer_registry_mambaformer import mixers_of
 from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
 from .modeling_saving_mambaformer import SavingMixin
 from .modeling_stack_mambaformer import LayerSpec, Place, check_cache_fits, places_of_model
@@ -230,7 +230,6 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
     """The stack without a head: token ids or embeddings -> hidden states (rows, tokens, hidden_size)."""
 
     def __init__(self, config: MambaFormerConfig):
-        config.base_model_tp_plan = tensor_parallel_plan(config)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MambaFormerLayer(config, idx) for idx in range(config.num_hidden_layers)])

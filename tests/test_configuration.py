@@ -46,7 +46,7 @@ def test_a_saved_configuration_comes_back_the_same(fields, tmp_path):
         ({"num_hidden_layers": 2.5}, "`num_hidden_layers` must be a positive integer"),
         ({"mamba_d_state": True}, "`mamba_d_state` must be a positive integer"),
         ({"mamba_expand": 0}, "`mamba_expand` must be a positive number"),
-        ({"mamba_expand": 0.4, "hidden_size": 32}, "makes `mamba_expand \\* hidden_size` whole, got 0.4"),
+        ({"mamba_expand": 0.4, "hidden_size": 32}, "makes `mamba_expand \\* hidden_size` an integer, got 0.4"),
         ({"mamba_dt_rank": "half"}, "`mamba_dt_rank` must be a positive integer"),
         ({"num_key_value_heads": 3}, "multiple of `num_key_value_heads`"),
         ({"layer_types": ["hybrid_sliding"] * 8}, "`sliding_window` is None"),

@@ -8,7 +8,8 @@ import torch
 from cases import ROOT, feed_row, random_rows, shared_model, tiny_config
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as program
-from mambaformer.mixer_registry_mambaformer import MIXERS, RECURRENT_MIXERS, check_can_be_split, tensor_parallel_plan
+from mambaformer.configuration_mambaformer import TENSOR_PARALLEL_PLANS
+from mambaformer.mixer_registry_mambaformer import check_can_be_split
 
 
 def test_no_product_file_knows_the_toy_mixer():
@@ -39,11 +40,24 @@ def test_a_decode_program_runs_a_mixer_without_a_lowering_between_its_parts(monk
 
 
 def test_the_plan_of_tensor_parallelism_has_the_mixers_that_are_used():
-    plan = tensor_parallel_plan(tiny_config("everything"))
-    for mixer in (*MIXERS.values(), RECURRENT_MIXERS["mamba"]):
-        for name, style in mixer.tensor_parallel_plan.items():
+    plan = tiny_config("everything").base_model_tp_plan
+    for modules in TENSOR_PARALLEL_PLANS.values():
+        for name, style in modules.items():
             assert plan[f"layers.*.{name}"] == style
-    assert not [name for name in tensor_parallel_plan(tiny_config("full")) if "mamba" in name or "mlp" in name]
+    assert not [name for name in tiny_config("full").base_model_tp_plan if "mamba" in name or "mlp" in name]
+
+
+def test_a_saved_configuration_alone_has_the_plan_of_tensor_parallelism(tmp_path):
+    config = tiny_config("everything")
+    config.save_pretrained(tmp_path)
+    assert "base_model_tp_plan" not in (tmp_path / "config.json").read_text()
+    assert MambaFormerConfig.from_pretrained(tmp_path).base_model_tp_plan == config.base_model_tp_plan
+
+
+def test_each_row_of_the_plan_names_modules_that_the_mixer_has():
+    model = MambaFormerForCausalLM(tiny_config("everything"))
+    names = {re.sub(r"layers\.\d+", "layers.*", name) for name, _ in model.model.named_modules()}
+    assert model.config.base_model_tp_plan.keys() <= names
 
 
 def test_processes_that_do_not_divide_heads_or_channels_are_refused_by_name():

@@ -9,7 +9,6 @@ from mambaformer import (
     MambaFormerForSequenceClassification,
     MambaFormerModel,
 )
-from mambaformer.mixer_registry_mambaformer import tensor_parallel_plan
 from testers import CommonTests, Tester, register
 
 CLASSES = (MambaFormerModel, MambaFormerForCausalLM, MambaFormerForSequenceClassification)
@@ -51,18 +50,10 @@ if not is_complete():
     NOT_APPLICABLE["test_generation_tester_mixin_inheritance"] = NOT_SHIPPED
 
 
-class MambaFormerTester(Tester):
-    def get_config(self):
-        """With the plan that a model gives to its configuration: only the mixers know how they are split."""
-        config = super().get_config()
-        config.base_model_tp_plan = tensor_parallel_plan(config)
-        return config
-
-
 class MambaFormerTests(CommonTests):
     config_class = MambaFormerConfig
     model_classes = CLASSES
-    model_tester_class = MambaFormerTester
+    model_tester_class = Tester
     not_applicable = NOT_APPLICABLE
 
     def num_attention_layers(self):

@@ -47,14 +47,14 @@ class MambaFormerMixer(CountsReplacements):
 
     - `name`: its attribute in the layer, which is part of the names of its weights;
     - `context`: the arguments of the layer's forward that it takes;
-    - `lowering`: the kind of block that a decode program makes of it; `None` runs it as a module;
-    - `tensor_parallel_plan`: how tensor parallelism splits its modules, by their names below the layer.
+    - `lowering`: the kind of block that a decode program makes of it; `None` runs it as a module.
+
+    Tensor parallelism splits its modules by its row in `TENSOR_PARALLEL_PLANS` of `configuration_mambaformer`.
     """
 
     name: ClassVar[str]
     context: ClassVar[tuple[str, ...]] = ()
     lowering: ClassVar[str | None] = None
-    tensor_parallel_plan: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()

@@ -37,14 +37,6 @@ class MambaFormerMambaMixer(RecurrentMixer):
 
     name, lowering = "mamba", "mamba"
     read_by_kernels = ("has_inner_norms", "rank", "state_size")
-    tensor_parallel_plan = {  # the styles of Mamba are defined in `weights_parallel_mambaformer`
-        "mamba": "mambaformer_channels",
-        "mamba.in_proj": "mambaformer_packed_channels",
-        "mamba.conv1d": "mambaformer_channels",
-        "mamba.x_proj": "rowwise",
-        "mamba.dt_proj": "colwise",
-        "mamba.out_proj": "rowwise",
-    }
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
