@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache_mambaformer import MambaFormerCache
+from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_blocks  # the name `convert` now means the function, no longer the package
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLibrary
@@ -31,6 +32,7 @@ __all__ = [
     "MambaFormerForSequenceClassification",
     "MambaFormerModel",
     "MambaFormerPreTrainedModel",
+    "PrefixCache",
     "convert",
     "save_blocks",
 ]

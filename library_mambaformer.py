@@ -207,11 +207,13 @@ class GenerationHooks(GenerationMixin):
         """No positions: the cache counts the real tokens of each row itself, over all turns."""
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        if input_ids is not None:
+            model_kwargs = self.expanded_kwargs(input_ids.shape[0], expand_size, model_kwargs)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
-            **self.expanded_kwargs(expand_size, model_kwargs),
+            **model_kwargs,
         )
 
 

@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_keys_mambaformer import Span
 from .cache_mambaformer import MambaFormerCache
+from .cache_prefix_mambaformer import PrefixCache
 from .cache_use_mambaformer import CacheStep, UncachedStep, feeds_its_cache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import FewTokens
@@ -193,6 +194,10 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         return MambaFormerCache(
             self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach, self.base_model
         )
+
+    def make_prefix_cache(self, max_bytes: int, min_tokens: int = 16) -> PrefixCache:
+        """A `PrefixCache` for this model, for `generate(prefix_cache=...)`."""
+        return PrefixCache(self, max_bytes, min_tokens)
 
     def load_cache(
         self, path: str, on_weights_change: str = "error", max_cache_len: int | None = None, **unknown

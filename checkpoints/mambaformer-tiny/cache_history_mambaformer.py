@@ -203,6 +203,12 @@ class TokenHistory:
         every = {name: buffer for name, buffer in self.buffers().items() if buffer.tensor is not None}
         return NewTokens(**{name: buffer.view(columns) for name, buffer in every.items()})
 
+    def read_mask(self, columns: int) -> Tensor:
+        """Whether each of the first columns is a real token, (rows, columns), boolean."""
+        if self.mask.tensor is not None:
+            return self.mask.view(columns)
+        return torch.ones_like(self.token_ids.view(columns), dtype=torch.bool)
+
     def check_replayable(self) -> None:
         if self.has_embeddings:
             raise ValueError(

@@ -213,6 +213,33 @@ class MambaFormerCache(Cache):
         ids = self.history.token_ids
         return None if ids.tensor is None else ids.view(self.get_seq_length())
 
+    def common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
+        """Number of leading columns that `input_ids` (rows, columns) shares with the cached sequence, in all rows.
+
+        `cache.crop(cache.common_prefix(ids) - cache.get_seq_length())` keeps these columns. A column that was fed as
+        an embedding is shared with no token. Padding is shared with padding, whatever its token is.
+
+        Args:
+            attention_mask: (rows, columns), 0 at padding; all tokens are real without it.
+
+        Raises:
+            ValueError: `input_ids` has another number of rows.
+        """
+        cached = self.token_ids
+        if cached is None:
+            return 0
+        if input_ids.dim() != 2 or input_ids.shape[0] != cached.shape[0]:
+            raise ValueError(
+                f"`input_ids` must be ({cached.shape[0]}, columns), one row for each of the cache, and is"
+                f" {tuple(input_ids.shape)}."
+            )
+        length = min(cached.shape[1], input_ids.shape[1])
+        is_real = self.history.read_mask(length)
+        given = torch.ones_like(is_real) if attention_mask is None else attention_mask[:, :length].to(is_real).bool()
+        is_same = (input_ids[:, :length].to(cached.device) == cached[:, :length]) | ~is_real
+        differ = (~(is_same & (given == is_real))).any(0).nonzero()
+        return int(differ[0]) if len(differ) else length
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns fed so far, pads included."""
         return self.lengths.num_columns()

@@ -5,12 +5,14 @@ for, and takes back what a draft got wrong.
 """
 
 import copy
+import functools
 from typing import Any
 
 import torch
 
 from .cache_history_mambaformer import Status
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
+from .cache_prefix_mambaformer import PrefixCache
 from .cache_use_mambaformer import Owning
 from .expert_vectors_mambaformer import resolve_expert_vector
 from .generation_schedule_mambaformer import (
@@ -23,7 +25,7 @@ from .generation_schedule_mambaformer import (
 from .inputs_mambaformer import EXPERT_FIELDS, check_fields_of_config, check_keywords_of_generate, check_token_ids
 from .inputs_padding_mambaformer import check_is_ours, without_borders
 from .inputs_prompt_mambaformer import num_columns_again
-from .library_mambaformer import GenerationHooks, cache_of, take_cache
+from .library_mambaformer import CACHE_NAMES, GenerationHooks, cache_of, take_cache
 from .weights_version_mambaformer import weights_stamp
 
 # What this model's `generate` tells its own hooks, and no assistant. No field of a `GenerationConfig` may have such a
@@ -36,7 +38,14 @@ class MambaFormerGenerationMixin(GenerationHooks):
 
     @torch.no_grad()
     def generate(
-        self, inputs=None, generation_config=None, *args, expert_vector: Any = ..., expert_schedule=None, **kwargs
+        self,
+        inputs=None,
+        generation_config=None,
+        *args,
+        expert_vector: Any = ...,
+        expert_schedule=None,
+        prefix_cache: PrefixCache | None = None,
+        **kwargs,
     ):
         """`generate` of Transformers, with experts.
 
@@ -47,6 +56,8 @@ class MambaFormerGenerationMixin(GenerationHooks):
         Args:
             expert_vector: the expert in force, in the forms of `forward`.
             expert_schedule: {n: expert}, the expert in force when new token n (0-based) is predicted.
+            prefix_cache: the prompt continues from the longest prefix that it stores, and the sequence at the end of
+                generation is stored in it.
 
         Raises:
             ValueError, TypeError: an expert that does not fit, both arguments for token 0, or a prompt of several
@@ -76,8 +87,45 @@ class MambaFormerGenerationMixin(GenerationHooks):
             kwargs["resolved_schedule"] = ExpertSchedule(entries, length)
         if again:
             kwargs["num_embeds_cached"] = again
+        if prefix_cache is None:
+            with Owning(cache):
+                return self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
+        cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
         with Owning(cache):
-            return self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
+            output = self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
+        if cache.batch_size == prompt.shape[0]:
+            prefix_cache.insert(cache)
+        return output
+
+    def _continue_prefix(
+        self,
+        prefix_cache: PrefixCache,
+        prompt: torch.Tensor | None,
+        cache: Any,
+        expert_vector: Any,
+        options: list[Any],
+    ) -> MambaFormerCache:
+        """A cache with the longest prefix of the prompt that is stored; with all of it for several answers to it.
+
+        Args:
+            options: the keywords of `generate` and its configurations, the first of which decides.
+        """
+        chosen = [each if isinstance(each, dict) else vars(each) for each in options]
+        asked = functools.partial(_first_of, chosen)
+        if prompt is None or asked("inputs_embeds") is not None:
+            raise ValueError("A prefix cache looks tokens up: give the prompt as `input_ids`, or leave it out.")
+        if cache is not None or asked("use_cache") is False or asked("cache_implementation") not in (None, "dynamic"):
+            raise ValueError(
+                "`prefix_cache` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
+                "`use_cache=False` out, or give `cache=prefix_cache.fetch(input_ids)` without `prefix_cache`."
+            )
+        mask = asked("attention_mask")
+        if mask is None and asked("pad_token_id") is not None:
+            mask = prompt != asked("pad_token_id")  # the library takes such tokens for padding too
+        cache = prefix_cache.fetch(prompt, mask, expert_vector)
+        if max(asked("num_beams") or 1, asked("num_return_sequences") or 1) > 1:
+            prefix_cache.encode(prompt, cache)
+        return cache
 
     def can_run_compiled(self, cache: MambaFormerCache | None) -> bool:
         """Whether the next decoding step may run compiled; one that encodes a sequence again may not."""
@@ -254,12 +302,23 @@ class MambaFormerGenerationMixin(GenerationHooks):
         """The new tokens' part of the 2-D mask, whose shape stays the same from token to token."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def expanded_kwargs(self, expand_size: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords of `generate` for a batch whose rows are repeated, as beams and several answers are."""
+    def expanded_kwargs(self, num_rows: int, expand_size: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of `generate` for a batch whose rows are repeated, as beams and several answers are.
+
+        The rows of a cache of the prompt are repeated with it.
+        """
+        cache = cache_of(*(model_kwargs.get(name) for name in CACHE_NAMES))
+        if cache is not None and expand_size > 1 and cache.batch_size == num_rows:
+            cache.batch_repeat_interleave(expand_size)
         schedule = model_kwargs.get("resolved_schedule")
         if schedule is not None and expand_size > 1:
             model_kwargs["resolved_schedule"] = schedule.repeat_rows(expand_size)
         return model_kwargs
+
+
+def _first_of(options: list[dict[str, Any]], name: str) -> Any:
+    """The value of the first option that is given."""
+    return next((option[name] for option in options if option.get(name) is not None), None)
 
 
 def _without_experts(generation_config):

@@ -1,0 +1,318 @@
+"""The prefix cache: states of token sequences, from which a new request forks the longest prefix that it shares.
+
+A recurrent state answers for one length of its sequence only, so a prefix of a stored sequence is of no use unless a
+state was stored exactly there. Two kinds of lengths are worth storing (Marconi, arXiv 2411.19379, section 4): the end
+of a turn, where the next turn of the conversation continues, and a branch point, where a second request leaves a
+sequence that is known, such as the end of a shared system prompt.
+"""
+
+import hashlib
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .cache_history_mambaformer import Encoding, Status
+from .cache_mambaformer import MambaFormerCache
+from .cache_prefix_tree_mambaformer import Entry, Match, PrefixTree
+from .weights_version_mambaformer import weights_stamp
+
+logger = logging.get_logger(__name__)
+
+FILE_PREFIX = "prefix-"
+
+
+class PrefixCache:
+    """Stores the states of sequences and answers new requests from the longest prefix that they share.
+
+    `model.generate(input_ids, prefix_cache=...)` uses it; `fetch` and `insert` are for loops of one's own. Entries
+    are keyed by content: the tokens, the expert vector and the weights that encoded them. Which entries stay is
+    decided by Greedy-Dual-Size-Frequency (Cherkasova 1998): the computation that an entry saves, times its uses, per
+    byte, aged by the priority of the last entry that was evicted. All methods may be called from several threads.
+
+    Args:
+        model: the model whose caches are stored.
+        max_bytes: bytes of all stored states.
+        min_tokens: shorter prefixes are not stored.
+
+    Raises:
+        ValueError: `max_bytes` or `min_tokens` is not a positive integer.
+    """
+
+    def __init__(self, model: Any, max_bytes: int, min_tokens: int = 16):
+        for name, value in (("max_bytes", max_bytes), ("min_tokens", min_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        self.model, self.max_bytes, self.min_tokens = model, max_bytes, min_tokens
+        self._trees: dict[Encoding, PrefixTree] = {}
+        self._entries: dict[Entry, tuple[Encoding, Tensor]] = {}
+        self._lock = threading.RLock()
+        self._age = 0.0
+        self._counts: Counter[str] = Counter()
+
+    # ---- requests
+
+    def fetch(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, expert_vector: Any = ...
+    ) -> MambaFormerCache:
+        """A cache that holds the longest stored prefix of `input_ids` (rows, tokens); empty if there is none.
+
+        At least one token is left to be fed. Rows of a batch share one prefix, the tokens that all of them begin
+        with. If the prefix of the request that was seen before is longer than what is stored, the tokens up to there
+        are encoded now and stored, since the next request may leave the known sequence at the same place.
+
+        Args:
+            attention_mask: (rows, tokens); a batch with padding starts from an empty cache.
+            expert_vector: the expert vector of the request, in the forms of `forward`.
+
+        Raises:
+            ValueError: `input_ids` are not integers of shape (rows, tokens), or the expert vector does not fit.
+        """
+        cache = self._empty_cache(expert_vector)
+        ids = self._lookup_ids(input_ids, attention_mask, cache)
+        num_tokens = input_ids.shape[0] * input_ids.shape[1]
+        if ids is None:
+            self._count(requests=1, tokens_read=num_tokens)
+            return cache
+        found, length_seen = self._longest(cache.provenance.in_force, ids)
+        start = 0 if found is None else found.get_seq_length()
+        if length_seen - start >= self.min_tokens:
+            found = cache if found is None else found
+            self._encode(found, ids[start:length_seen])
+            self.insert(found)
+        reused = start * input_ids.shape[0]
+        self._count(requests=1, hits=int(start > 0), tokens_reused=reused, tokens_read=num_tokens - reused)
+        found = cache if found is None else found
+        if input_ids.shape[0] > 1 and found.get_seq_length():
+            found.batch_repeat_interleave(input_ids.shape[0])
+        return found
+
+    def encode(self, input_ids: Tensor, cache: MambaFormerCache) -> None:
+        """Feeds `cache` all tokens of one row but the last, and stores them: for several answers to one prompt."""
+        start = cache.get_seq_length()
+        if input_ids.shape[0] == 1 and input_ids.shape[1] - 1 > start:
+            self._encode(cache, _as_ids(input_ids[0, start:-1]))
+            self.insert(cache)
+
+    def insert(self, cache: MambaFormerCache) -> int:
+        """Stores the states of a cache, each row by itself; returns how many rows were stored.
+
+        Rows that cannot answer a request are left out, and `report()` counts the reasons: embeddings, positions that
+        were chosen by hand, padding, a sequence that several expert vectors or weights encoded, static storage.
+        """
+        reason = self._obstacle(cache)
+        if reason is not None:
+            self._count(**{f"not stored: {reason}": 1})
+            return 0
+        token_ids = cache.token_ids
+        if token_ids is None:
+            return 0
+        num_stored = 0
+        for row, ids in enumerate(token_ids):
+            num_stored += self._insert_row(cache, row, _as_ids(ids))
+        return num_stored
+
+    def clear(self) -> None:
+        """Removes all entries."""
+        with self._lock:
+            self._trees, self._entries, self._age = {}, {}, 0.0
+
+    # ---- what it holds
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored states."""
+        with self._lock:
+            return sum(entry.nbytes for entry in self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def report(self) -> dict[str, int]:
+        """Counts since it was made: requests, hits, tokens reused and read, misses and their reasons, evictions."""
+        with self._lock:
+            return {**self._counts, "entries": len(self._entries), "nbytes": self.nbytes, "max_bytes": self.max_bytes}
+
+    # ---- on disk
+
+    def save(self, folder: Any) -> int:
+        """Writes each entry as a session file into `folder`; returns how many there are.
+
+        Files are named by their content and written atomically, so a process that is killed leaves complete files
+        only. Files of entries that are gone are removed at the end.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights, names = self.model.weights_fingerprint()
+        with self._lock:
+            entries = [(entry, *key) for entry, key in self._entries.items() if key[0].weights == weights]
+        names_written = set()
+        for entry, encoding, ids in entries:
+            content = f"{names} {encoding.expert_key} ".encode() + ids.numpy().tobytes()
+            path = folder / f"{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+            if not path.exists():
+                entry.cache.save(path)
+            names_written.add(path.name)
+        for path in folder.glob(f"{FILE_PREFIX}*.safetensors"):
+            if path.name not in names_written:
+                path.unlink(missing_ok=True)
+        return len(names_written)
+
+    def load(self, folder: Any) -> int:
+        """Stores the session files of `folder`, largest saving first; returns how many entries were stored.
+
+        Files of other weights and damaged files are left out with a warning.
+        """
+        num_stored = 0
+        for path in sorted(Path(folder).glob(f"{FILE_PREFIX}*.safetensors")):
+            try:
+                num_stored += self.insert(self.model.load_cache(path))
+            except (ValueError, OSError) as error:
+                logger.warning(f"{path} is left out of the prefix cache: {error}")
+        return num_stored
+
+    # ---- inside
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def _empty_cache(self, expert_vector: Any) -> MambaFormerCache:
+        """An empty cache with the expert vector and the weights of a request in force."""
+        cache = self.model.make_cache()
+        if expert_vector is not ...:
+            cache.set_expert_vector(expert_vector)
+        weights = weights_stamp(self.model.base_model)
+        cache.provenance.in_force = Encoding(cache.provenance.in_force.expert_key, weights)
+        return cache
+
+    def _lookup_ids(self, input_ids: Tensor, attention_mask: Tensor | None, cache: MambaFormerCache) -> Tensor | None:
+        """The tokens that all rows begin with, but the last; `None`, and the reason is counted, if there are none."""
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(f"`input_ids` must be integers of shape (rows, tokens), got {tuple(input_ids.shape)}.")
+        if isinstance(cache.expert_vector, list):
+            self._count(**{"missed: one expert vector per row": 1})
+        elif attention_mask is not None and not bool(attention_mask.bool().all()):
+            self._count(**{"missed: padding": 1})
+        else:
+            ids = _as_ids(input_ids[:, :-1])  # one token is left to be fed
+            differ = (ids != ids[:1]).any(0).nonzero()
+            return ids[0, : int(differ[0])] if len(differ) else ids[0]
+        return None
+
+    def _longest(self, encoding: Encoding, ids: Tensor) -> tuple[MambaFormerCache | None, int]:
+        """A fork that holds the longest stored prefix of `ids`, and the tokens of the longest prefix ever seen."""
+        with self._lock:
+            tree = self._trees.get(encoding)
+            match = Match() if tree is None else tree.match(ids)
+            cache, entry = self._cropped_fork(match), match.entry
+            if cache is None and entry is not None:
+                self._use(entry)
+                cache = entry.cache.fork()
+            if cache is None:
+                self._count(**{f"missed: {self._reason(encoding, ids, match.length)}": 1})
+            return cache, match.length
+
+    def _cropped_fork(self, match: Match) -> MambaFormerCache | None:
+        """A fork of a longer sequence without its last tokens, where that costs no encoding and gains tokens."""
+        is_stored = match.entry is not None and match.entry.num_tokens == match.length
+        if is_stored or not match.longer or not match.length:
+            return None
+        entry = min(match.longer, key=lambda each: each.num_tokens)
+        cache = entry.cache.fork()
+        cache.crop(match.length - entry.num_tokens)
+        if cache.status != Status.CURRENT:
+            return None
+        self._use(entry)
+        return cache
+
+    def _reason(self, encoding: Encoding, ids: Tensor, length: int) -> str:
+        """Why no entry answers a request."""
+        if length:
+            return "the sequence branches where no state is stored"
+        for other, tree in self._trees.items():
+            if other != encoding and tree.match(ids).entry is not None:
+                return "other weights" if other.expert_key == encoding.expert_key else "other expert vector"
+        return "no such prefix"
+
+    def _encode(self, cache: MambaFormerCache, ids: Tensor) -> None:
+        with torch.no_grad():
+            self.model(ids[None].long().to(self.model.device), cache=cache, logits_to_keep=1)
+
+    def _obstacle(self, cache: MambaFormerCache) -> str | None:
+        """Why a cache cannot answer requests; `None` if it can."""
+        mask = cache.history.mask.tensor
+        obstacles = {
+            "static storage": cache.max_columns is not None,
+            "nothing is cached": cache.lengths.is_empty,
+            "embeddings": cache.history.has_embeddings,
+            "positions chosen by hand": cache.history.position_ids.tensor is not None,
+            "padding": mask is not None and not bool(mask[:, : cache.get_seq_length()].all()),
+            "several expert vectors or weights": cache.status != Status.CURRENT or not cache.provenance.is_uniform,
+            "one expert vector per row": isinstance(cache.expert_vector, list),
+        }
+        return next((reason for reason, holds in obstacles.items() if holds), None)
+
+    def _insert_row(self, cache: MambaFormerCache, row: int, ids: Tensor) -> bool:
+        encoding = cache.provenance.in_force
+        if len(ids) < self.min_tokens:
+            return False
+        with self._lock:
+            node = self._trees.setdefault(encoding, PrefixTree()).node_at(ids)
+            if node.entry is not None:
+                return False
+            stored = cache.fork()
+            if cache.batch_size > 1:
+                stored.batch_select_indices(torch.tensor([row], device="cpu"))
+            entry = Entry(stored, len(ids), stored.nbytes)
+            node.entry = entry
+            self._entries[entry] = (encoding, ids)
+            self._set_priority(entry)
+            self._evict()
+            return entry in self._entries
+
+    def _use(self, entry: Entry) -> None:
+        entry.num_hits += 1
+        self._set_priority(entry)
+
+    def _set_priority(self, entry: Entry) -> None:
+        encoding, ids = self._entries[entry]
+        shorter = self._trees[encoding].match(ids[:-1]).entry
+        saved = self._computation(entry.num_tokens) - self._computation(0 if shorter is None else shorter.num_tokens)
+        entry.priority = self._age + (1 + entry.num_hits) * saved / max(entry.nbytes, 1)
+
+    def _computation(self, num_tokens: int) -> float:
+        """Floating point operations of encoding a sequence: products with the weights, and attention."""
+        config = self.model.config
+        per_token = 2 * sum(weight.numel() for weight in self.model.base_model.layers.parameters())
+        pairs = 0.0
+        attending = [idx for idx in range(config.num_hidden_layers) if "attention" in config.mixers(idx)]
+        for window in map(config.window, attending):
+            seen = num_tokens if window is None else min(num_tokens, window)
+            pairs += seen * (num_tokens - seen / 2)
+        return num_tokens * per_token + 4 * pairs * config.num_attention_heads * config.head_dim
+
+    def _evict(self) -> None:
+        while self._entries and self.nbytes > self.max_bytes:
+            entry = min(self._entries, key=lambda each: each.priority)
+            encoding, ids = self._entries.pop(entry)
+            self._age = max(self._age, entry.priority)
+            tree = self._trees[encoding]
+            tree.remove(entry, ids)
+            if not tree.root.children:
+                del self._trees[encoding]
+            self._count(evicted=1, bytes_evicted=entry.nbytes)
+
+
+def _as_ids(ids: Tensor) -> Tensor:
+    return ids.detach().to("cpu", torch.int32)
+
+
+__all__ = ["PrefixCache"]
