@@ -35,8 +35,13 @@ class CacheStore(Protocol):
     def reset(self) -> None:
         """Returns to the state before the first token; fixed storage keeps its addresses."""
 
-    def extend_reach(self, reach: int, counts: torch.Tensor, columns: Any) -> None:
-        """Makes the last `reach` tokens removable from now on; rows hold `counts` (rows or 1,) of `columns` tokens."""
+    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: Any) -> None:
+        """Makes the last `reach` tokens removable from now on.
+
+        Args:
+            tokens_seen: real tokens of each row so far, (rows or 1,).
+            columns: sequence length so far, padding included.
+        """
 
     def plan_crop(self, removal: Removal) -> Any:
         """The argument of `crop` for a removal; `None` if the sequence has to be encoded again instead."""
@@ -94,10 +99,10 @@ class CacheLayer:
         for store in self.stores.values():
             getattr(store, method)(*args)
 
-    def extend_reach(self, reach: int, counts: torch.Tensor, columns: Any) -> None:
-        """Makes the last `reach` tokens removable; rows hold `counts` (rows or 1,) tokens in `columns`."""
+    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: Any) -> None:
+        """Makes the last `reach` tokens removable; the arguments are those of `CacheStore.extend_reach`."""
         self.record_past = True
-        self.each_store("extend_reach", reach, counts, columns)
+        self.each_store("extend_reach", reach, tokens_seen, columns)
 
     def fork(self, lengths: CacheLengths) -> "CacheLayer":
         other = type(self)(lengths, {name: store.fork() for name, store in self.stores.items()}, self.max_columns)

@@ -231,7 +231,7 @@ def _restore_sequence(cache, session: Session, tensors: dict[str, Tensor]) -> No
     cache.history.has_embeddings = session.has_embeddings
     is_fixed, lengths = cache.max_columns is not None, cache.lengths
     lengths.columns = torch.tensor(session.columns, device=device) if is_fixed else session.columns
-    lengths.counts = log["mask"].sum(1) if "mask" in log else None
+    lengths.tokens_seen = log["mask"].sum(1) if "mask" in log else None
     lengths.rows, lengths.overshoot = session.rows, session.overshoot
     if not session.has_states:
         return

@@ -402,7 +402,7 @@ def _step_of(written: _Layers, hidden_states: Tensor, plans: Mapping, angles: An
 
 def _write_plan(step: _Step, plan: Any, window: int | None, attention: Any, layout: Any) -> bool:
     rows, count, mask, slots = step.tokens.rows, step.tokens.count, attention.mask, layout.slots
-    if not is_own_attention(attention.implementation) or attention.packing is not None or layout.sources is not None:
+    if not is_own_attention(attention.implementation) or attention.alignment is not None or layout.sources is not None:
         return False
     if mask is None and count > 1:
         return False  # a causal mask that attention makes by itself

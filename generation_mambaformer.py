@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .cache_history_mambaformer import Status
+from .cache_lock_mambaformer import GenerateLock
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
-from .cache_use_mambaformer import Owning
 from .expert_vectors_mambaformer import resolve_expert_vector
 from .generation_schedule_mambaformer import (
     BoundedDrafts,
@@ -22,8 +22,14 @@ from .generation_schedule_mambaformer import (
     first_schedule,
     names_experts,
 )
-from .inputs_mambaformer import EXPERT_FIELDS, check_fields_of_config, check_keywords_of_generate, check_token_ids
-from .inputs_padding_mambaformer import check_is_ours, without_borders
+from .inputs_mambaformer import (
+    EXPERT_FIELDS,
+    check_cache_type,
+    check_config_fields,
+    check_keywords_of_generate,
+    check_token_ids,
+)
+from .inputs_packing_mambaformer import drop_borders
 from .inputs_prompt_mambaformer import num_columns_again
 from .library_mambaformer import CACHE_NAMES, GenerationHooks, cache_of, take_cache
 from .weights_version_mambaformer import weights_stamp
@@ -69,13 +75,13 @@ class MambaFormerGenerationMixin(GenerationHooks):
         cache, prompt = take_cache(kwargs), inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
             check_token_ids(prompt, self.config.vocab_size)
-        kwargs = without_borders(prompt, kwargs)
-        check_is_ours(cache)
+        kwargs = drop_borders(prompt, kwargs)
+        check_cache_type(cache)
         embed_tokens = self.get_input_embeddings()
         again = num_columns_again(cache, embed_tokens, prompt, generation_config=generation_config, **kwargs)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         for config in configs:
-            check_fields_of_config(config)
+            check_config_fields(config)
         of_configs = [names_experts(config) for config in configs]
         entries = first_schedule((expert_vector, expert_schedule), *of_configs)
         if entries:
@@ -88,10 +94,10 @@ class MambaFormerGenerationMixin(GenerationHooks):
         if again:
             kwargs["num_embeds_cached"] = again
         if prefix_cache is None:
-            with Owning(cache):
+            with GenerateLock(cache):
                 return self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
         cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
-        with Owning(cache):
+        with GenerateLock(cache):
             output = self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
         if cache.batch_size == prompt.shape[0]:
             prefix_cache.insert(cache)
@@ -223,7 +229,7 @@ class MambaFormerGenerationMixin(GenerationHooks):
         if cache is not None:
             if implementation is not None:
                 raise ValueError("Give either `cache` or `cache_implementation`, not both.")
-            check_is_ours(cache)
+            check_cache_type(cache)
             cache._is_user_defined = True
         elif generation_config.use_cache is False:
             if is_speculative:

@@ -17,9 +17,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_keys_mambaformer import Span
+from .cache_lock_mambaformer import locks_its_cache
 from .cache_mambaformer import MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
-from .cache_use_mambaformer import CacheStep, UncachedStep, feeds_its_cache
+from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import FewTokens
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
@@ -28,19 +29,15 @@ from .files_mambaformer import digest_of
 from .generation_export_mambaformer import DecodeStep
 from .generation_mambaformer import MambaFormerGenerationMixin
 from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
-from .inputs_mambaformer import check_keywords, check_token_ids
-from .inputs_packing_mambaformer import Sequences, split_borders
-from .inputs_padding_mambaformer import (
-    Feed,
-    OutputCollector,
-    Packing,
-    check_feed,
-    check_output_request,
+from .inputs_mambaformer import check_forward_inputs, check_keywords, check_output_request, check_token_ids
+from .inputs_packing_mambaformer import (
+    Sequences,
     packed_sequences,
-    prepend_history,
-    refuse_classified,
-    starts_as_given,
+    refuse_packed_rows,
+    split_borders,
+    starts_in_input_order,
 )
+from .inputs_padding_mambaformer import ForwardInputs, LeftAlignment, OutputCollector, prepend_history
 from .inputs_prompt_mambaformer import embedding_marks
 from .library_mambaformer import (
     CACHE_NAMES,
@@ -245,7 +242,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @feeds_its_cache
+    @locks_its_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -282,31 +279,31 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         check_keywords(self.forward, kwargs)
         cache = cache_of(cache, past_key_values)
         borders, kwargs = split_borders(kwargs)
-        feed = check_feed(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache)
-        packing, is_grouped = Packing.of(feed.mask), can_group(self.config, output_attentions)
-        sequences = packed_sequences(feed, packing, borders, attention_mask, cache, use_cache, is_grouped)
+        new_inputs = check_forward_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, cache)
+        alignment, is_grouped = LeftAlignment.of(new_inputs.mask), can_group(self.config, output_attentions)
+        sequences = packed_sequences(new_inputs, alignment, borders, attention_mask, cache, use_cache, is_grouped)
         prepared = self._prepare_in_force(expert_vector, cache)
         cache, places = self._cache_for(use_cache, cache) if sequences is None else None, places_of_model(self)
         if cache is not None:
             check_cache_fits(cache, places)
-        change = self._change(feed, prepared, cache)
-        whole = feed
+        change = self._change(new_inputs, prepared, cache)
+        inputs = new_inputs
         if change.recomputes:
-            whole = prepend_history(feed, cache, self.embed_tokens)
-            packing = Packing.of(whole.mask)
-        collector = OutputCollector(self.config, packing, output_hidden_states, output_attentions)
+            inputs = prepend_history(new_inputs, cache, self.embed_tokens)
+            alignment = LeftAlignment.of(inputs.mask)
+        collector = OutputCollector(self.config, alignment, output_hidden_states, output_attentions)
         if collector.wants_attention and self.config._attn_implementation != "eager":
             logger.warning_once("Only `attn_implementation='eager'` returns attention weights.")
         uncounted = without_counted_forwards(self) if prepared.weights is not None else nullcontext()
-        with self._step(cache, change, feed, whole, packing) as step, uncounted:
+        with self._transaction(cache, change, new_inputs, inputs, alignment) as transaction, uncounted:
             hidden_states = self._run(
-                places, whole, packing, step.span, prepared, cache, collector, sequences, **kwargs
+                places, inputs, alignment, transaction.span, prepared, cache, collector, sequences, **kwargs
             )
         if cache is not None and change is not UNCHANGED:
             cache.prepared_expert_vectors = prepared if prepared.is_reusable else None
-        num_new = feed.token_ids.shape[1]
+        num_new = new_inputs.token_ids.shape[1]
         return MambaFormerModelOutput(
-            last_hidden_state=packing.unpack(hidden_states)[:, -num_new:],
+            last_hidden_state=alignment.restore(hidden_states)[:, -num_new:],
             cache=cache,
             **collector.results(num_new),
         )
@@ -314,8 +311,8 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
     def _run(
         self,
         places: list[Place],
-        whole: Feed,
-        packing: Packing,
+        inputs: ForwardInputs,
+        alignment: LeftAlignment,
         span: Span,
         prepared: PreparedExpertVectors,
         cache: MambaFormerCache | None,
@@ -323,16 +320,16 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         sequences: Sequences | None,
         **kwargs,
     ) -> torch.Tensor:
-        """All layers over what is fed; left-aligned hidden states (rows, tokens, hidden_size)."""
-        device = whole.token_ids.device
-        hidden_states = packing.pack(self._embed(whole))
+        """All layers over the inputs; left-aligned hidden states (rows, tokens, hidden_size)."""
+        device = inputs.token_ids.device
+        hidden_states = alignment.align(self._embed(inputs))
         position_embeddings = None
         if self.rotary_emb is not None:
-            chosen = whole.position_ids
+            chosen = inputs.position_ids
             counted = span.positions(device) if sequences is None else sequences.positions
-            positions = counted if chosen is None else packing.pack(chosen)
+            positions = counted if chosen is None else alignment.align(chosen)
             position_embeddings = self.rotary_emb(hidden_states, positions)
-        shown = packing if collector.wants_attention else None
+        shown = alignment if collector.wants_attention else None
         attention = make_attention_masks(places, self.config, span, cache, hidden_states, shown, sequences)
         if not collector.wants_anything:
             shared = attention, prepared.scaled_bases, position_embeddings, cache, span.lengths
@@ -369,17 +366,26 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             logger.warning_once("Gradient checkpointing runs layers twice: `use_cache=True` is ignored.")
         return self.make_cache() if wanted and not is_checkpointing else None
 
-    def _step(self, cache, change: Change, feed: Feed, whole: Feed, packing: Packing) -> CacheStep | UncachedStep:
+    def _transaction(
+        self,
+        cache: MambaFormerCache | None,
+        change: Change,
+        new_inputs: ForwardInputs,
+        inputs: ForwardInputs,
+        alignment: LeftAlignment,
+    ) -> CacheTransaction | UncachedForward:
         """Context of the run of all layers: with a cache, a transaction on it."""
-        num_tokens, device = whole.token_ids.shape[1], whole.token_ids.device
+        num_tokens, device = inputs.token_ids.shape[1], inputs.token_ids.device
         if cache is None:
-            return UncachedStep(Span(num_tokens, lengths=packing.lengths))
-        marks = None if feed.inputs_embeds is None else embedding_marks(feed.inputs_embeds)
-        new = NewTokens(feed.token_ids, feed.mask, feed.position_ids, marks)
-        return cache.step(change, new, num_tokens, packing.lengths, device)
+            return UncachedForward(Span(num_tokens, lengths=alignment.lengths))
+        marks = None if new_inputs.inputs_embeds is None else embedding_marks(new_inputs.inputs_embeds)
+        new = NewTokens(new_inputs.token_ids, new_inputs.mask, new_inputs.position_ids, marks)
+        return cache.transaction(change, new, num_tokens, alignment.lengths, device)
 
-    def _change(self, feed: Feed, prepared: PreparedExpertVectors, cache: MambaFormerCache | None) -> Change:
-        rows = feed.token_ids.shape[0]
+    def _change(
+        self, new_inputs: ForwardInputs, prepared: PreparedExpertVectors, cache: MambaFormerCache | None
+    ) -> Change:
+        rows = new_inputs.token_ids.shape[0]
         if is_compiled_step(cache):
             return UNCHANGED
         if prepared.num_rows not in (None, rows):
@@ -389,15 +395,15 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         if cache is None:
             return UNCHANGED
         weights = weights_stamp(self) if prepared.weights is None else prepared.weights
-        return cache.plan(prepared.expert_vector, prepared.key, weights)
+        return cache.decide_change(prepared.expert_vector, prepared.key, weights)
 
-    def _embed(self, feed: Feed) -> torch.Tensor:
-        if feed.inputs_embeds is None:
-            return self.embed_tokens(feed.token_ids)
-        if feed.mask is None:
-            return feed.inputs_embeds
+    def _embed(self, inputs: ForwardInputs) -> torch.Tensor:
+        if inputs.inputs_embeds is None:
+            return self.embed_tokens(inputs.token_ids)
+        if inputs.mask is None:
+            return inputs.inputs_embeds
         # What stands at a pad may be anything, and not even a weight of zero takes a NaN out of a sum.
-        return feed.inputs_embeds.masked_fill(~feed.mask[..., None], 0)
+        return inputs.inputs_embeds.masked_fill(~inputs.mask[..., None], 0)
 
 
 class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedModel):
@@ -420,7 +426,7 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         name_causal_model(cls.__name__)
 
     @can_return_tuple
-    @feeds_its_cache
+    @locks_its_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -473,7 +479,7 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         if labels is not None:
             mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
             borders, kwargs = split_borders(kwargs)
-            starts = starts_as_given(labels, attention_mask, position_ids, borders)
+            starts = starts_in_input_order(labels, attention_mask, position_ids, borders)
             targets = causal_loss_arguments(labels, mask, starts, **kwargs)
             loss = self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **targets)
         return MambaFormerCausalLMOutput(
@@ -547,7 +553,7 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        refuse_classified(outputs.last_hidden_state, attention_mask, position_ids, split_borders(kwargs)[0])
+        refuse_packed_rows(outputs.last_hidden_state, attention_mask, position_ids, split_borders(kwargs)[0])
         logits = self.score(outputs.last_hidden_state[:, -1])
         loss = None
         if labels is not None:

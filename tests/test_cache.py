@@ -17,7 +17,7 @@ from cases import (
 )
 from mambaformer import ExpertVector, MambaFormerCache
 from mambaformer.cache_history_mambaformer import CacheLengths, NewTokens, TokenHistory
-from mambaformer.cache_keys_mambaformer import Buffer, Retention, Span, plan_layout
+from mambaformer.cache_keys_mambaformer import Buffer, Retention, Span, make_layout
 
 
 def same(found, expected):
@@ -124,10 +124,10 @@ def test_every_slot_of_a_ring_holds_the_newest_position_that_lives_there(window,
 def test_layouts_that_need_no_mask_have_none():
     device = torch.device("cpu")
     for retention in (Retention(), Retention(8), Retention(8, 2)):
-        assert plan_layout(retention, Span(6), device).key_positions is None
-        assert plan_layout(retention, Span(1, start=40, columns=40), device).key_positions is None
-        assert plan_layout(retention, Span(2, start=40, columns=40), device).key_positions is not None
-    assert plan_layout(Retention(8), Span(9), device).key_positions is not None
+        assert make_layout(retention, Span(6), device).key_positions is None
+        assert make_layout(retention, Span(1, start=40, columns=40), device).key_positions is None
+        assert make_layout(retention, Span(2, start=40, columns=40), device).key_positions is not None
+    assert make_layout(Retention(8), Span(9), device).key_positions is not None
 
 
 # ------------------------------------------------------------------------------------------------------ taking back
@@ -213,7 +213,7 @@ def bad_calls(model, ids):
         "entries": {"input_ids": next_ids, "expert_vector": [expert, None, None]},
         "`attention_mask` is": {"input_ids": next_ids, "attention_mask": one(2, 5)},
         "2-D": {"input_ids": next_ids, "attention_mask": one(2, 1, 2, 2)},
-        "calls other cached tokens": {"input_ids": next_ids, "attention_mask": one(2, ids.shape[1] + 2)},
+        "marks other cached tokens": {"input_ids": next_ids, "attention_mask": one(2, ids.shape[1] + 2)},
         "2 rows|3 rows": {"input_ids": ids[:1].expand(3, -1)},
         "exactly one of": {"input_ids": next_ids, "inputs_embeds": one(2, 2, 32).double()},
         "inputs_embeds` must": {"inputs_embeds": one(2, 2, 31).double()},

@@ -15,7 +15,7 @@ from mambaformer.cache_history_mambaformer import (
     Provenance,
     Status,
     TokenHistory,
-    plan_removal,
+    make_removal,
 )
 from mambaformer.cache_layers_mambaformer import CacheStore
 
@@ -31,7 +31,7 @@ def provenance_of(policy, encoded=BASE, in_force=BASE):
 
 
 def plan(provenance, encoding, lengths=FILLED):
-    return provenance.plan_change("expert", *encoding, lengths, TokenHistory(tiny_config("mamba")))
+    return provenance.decide_change("expert", *encoding, lengths, TokenHistory(tiny_config("mamba")))
 
 
 @pytest.mark.parametrize(("policy", "action"), [
@@ -82,12 +82,12 @@ def test_a_removal_counts_real_tokens_and_not_padding():
     history, lengths = TokenHistory(tiny_config("mamba")), CacheLengths()
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]]).bool()
     history.append(lengths, NewTokens(torch.ones(2, 4, dtype=torch.long), mask))
-    lengths = CacheLengths(columns=4, counts=mask.sum(1), rows=2)
-    removal = plan_removal([-2, -1], lengths, history)
+    lengths = CacheLengths(columns=4, tokens_seen=mask.sum(1), rows=2)
+    removal = make_removal([-2, -1], lengths, history)
     assert (removal.tokens.tolist(), removal.most, removal.columns_left) == ([1, 1], 1, 3)
     history.crop(removal)
     lengths.crop(removal, "cpu")
-    assert (lengths.columns, lengths.counts.tolist(), lengths.overshoot) == (3, [1, 3], 1)
+    assert (lengths.columns, lengths.tokens_seen.tolist(), lengths.overshoot) == (3, [1, 3], 1)
     assert history.read(lengths).mask.tolist() == [[False, True, False], [True, True, True]]
 
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from cases import random_model, random_rows, tiny_config
 
 IDS = torch.tensor([random_rows(1)[0][:10]])
-IN_USE = "wait until that has returned, or give each thread its own `cache.fork\\(\\)`"
+IN_USE = "wait until that call has returned, or give each thread its own `cache.fork\\(\\)`"
 STEPS = 40
 
 
@@ -206,7 +206,7 @@ def test_a_copy_of_a_used_cache_belongs_to_its_new_owner(storage, kind):
     cache = model.make_cache(storage, 16 if storage == "static" else None)
     feed(model, cache, IDS[:, :4])
     twin = COPIES[kind](cache)
-    assert twin.use is not cache.use and twin.use.lock is not cache.use.lock
+    assert twin.lock is not cache.lock and twin.lock.rlock is not cache.lock.rlock
     wanted = feed(model, None, IDS)[:, 4:]
     for each in (twin, COPIES[kind](twin), cache):
         same(feed(model, each, IDS[:, 4:]), wanted)

@@ -65,7 +65,7 @@ def test_a_cache_made_in_a_graph_is_fed_by_eager_forwards():
     cache = compiled(model)(torch.tensor([row[:5]]), use_cache=True).past_key_values
     found = model(torch.tensor([row[5:]]), past_key_values=cache).logits[0]
     assert_same_logits(found, expected(model, [row])[0][5:])
-    assert cache.get_seq_length() == 9 and cache.use.lock is cache.use.lock
+    assert cache.get_seq_length() == 9 and cache.lock.rlock is cache.lock.rlock
 
 
 @pytest.mark.parametrize("pattern", ["mamba", "everything"])

@@ -112,7 +112,7 @@ def test_attention_weights_of_packed_rows_stay_within_sequences():
     ids=["positions_seq_idx", "positions_lengths", "seq_idx_lengths", "mask_lengths", "mask_4d", "cache"],
 )
 def test_borders_that_contradict_each_other_or_a_cache_are_refused_by_name(borders):
-    message = r"tell different borders|`seq_idx` or `cu_seq_lens_q`|continues one sequence a row"
+    message = r"mark different borders|`seq_idx` or `cu_seq_lens_q`|continues one sequence a row"
     with pytest.raises(ValueError, match=message):
         shared_model("everything")(IDS, **borders)
 
@@ -191,11 +191,11 @@ def test_a_compiled_forward_fails_on_borders_that_contradict_each_other(others):
     found = compiled(IDS, position_ids=RESTARTS, **FORMS[others]).logits
     assert_same_logits(list(alone(found)), expected(model, ROWS))
     moved = RESTARTS.roll(1, 1)
-    with pytest.raises(RuntimeError, match="tell different borders"):
+    with pytest.raises(RuntimeError, match="mark different borders"):
         compiled(IDS, position_ids=moved, **FORMS[others])
     if others == "cu_seq_lens":
         short = {name: FORMS[others][name] - 1 for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
-        with pytest.raises(RuntimeError, match="must grow from 0 to 84"):
+        with pytest.raises(RuntimeError, match="must increase from 0 to 84"):
             compiled(IDS, position_ids=RESTARTS, max_length_q=40, **short)
 
 

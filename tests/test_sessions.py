@@ -419,7 +419,7 @@ def test_loaded_is_what_was_saved_in_every_public_way(variant, tmp_path):
     assert [row.name for row in loaded.expert_vector] == [None, "a", None]
     assert (loaded.storage, loaded.max_columns) == (cache.storage, cache.max_columns)
     assert (loaded.status, loaded.provenance.is_mixed, loaded.is_initialized) == ("current", False, True)
-    assert torch.equal(loaded.lengths.counts, cache.lengths.counts)
+    assert torch.equal(loaded.lengths.tokens_seen, cache.lengths.tokens_seen)
     assert type(loaded.lengths.columns) is type(cache.lengths.columns)
 
 

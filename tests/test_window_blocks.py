@@ -19,7 +19,7 @@ from cases import (
     tiny_config,
 )
 from mambaformer import mixer_attention_masks_mambaformer as masks
-from mambaformer.cache_keys_mambaformer import Retention, Span, plan_layout
+from mambaformer.cache_keys_mambaformer import Retention, Span, make_layout
 
 WINDOWED = ["sliding", "sliding_sinks", "hybrid_sliding", "everything"]
 every_windowed_pattern = pytest.mark.parametrize("pattern", WINDOWED)
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_one_mask(monkeypatch):
 def test_blocks_are_the_mask_without_what_no_query_of_them_sees(retention, fed):
     """At their real size: what is left out is invisible, no key comes twice, and far fewer keys are compared."""
     span = Span(1000, start=fed, columns=fed)
-    layout = plan_layout(retention, span, torch.device("cpu"))
+    layout = make_layout(retention, span, torch.device("cpu"))
     queries, keys = span.positions(torch.device("cpu")), layout.key_positions
     mask = retention.is_visible(queries[0, :, None], keys[0])
     compared = 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_keys_mambaformer import Buffer, IdBuffer, Removal, Span, counted_positions, usable
+from .cache_keys_mambaformer import Buffer, IdBuffer, Removal, Span, count_positions, usable
 from .expert_vectors_mambaformer import collapsed_key
 
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
@@ -27,13 +27,13 @@ class CacheLengths:
 
     Args:
         columns: sequence length so far, padding included: an integer, or a tensor () under static storage.
-        counts: real tokens of each row, (rows,) or (1,); `None` while no row ever had padding.
+        tokens_seen: real tokens of each row, (rows,) or (1,); `None` while no row ever had padding.
         rows: batch size; `None` before the first forward.
         overshoot: by how many tokens at most a row has been longer than it is now. Windows have overwritten so many.
     """
 
     columns: Any = 0
-    counts: Tensor | None = None
+    tokens_seen: Tensor | None = None
     rows: int | None = None
     overshoot: int = 0
     # The value of `columns` when the host last read it: the tensor, its version, the value.
@@ -46,8 +46,8 @@ class CacheLengths:
     @property
     def start(self) -> Any:
         """Real tokens before the next one, as `Span.start`."""
-        if self.counts is not None:
-            return self.counts
+        if self.tokens_seen is not None:
+            return self.tokens_seen
         return self.columns if isinstance(self.columns, int) else self.columns[None]
 
     def num_columns(self) -> int:
@@ -63,9 +63,9 @@ class CacheLengths:
 
     def advance(self, span: Span, token_ids: Tensor) -> None:
         """Counts the tokens of `span`; the columns `token_ids` (rows, tokens) of it were not fed before."""
-        # The counts first: under static storage the start of the span is a view of `columns`.
-        if span.lengths is not None or self.counts is not None:
-            self.counts = span.ends(token_ids.device)
+        # First, since under static storage the start of the span is a view of `columns`.
+        if span.lengths is not None or self.tokens_seen is not None:
+            self.tokens_seen = span.ends(token_ids.device)
         self._add_columns(token_ids.shape[1])
         if self.overshoot:
             fed = span.num_tokens if span.lengths is None else int(span.lengths.min())
@@ -92,7 +92,7 @@ class CacheLengths:
         return last is not None and last[0] is columns and last[1] == columns._version
 
     def buffers(self) -> dict[str, Tensor]:
-        pairs = {"columns": self.columns, "counts": self.counts}
+        pairs = {"columns": self.columns, "tokens_seen": self.tokens_seen}
         return {name: value for name, value in pairs.items() if isinstance(value, Tensor)}
 
     def set_buffers(self, tensors: dict[str, Tensor]) -> None:
@@ -104,9 +104,9 @@ class CacheLengths:
         return CacheLengths(columns=self.columns * 0)
 
     def crop(self, removal: Removal, device) -> None:
-        if len(removal.by_row) > 1 or self.counts is not None:
-            counts = removal.columns if self.counts is None else self.counts
-            self.counts = counts - torch.as_tensor(removal.tokens, device=device)
+        if len(removal.by_row) > 1 or self.tokens_seen is not None:
+            tokens_seen = removal.columns if self.tokens_seen is None else self.tokens_seen
+            self.tokens_seen = tokens_seen - torch.as_tensor(removal.tokens, device=device)
         self.overshoot += removal.most
         if isinstance(self.columns, int):
             self.columns = removal.columns_left
@@ -114,16 +114,16 @@ class CacheLengths:
             self.columns = usable(self.columns).fill_(removal.columns_left)
 
     def select_rows(self, rows: Tensor) -> None:
-        if self.counts is not None:
-            self.counts = self.counts.expand(self.rows).index_select(0, rows.to(self.counts.device))
+        if self.tokens_seen is not None:
+            self.tokens_seen = self.tokens_seen.expand(self.rows).index_select(0, rows.to(self.tokens_seen.device))
         self.rows = rows.shape[0]
 
     def reset(self) -> None:
-        self.columns, self.counts, self.rows, self.overshoot = self.columns * 0, None, None, 0
+        self.columns, self.tokens_seen, self.rows, self.overshoot = self.columns * 0, None, None, 0
 
     def fork_into(self, other: "CacheLengths") -> None:
         other.columns = self.columns if isinstance(self.columns, int) else self.columns.clone()
-        other.counts = None if self.counts is None else self.counts.clone()
+        other.tokens_seen = None if self.tokens_seen is None else self.tokens_seen.clone()
         other.rows, other.overshoot = self.rows, self.overshoot
 
 
@@ -190,7 +190,7 @@ class TokenHistory:
 
     def _earlier_positions(self, like: Tensor) -> Tensor:
         mask = torch.ones_like(like) if self.mask.tensor is None else self.mask.tensor.to(like.dtype)
-        return counted_positions(mask)[:, : like.shape[1]]
+        return count_positions(mask)[:, : like.shape[1]]
 
     def read(self, lengths: CacheLengths) -> NewTokens:
         """All columns, for a forward that encodes them again.
@@ -257,10 +257,10 @@ class TokenHistory:
 
 def _positions_of(new: NewTokens, start: Any) -> Tensor:
     mask = torch.ones_like(new.token_ids) if new.mask is None else new.mask
-    return counted_positions(mask, start if isinstance(start, int) else start[:, None])
+    return count_positions(mask, start if isinstance(start, int) else start[:, None])
 
 
-def plan_removal(tokens_to_remove: Any, lengths: CacheLengths, history: TokenHistory) -> Removal:
+def make_removal(tokens_to_remove: Any, lengths: CacheLengths, history: TokenHistory) -> Removal:
     """Checks the argument of `MambaFormerCache.crop` and counts the real tokens that each row loses.
 
     Raises:
@@ -278,7 +278,7 @@ def plan_removal(tokens_to_remove: Any, lengths: CacheLengths, history: TokenHis
         )
     by_row = [-k for k in asked]
     by_row = by_row[:1] if len(set(by_row)) == 1 else by_row
-    if lengths.counts is None or not any(by_row):
+    if lengths.tokens_seen is None or not any(by_row):
         tokens = by_row[0] if len(by_row) == 1 else torch.tensor(by_row, device="cpu")
         return Removal(columns, by_row, tokens, max(by_row, default=0), lengths.overshoot)
     tokens = history.count_removed(by_row, columns)
@@ -385,7 +385,9 @@ class Provenance:
                 " may have to be taken back."
             )
 
-    def plan_change(self, expert: Any, key: Any, weights: Any, lengths: CacheLengths, history: TokenHistory) -> Change:
+    def decide_change(
+        self, expert: Any, key: Any, weights: Any, lengths: CacheLengths, history: TokenHistory
+    ) -> Change:
         """The change to an expert vector, identified by `key`, and to weights with this stamp; changes nothing.
 
         Raises:
@@ -469,5 +471,5 @@ __all__ = [
     "Provenance",
     "Status",
     "TokenHistory",
-    "plan_removal",
+    "make_removal",
 ]

@@ -65,15 +65,15 @@ class Retention:
             return position if position < self.sinks else in_ring
         return torch.where(position < self.sinks, position, in_ring)
 
-    def positions(self, counts: torch.Tensor, num_slots: int) -> torch.Tensor:
-        """Position that each slot holds after `counts` (rows,) tokens: (rows, num_slots), -1 where it is empty."""
-        slots, counts = torch.arange(num_slots, device=counts.device), counts[:, None]
+    def positions(self, tokens_seen: torch.Tensor, num_slots: int) -> torch.Tensor:
+        """Position of the key in each slot after `tokens_seen` (rows,): (rows, num_slots), -1 in an empty slot."""
+        slots, tokens_seen = torch.arange(num_slots, device=tokens_seen.device), tokens_seen[:, None]
         if self.window is None:
-            return torch.where(slots < counts, slots, -1)
-        newest = counts - 1 - self.sinks
+            return torch.where(slots < tokens_seen, slots, -1)
+        newest = tokens_seen - 1 - self.sinks
         in_ring = newest - (newest - (slots - self.sinks)) % self.ring
         in_ring = torch.where(in_ring >= 0, in_ring + self.sinks, -1)
-        return torch.where(slots >= self.sinks, in_ring, torch.where(slots < counts, slots, -1))
+        return torch.where(slots >= self.sinks, in_ring, torch.where(slots < tokens_seen, slots, -1))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def as_index(values: Any) -> torch.Tensor:
     return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
 
 
-def counted_positions(mask: torch.Tensor, start: Any = 0) -> torch.Tensor:
+def count_positions(mask: torch.Tensor, start: Any = 0) -> torch.Tensor:
     """Positions (rows, columns) of columns whose `mask` says which are real, after `start` real tokens of each row.
 
     A pad takes the position of the last real token before it, or 0.
@@ -154,7 +154,7 @@ class Layout:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_size: int | None = None) -> Layout:
+def make_layout(retention: Retention, span: Span, device: torch.device, fixed_size: int | None = None) -> Layout:
     """Plans how `retention` takes in `span`, for growing storage or for one of `fixed_size` slots."""
     num_slots = retention.num_slots(span.columns + span.num_tokens if fixed_size is None else fixed_size)
     if retention.window is None or (span.num_tokens == 1 and span.lengths is None):
@@ -162,7 +162,7 @@ def plan_layout(retention: Retention, span: Span, device: torch.device, fixed_si
     return _plan_staged(retention, span, device, num_slots, fixed_size is not None)
 
 
-def plan_uncached(retention: Retention, span: Span, device: torch.device) -> Layout:
+def make_uncached_layout(retention: Retention, span: Span, device: torch.device) -> Layout:
     """The layout of a forward without a cache: attention sees the new keys only."""
     is_dynamic = isinstance(span.num_tokens, torch.SymInt)  # a comparison would fix the length in an exported graph
     sees_all = retention.window is None or (not is_dynamic and span.num_tokens <= retention.window)
@@ -479,15 +479,15 @@ class KeyValueStore:
     def nbytes(self) -> dict[str, int]:
         return {name: tensor.nbytes for name, tensor in self.buffers().items()}
 
-    def extend_reach(self, reach: int, counts: torch.Tensor, columns: int) -> None:
-        """Widens a ring, so that `reach` tokens can be taken back; rows hold `counts` (rows or 1,) tokens."""
+    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: int) -> None:
+        """Widens a ring, so that `reach` tokens can be taken back."""
         if self.retention.window is None or self.retention.spare >= reach:
             return
         old, self.retention = self.retention, replace(self.retention, spare=reach)
         num_slots = self.retention.num_slots(columns)
         if self.num_slots in (0, num_slots):
             return
-        held = self.retention.positions(counts, num_slots)
+        held = self.retention.positions(tokens_seen, num_slots)
         # What the narrow ring has lost is out of every window, so any key may stand for it.
         sources = old.slot(held.clamp(min=0)).clamp(max=self.num_slots - 1)
         for buffer in (self.keys, self.values):

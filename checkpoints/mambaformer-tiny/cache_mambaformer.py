@@ -1,7 +1,8 @@
 """The cache of MambaFormer: all state of one request, and none that another request could see.
 
-A forward is a transaction, `with cache.step(...)`: layers write where nothing visible lives, or stage the states that
-they would overwrite. The end of the block makes all of it visible at once; an exception leaves the cache as it was.
+A forward is a transaction, `with cache.transaction(...)`: layers write into slots that nothing visible occupies, or
+stage the states that they would overwrite. The end of the block makes all of it visible at once; an exception leaves
+the cache as it was.
 """
 
 import weakref
@@ -20,12 +21,13 @@ from .cache_history_mambaformer import (
     Provenance,
     Status,
     TokenHistory,
-    plan_removal,
+    make_removal,
 )
 from .cache_keys_mambaformer import Layout, Removal, as_index
 from .cache_layers_mambaformer import STORAGES, CacheStore, make_layer
+from .cache_lock_mambaformer import CacheLock, not_while_fed
 from .cache_session_mambaformer import load_session, save_session
-from .cache_use_mambaformer import CacheStep, CacheUse, not_while_fed
+from .cache_transaction_mambaformer import CacheTransaction
 from .modeling_stack_mambaformer import LayerSpec, places_of_model, specs_of
 
 # Tokens that `generate` can take back at once when it speculates; the library drafts 20 at a time by default.
@@ -73,8 +75,8 @@ class MambaFormerCache(Cache):
         self.history = TokenHistory(config, max_cache_len)
         self.provenance = Provenance(on_expert_change)
         self.prepared_expert_vectors = None
-        self.open_step: CacheStep | None = None
-        self.use = CacheUse()
+        self.open_transaction: CacheTransaction | None = None
+        self.lock = CacheLock()
         self.rollback_reach = 0
         # Of the model's layers as they are now, which need not be as the configuration describes them.
         if specs is None:
@@ -88,17 +90,19 @@ class MambaFormerCache(Cache):
 
     # ---- a forward, as the model drives it
 
-    def step(self, change: Change, new: NewTokens, num_tokens: int, lengths, device) -> CacheStep:
+    def transaction(
+        self, change: Change, new: NewTokens, num_tokens: int, lengths: torch.Tensor | None, device: torch.device
+    ) -> CacheTransaction:
         """Context of a forward of `num_tokens` columns with `lengths` (rows,) real tokens each.
 
         Nothing is visible of the forward before the end of the block. States that have to be computed again are
         dropped at its start: if the forward fails, the next one computes them from the history of tokens.
         """
-        return CacheStep(self, change, new, num_tokens, lengths, device)
+        return CacheTransaction(self, change, new, num_tokens, lengths, device)
 
     def layout(self, layer_idx: int) -> Layout:
         """How layer `layer_idx` takes in the open forward."""
-        return self.open_step.layouts[self.layers[layer_idx].attention.retention]
+        return self.open_transaction.layouts[self.layers[layer_idx].attention.retention]
 
     def update(self, key_states, value_states, layer_idx: int, *args, is_saved: bool = False):
         """Takes in (rows, heads, tokens, head_dim) of the open forward; returns the keys and values attention sees.
@@ -144,19 +148,19 @@ class MambaFormerCache(Cache):
         for row in resolved if isinstance(resolved, list) else [resolved]:
             if row is not None and self.model is not None:
                 self.model.check_expert_vector(row)
-        change = self.plan(resolved, key, self.provenance.in_force.weights)
+        change = self.decide_change(resolved, key, self.provenance.in_force.weights)
         if change.action is Action.RESET:
             self.reset()
         self.put_in_force(change)
 
-    def plan(self, expert, key, weights) -> Change:
+    def decide_change(self, expert, key, weights) -> Change:
         """The change to an expert vector, identified by `key`, and to weights with this stamp.
 
         Raises:
             ValueError: the change is refused; nothing has changed.
         """
         self._check_one_a_row(expert)
-        return self.provenance.plan_change(expert, key, weights, self.lengths, self.history)
+        return self.provenance.decide_change(expert, key, weights, self.lengths, self.history)
 
     def _check_one_a_row(self, expert) -> None:
         if isinstance(expert, (list, tuple)) and self.lengths.rows not in (None, len(expert)):
@@ -331,7 +335,7 @@ class MambaFormerCache(Cache):
             ValueError: more columns than were fed, a positive number (the meaning in older versions of Transformers),
                 or beyond the reach, a sequence that cannot be encoded again: embeddings, or several experts.
         """
-        removal = plan_removal(tokens_to_remove, self.lengths, self.history)
+        removal = make_removal(tokens_to_remove, self.lengths, self.history)
         if not any(removal.by_row):
             return
         if removal.columns_left == 0:
@@ -439,11 +443,11 @@ class MambaFormerCache(Cache):
     @not_while_fed("pickled", changes=False)
     def __getstate__(self) -> dict:
         # A copy in another process belongs to no model, and nobody uses it there.
-        return {name: value for name, value in self.__dict__.items() if name != "use"} | {"_model": None}
+        return {name: value for name, value in self.__dict__.items() if name != "lock"} | {"_model": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.use = CacheUse()
+        self.lock = CacheLock()
 
     @not_while_fed("saved", changes=False)
     def save(self, path) -> None:

@@ -28,7 +28,7 @@ from .expert_vectors_mambaformer import (
     resolve_expert_vector,
     spectrum_of,
 )
-from .inputs_padding_mambaformer import check_is_ours
+from .inputs_mambaformer import check_cache_type
 from .library_mambaformer import is_every_operation_seen
 from .modeling_stack_mambaformer import places_of_model, without_wrappers
 from .weights_parallel_mambaformer import agreed, base_linear, mesh_of, placed_like, weight_of, writes_stamp
@@ -253,7 +253,7 @@ class ExpertRuntimeMixin(Model):
         """
         if isinstance(expert_vector, PreparedExpertVectors):
             return expert_vector
-        check_is_ours(cache)
+        check_cache_type(cache)
         if expert_vector is ... and is_compiled_step(cache):
             return cache.prepared_expert_vectors or PreparedExpertVectors()
         weights = None if cache is None else weights_stamp(self.base_model)

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 
-from .cache_use_mambaformer import Feeding
+from .cache_lock_mambaformer import FeedLock
 from .files_folders_mambaformer import staged_at
 
 logger = logging.get_logger(__name__)
@@ -177,7 +177,7 @@ class GenerationHooks(GenerationMixin):
             cache = cache_of(*(kwargs.get(name) for name in CACHE_NAMES))
             if not self.can_run_compiled(cache):
                 return self(*args, **kwargs)
-            with Feeding(cache.use):  # a compiled forward does not say so itself
+            with FeedLock(cache.lock):  # a compiled forward does not say so itself
                 return compiled(*args, **kwargs)
 
         return call

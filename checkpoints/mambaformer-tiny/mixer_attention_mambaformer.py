@@ -13,7 +13,7 @@ from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
-from .inputs_padding_mambaformer import Packing
+from .inputs_padding_mambaformer import LeftAlignment
 from .mixer_attention_masks_mambaformer import AttentionMasks
 from .mixer_base_mambaformer import MambaFormerMixer
 from .ops_cpu_decode_mambaformer import few_queries_attention, rotated
@@ -59,11 +59,11 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def eager_attention_forward(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, packing: Packing | None = None, **kwargs
+    module, query, key, value, attention_mask, scaling, dropout=0.0, alignment: LeftAlignment | None = None, **kwargs
 ):
     """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys).
 
-    With a `packing`, the weights are returned in the order in which the tokens were given.
+    With an `alignment`, the weights are returned in the order in which the tokens were given.
     """
     rows, heads, num_tokens, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # (rows, key heads, group * tokens, head_dim)
@@ -73,9 +73,9 @@ def eager_attention_forward(
     weights = torch.softmax(weights, dim=-1, dtype=at_least_float32(weights.dtype)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     shown = weights
-    if packing is not None:
-        shown = packing.unpack(weights.transpose(1, 2)).transpose(1, 2)
-        weights = packing.pack(shown.transpose(1, 2)).transpose(1, 2)  # gradients reach what is shown
+    if alignment is not None:
+        shown = alignment.restore(weights.transpose(1, 2)).transpose(1, 2)
+        weights = alignment.align(shown.transpose(1, 2)).transpose(1, 2)  # gradients reach what is shown
     grouped = weights.reshape(rows, key.shape[1], -1, weights.shape[-1])
     return (grouped @ value).view(rows, heads, num_tokens, -1).transpose(1, 2).contiguous(), shown
 
@@ -136,8 +136,8 @@ class MambaFormerAttention(MambaFormerMixer):
             mixed = few_queries_attention(query, key, value, attention.mask, self.scaling)
             if mixed is not None:
                 return mixed, None
-        if attention.packing is not None:
-            kwargs["packing"] = attention.packing
+        if attention.alignment is not None:
+            kwargs["alignment"] = attention.alignment
         forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
         forward = functools.partial(forward, self, dropout=dropout, scaling=self.scaling, **kwargs)
         if not attention.blocks:
@@ -152,9 +152,10 @@ class MambaFormerAttention(MambaFormerMixer):
         """`attend` of packed rows: sequences of similar length are the rows of a batch."""
         shape = (query.shape[0], query.shape[2])
         flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-        groups = zip(*(attention.sequences.group(states) for states in flat), attention.groups, strict=True)
+        grouping = attention.sequences.grouping
+        groups = zip(*(grouping.group(states) for states in flat), attention.groups, strict=True)
         mixed = [
             self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), masks, **kwargs)[0]
             for q, k, v, masks in groups
         ]
-        return attention.sequences.ungroup(mixed).unflatten(0, shape)
+        return grouping.ungroup(mixed).unflatten(0, shape)

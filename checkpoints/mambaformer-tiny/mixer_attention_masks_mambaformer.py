@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .cache_keys_mambaformer import Layout, Retention, Span, plan_uncached
+from .cache_keys_mambaformer import Layout, Retention, Span, make_uncached_layout
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .inputs_packing_mambaformer import Sequences
-from .inputs_padding_mambaformer import Packing
+from .inputs_padding_mambaformer import LeftAlignment
 from .modeling_stack_mambaformer import Place
 
 # Implementations that apply the causal mask without a tensor; other masks are left to the first of them.
@@ -49,14 +49,14 @@ class AttentionMasks:
     Args:
         mask: in the form of the implementation; `None` means causal, or that a single query sees all keys.
         implementation: the name of an attention function of Transformers.
-        packing: restores the order of the tokens; present if attention weights are returned.
+        alignment: restores the order of the tokens; present if attention weights are returned.
         blocks: replace the mask where there are many more tokens than a window has.
         sequences: the sequences of packed rows, with the masks of each of their groups in `groups`.
     """
 
     mask: torch.Tensor | BlockMask | None = None
     implementation: str = "sdpa"
-    packing: Packing | None = None
+    alignment: LeftAlignment | None = None
     blocks: tuple[QueryBlock, ...] = ()
     sequences: Sequences | None = None
     groups: tuple["AttentionMasks", ...] = ()
@@ -81,25 +81,25 @@ def make_attention_masks(
     span: Span,
     cache: MambaFormerCache | None,
     hidden_states: torch.Tensor,
-    packing: Packing | None,
+    alignment: LeftAlignment | None,
     sequences: Sequences | None = None,
 ) -> dict[int | None, AttentionMasks]:
     """The masks of the layers in these places, by their windows.
 
-    `packing` is given when the attention weights are to be returned, which only written-out attention can.
+    `alignment` is given when the attention weights are to be returned, which only written-out attention can.
     """
     by_window: dict[int | None, AttentionMasks] = {}
-    packing = packing if config._attn_implementation == "eager" else None
+    alignment = alignment if config._attn_implementation == "eager" else None
     for place in places:
         attends, window, _ = place.spec
         if attends and window not in by_window:
             retention, device = Retention.of(config, window), hidden_states.device
-            layout = plan_uncached(retention, span, device) if cache is None else cache.layout(place.position)
+            layout = make_uncached_layout(retention, span, device) if cache is None else cache.layout(place.position)
             if sequences is None:
                 masks = _make_masks(config, retention, layout, span, hidden_states)
             else:
                 masks = _make_packed_masks(config, retention, sequences, hidden_states)
-            by_window[window] = replace(masks, packing=packing)
+            by_window[window] = replace(masks, alignment=alignment)
     return by_window
 
 
@@ -118,14 +118,14 @@ def _implementation_of(config: MambaFormerConfig) -> str:
 def _make_packed_masks(
     config: MambaFormerConfig, retention: Retention, sequences: Sequences, hidden_states: torch.Tensor
 ) -> AttentionMasks:
-    if not sequences.groups:
-        implementation, positions, numbers = _implementation_of(config), sequences.positions, sequences.numbers
+    if sequences.grouping is None:
+        implementation, positions, indices = _implementation_of(config), sequences.positions, sequences.indices
         implementation = "sdpa" if implementation.startswith("flash") else implementation
-        return _masks_from_positions(config, retention, implementation, positions, positions, hidden_states, numbers)
+        return _masks_from_positions(config, retention, implementation, positions, positions, hidden_states, indices)
     device, groups = hidden_states.device, []
-    for group in sequences.groups:
+    for group in sequences.grouping.groups:
         span = Span(group.length)
-        layout = plan_uncached(retention, span, device)
+        layout = make_uncached_layout(retention, span, device)
         groups.append(_make_masks(config, retention, layout, span, hidden_states))
     return AttentionMasks(sequences=sequences, groups=tuple(groups))
 
