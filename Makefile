@@ -7,8 +7,8 @@ TRANSFORMERS ?= transformers==5.24.0
 LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 OLDER_VERSIONS := 5.16.1 5.23.0
-LAWS := library laws rollback cache remote_code readme generate generation_modes generation_config speculation \
-	sessions packing packed_inputs losses classifier default_device
+LAWS := library laws surgery switches isolation forms gradients transactions rollback cache remote_code readme generate generation_modes generation_config speculation \
+	sessions session_crashes session_files packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
@@ -39,7 +39,7 @@ test-laws: $(VENV)/.laws  ## those of one environment
 	$(BIN)/python -m pytest -n 2 $(LAWS:%=tests/test_%.py)
 
 test-cuda:  ## the laws on a GPU, by the python that PYTHON names; needs pytest, pytest-xdist, hypothesis and peft there
-	MAMBAFORMER_TEST_DEVICE=cuda $(PYTHON) -m pytest -n 12 tests/test_laws.py tests/test_cache.py tests/test_rollback.py \
+	MAMBAFORMER_TEST_DEVICE=cuda $(PYTHON) -m pytest -n 12 $(foreach law,laws surgery switches isolation forms gradients,tests/test_$(law).py) tests/test_cache.py tests/test_rollback.py \
 		tests/test_generate.py tests/test_speculation.py tests/test_sessions.py -k "not compiled"
 
 test-bare: .venv-bare/.installed  ## a model folder where nothing but PyTorch and the newest transformers is installed

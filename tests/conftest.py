@@ -1,4 +1,7 @@
-"""One thread, no network, no shared folders but that of the compiled kernels, the same random numbers every time."""
+"""One thread, no network, no shared folders but that of the compiled kernels, the same random numbers every time.
+
+Fresh memory holds NaN (integers their largest value), so that nothing is right by the chance of a zeroed page.
+"""
 
 import os
 import tempfile
@@ -14,6 +17,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+torch.utils.deterministic.fill_uninitialized_memory = True  # acts in deterministic mode only
+torch.use_deterministic_algorithms(True, warn_only=True)
 if os.environ.get("MAMBAFORMER_TEST_DEVICE"):
     from on_device import OnDevice
 
@@ -23,3 +28,24 @@ if os.environ.get("MAMBAFORMER_TEST_DEVICE"):
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def saved_session(tmp_path):
+    """A model, a small session of it, and its file."""
+    from patterns import tiny_config
+    from saved_caches import made
+    from tiny_models import random_model
+
+    model = random_model(tiny_config("paper", num_hidden_layers=2))
+    cache = made(model, "expert_per_row", "dense")
+    cache.save(tmp_path / "s")
+    return model, cache, tmp_path / "s"
+
+
+@pytest.fixture
+def counted_svd(monkeypatch):
+    """The shapes of the matrices that were decomposed."""
+    seen, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, *a, **k: seen.append(matrix.shape) or svd(matrix, *a, **k))
+    return seen

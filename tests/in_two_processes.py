@@ -18,8 +18,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
-from cases import feed, ragged_turns, random_expert, random_model, random_rows, tiny_config
 from mambaformer import MambaFormerForCausalLM, expert_bases_mambaformer
+from patterns import tiny_config
+from sequences import feed, ragged_turns, random_rows
+from tiny_models import random_expert, random_model
 
 PATTERNS = ("everything", "paper")
 ROWS = random_rows(3, (9, 9))

@@ -53,11 +53,20 @@ def tuned_weights(state_dict, vectors=None, decomposed=None):
     for module, short_z in (vectors or {}).items():
         if module not in decomposed:
             decomposed[module] = torch.linalg.svd(weights[module + ".weight"], full_matrices=False)
-        U, s, Vh = decomposed[module]
-        z = torch.ones_like(s)
-        z[: len(short_z)] = short_z.to(torch.float64)
-        weights[module + ".weight"] = U @ torch.diag(s * z) @ Vh
+        weights[module + ".weight"] = tuned(*decomposed[module], short_z)
     return weights
+
+
+def tuned(U, s, Vh, short_z):
+    """U diag(s * z) V^T; what z leaves out is 1."""
+    z = torch.ones_like(s)
+    z[: len(short_z)] = short_z.to(s.dtype)
+    return U @ torch.diag(s * z) @ Vh
+
+
+def tuned_weight(weight, short_z):
+    """One weight under an expert vector, decomposed by a plain SVD."""
+    return tuned(*torch.linalg.svd(weight.detach(), full_matrices=False), short_z)
 
 
 class ReferenceRow:

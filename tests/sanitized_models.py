@@ -13,10 +13,10 @@ from torch import nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from cases import random_expert, random_model
 from mambaformer import MambaFormerConfig
 from mambaformer import ops_cpu_build_mambaformer as compiler
 from mambaformer.weights_quantized_mambaformer import is_quantized
+from tiny_models import random_expert, random_model
 from world import VOCAB, random_fields
 
 NUM_MODELS = int(os.environ.get("SANITIZED_MODELS", 300))

@@ -10,17 +10,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-import cases
 import mambaformer.expert_bases_files_mambaformer as svd_files
 import mambaformer.expert_bases_mambaformer as svd
 import mambaformer.ops_cpu_threads_mambaformer as threads
+from loops import normal
 from mambaformer.expert_bases_mambaformer import SingularBases, compute_basis
 from mambaformer.expert_linear_mambaformer import merged_weight
 from mambaformer.files_mambaformer import digest_of, sealed
-
-
-def random_tensor(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from tiny_models import new_model
 
 
 def plant(folder, weight, tensors, **changes):
@@ -74,7 +71,7 @@ def other_values(tensors):
 
 
 def of_another_weight(tensors):
-    tensors["vectors"] = compute_basis(random_tensor(6, 6, seed=3).to(tensors["vectors"].dtype)).vectors
+    tensors["vectors"] = compute_basis(normal(6, 6, seed=3).to(tensors["vectors"].dtype)).vectors
 
 
 def two_directions_turned(tensors):
@@ -102,7 +99,7 @@ WRONG += (two_directions_turned, other_dtype, cut_to_fewer_directions, more_than
 @pytest.mark.parametrize(("shape", "dtype"), [((9, 6), torch.float64), ((6, 9), torch.float32)])
 def test_a_sealed_file_that_is_not_the_basis_is_made_again(spoil, shape, dtype, tmp_path):
     """Only the checksum was looked at: any numbers under a right one were taken for the basis of the weight."""
-    weight = random_tensor(*shape, dtype=dtype)
+    weight = normal(*shape, dtype=dtype)
     tensors = exact_tensors(weight)
     spoil(tensors)
     file = plant(tmp_path, weight, tensors)
@@ -116,7 +113,7 @@ def test_a_sealed_file_that_is_not_the_basis_is_made_again(spoil, shape, dtype, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (1, 5)])
 def test_a_right_file_is_used_whatever_the_size_of_the_numbers(shape, dtype, scale, tmp_path, monkeypatch):
-    weight = (random_tensor(*shape) * scale).to(dtype)
+    weight = (normal(*shape) * scale).to(dtype)
     weight[:, 0] = weight[:, -1]  # as many directions as columns, but for one
     expected = SingularBases(tmp_path).get("q", weight)
     monkeypatch.setattr(svd, "compute_basis", None)
@@ -131,7 +128,7 @@ def test_a_right_file_is_used_whatever_the_size_of_the_numbers(shape, dtype, sca
 
 def test_a_file_of_the_version_before_is_made_again_at_once(tmp_path):
     """`prepare` took any file of the right name for a basis, and the first forward then computed all without a bar."""
-    weight = random_tensor(9, 6)
+    weight = normal(9, 6)
     file = plant(tmp_path, weight, exact_tensors(weight), version="1")
     SingularBases(tmp_path).prepare({"q": weight})
     assert b'"version":"2"' in file.read_bytes()
@@ -140,7 +137,7 @@ def test_a_file_of_the_version_before_is_made_again_at_once(tmp_path):
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing", "larger than memory"])
 def test_what_is_no_file_of_the_right_size_is_never_opened(kind, tmp_path):
     """A pipe of the right name stopped the process for good, and a file of any size was read into memory."""
-    weight = random_tensor(9, 6)
+    weight = normal(9, 6)
     path = tmp_path / f"{digest_of({'weight': weight})}.safetensors"
     if kind == "pipe":
         os.mkfifo(path)
@@ -162,7 +159,7 @@ def test_what_is_no_file_of_the_right_size_is_never_opened(kind, tmp_path):
 def test_a_folder_that_others_may_write_is_used_with_what_is_right_in_it(tmp_path):
     """Bases are numbers, each is proved against its weight: a team may share them, unlike compiled kernels."""
     tmp_path.chmod(0o777)
-    right, wrong = random_tensor(9, 6), random_tensor(9, 6, seed=1)
+    right, wrong = normal(9, 6), normal(9, 6, seed=1)
     file = plant(tmp_path, right, exact_tensors(right))
     file.chmod(0o666)
     plant(tmp_path, wrong, exact_tensors(right))
@@ -191,7 +188,7 @@ def with_limit(folder, limit):
 
 def test_the_least_recently_used_files_go_first(tmp_path):
     """The folder only grew: 20 steps of training left 740 files."""
-    weights = [random_tensor(50, 40, seed=seed) for seed in range(6)]
+    weights = [normal(50, 40, seed=seed) for seed in range(6)]
     room = 3 * stored_size(weights[0])
     for idx, weight in enumerate(weights[:3]):
         with_limit(tmp_path, room).get("q", weight)
@@ -206,7 +203,7 @@ def test_the_least_recently_used_files_go_first(tmp_path):
 
 
 def test_many_bases_stay_within_the_limit_and_are_right(tmp_path):
-    weights = [random_tensor(50, 40, seed=seed) for seed in range(20)]
+    weights = [normal(50, 40, seed=seed) for seed in range(20)]
     bases = with_limit(tmp_path, 4 * stored_size(weights[0]))
     bases.prepare({str(idx): weight for idx, weight in enumerate(weights)}, progress=False)
     assert len(basis_files(tmp_path)) in (3, 4)
@@ -217,7 +214,7 @@ def test_many_bases_stay_within_the_limit_and_are_right(tmp_path):
 
 def test_writers_side_by_side_keep_the_limit_and_never_fail(tmp_path, caplog):
     """Each has its own count of what is there, and removes files that others are about to read or remove."""
-    weights = [random_tensor(24, 16, seed=seed) for seed in range(24)]
+    weights = [normal(24, 16, seed=seed) for seed in range(24)]
     expected = [compute_basis(weight).vectors for weight in weights]
     limit, failures = 20 * stored_size(weights[0]), []
 
@@ -243,13 +240,13 @@ def test_writers_side_by_side_keep_the_limit_and_never_fail(tmp_path, caplog):
 def test_files_of_writers_that_were_killed_are_removed(tmp_path):
     left = tmp_path / f".{'0' * 16}-{'1' * 32}.tmp"
     left.write_bytes(b"half a basis of a weight that nobody has any more")
-    SingularBases(tmp_path).get("q", random_tensor(9, 6))
+    SingularBases(tmp_path).get("q", normal(9, 6))
     assert not left.exists()
 
 
 def test_a_limit_of_0_keeps_the_disk_clean_without_a_word(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv(svd_files.LIMIT, "0")
-    weight = random_tensor(9, 6)
+    weight = normal(9, 6)
     assert_same_basis(SingularBases(tmp_path / "new").get("q", weight), weight)
     assert not (tmp_path / "new").exists()
     assert not caplog.records
@@ -274,7 +271,7 @@ def test_bases_of_weights_in_training_stay_off_the_disk(change, tmp_path):
     """Each step of training wrote a basis of every weight, and none of them could ever be asked for again."""
     module, bases = nn.Linear(6, 9, bias=False), SingularBases(tmp_path)
     for seed in range(5):
-        new = random_tensor(9, 6, seed=seed, dtype=torch.float32)
+        new = normal(9, 6, seed=seed, dtype=torch.float32)
         with torch.no_grad():
             module.weight.copy_(new) if change == "in place" else setattr(module, "weight", nn.Parameter(new))
         assert_same_basis(bases.get("q", module.weight), new)
@@ -294,7 +291,7 @@ def test_weights_in_another_dtype_are_not_weights_in_training(tmp_path):
 
 def test_training_a_model_under_an_expert_leaves_the_files_of_its_start(tmp_path):
     """20 steps with an expert vector in force, all weights trained, left 20 files for each module that it scales."""
-    model = cases.new_model("everything")
+    model = new_model("everything")
     model._singular_bases = SingularBases(tmp_path)
     names = list(model.linear_modules())[:3]
     expert = {name: torch.tensor([1.5, 0.5]).double() for name in names}
@@ -314,9 +311,9 @@ def test_training_a_model_under_an_expert_leaves_the_files_of_its_start(tmp_path
 @pytest.mark.parametrize("shape", [(160, 96), (96, 160), (128, 128)])
 def test_scaled_weights_are_those_of_an_svd_in_float64(shape, dtype):
     """Float32 vectors of neighbouring singular values mixed: W' was off by 2e-5 to 2e-4 at SmolLM2's sizes."""
-    weight = random_tensor(*shape).to(dtype)
+    weight = normal(*shape).to(dtype)
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    z = 1 + 0.5 * random_tensor(min(shape), seed=1)
+    z = 1 + 0.5 * normal(min(shape), seed=1)
     basis = compute_basis(weight)
     assert basis.vectors.dtype == torch.float32
     found = merged_weight(weight.double(), basis, z)
@@ -328,7 +325,7 @@ def test_scaled_weights_are_those_of_an_svd_in_float64(shape, dtype):
 
 @pytest.mark.parametrize("rows", [7, 16, 100])
 def test_a_weight_reduced_in_blocks_has_the_basis_of_the_whole(rows, monkeypatch):
-    weight = random_tensor(100, 6, dtype=torch.float32)
+    weight = normal(100, 6, dtype=torch.float32)
     expected = compute_basis(weight)
     monkeypatch.setattr(svd, "REDUCTION_ROWS", rows)
     found = compute_basis(weight)
@@ -368,7 +365,7 @@ def test_workers_run_on_one_thread_each_and_nobody_else_does(two_threads):
 def test_side_by_side_gives_what_one_by_one_gives(two_threads, tmp_path, monkeypatch):
     monkeypatch.setattr(svd, "SIDE_BY_SIDE", 20)  # some of them are large
     shapes = [(30, 20), (20, 30), (40, 24), (7, 7)] * 4
-    weights = {f"q{idx}": random_tensor(*shape, seed=idx) for idx, shape in enumerate(shapes)}
+    weights = {f"q{idx}": normal(*shape, seed=idx) for idx, shape in enumerate(shapes)}
     ranks, asked = {"q0": 3, "q5": 1}, []
 
     def asking(name):
@@ -386,20 +383,20 @@ def test_side_by_side_gives_what_one_by_one_gives(two_threads, tmp_path, monkeyp
 
 
 def test_an_error_in_a_worker_names_its_module_once_and_stops(two_threads, tmp_path):
-    weights = {f"q{idx}": random_tensor(9, 6, seed=idx) for idx in range(12)}
+    weights = {f"q{idx}": normal(9, 6, seed=idx) for idx in range(12)}
     weights["q3"][2, 2] = torch.nan
     bases = SingularBases(tmp_path)
     with pytest.raises(ValueError, match=r"`q3`.*NaN") as caught:
         bases.prepare(weights, progress=False)
     assert str(caught.value).count("There is no singular basis") == 1
-    weights["q3"] = random_tensor(9, 6, seed=12)
+    weights["q3"] = normal(9, 6, seed=12)
     bases.prepare(weights, progress=False)
     assert len(basis_files(tmp_path)) == 12
 
 
 def test_no_thread_is_left_when_all_is_done(two_threads, tmp_path):
     before = threading.active_count()
-    SingularBases(tmp_path).prepare({str(idx): random_tensor(9, 6, seed=idx) for idx in range(8)}, progress=False)
+    SingularBases(tmp_path).prepare({str(idx): normal(9, 6, seed=idx) for idx in range(8)}, progress=False)
     assert threading.active_count() == before
 
 
@@ -420,7 +417,7 @@ def first_use(model, folder):
 def test_the_first_use_of_an_expert_says_what_it_does_once(long_work, tmp_path, caplog, capfd):
     """129 seconds passed without a word: the bar was for `prepare_expert_vectors` alone."""
     for _ in range(2):
-        first_use(cases.new_model("everything"), tmp_path)
+        first_use(new_model("everything"), tmp_path)
     (record,) = [record for record in caplog.records if record.name == svd.__name__]
     assert record.levelno == logging.WARNING  # shown without any setting
     assert "up to 5 weights" in record.getMessage()
@@ -435,7 +432,7 @@ def test_the_first_use_of_an_expert_says_what_it_does_once(long_work, tmp_path, 
 def test_long_work_that_begins_with_small_weights_is_told(tmp_path, caplog, capfd, monkeypatch):
     """SmolLM2's hybrid begins with a `dt_proj` of 36 columns, by which all 290 weights seemed quick."""
     monkeypatch.setattr(svd, "WORTH_TELLING", 12**3)
-    weights = {f"q{idx}": random_tensor(20, size, seed=idx) for idx, size in enumerate([2, 3, 20, 20, 2])}
+    weights = {f"q{idx}": normal(20, size, seed=idx) for idx, size in enumerate([2, 3, 20, 20, 2])}
     SingularBases(tmp_path).get_all({name: (lambda weight=weight: weight) for name, weight in weights.items()})
     assert "up to 3 weights" in caplog.text
     assert "3/3" in capfd.readouterr().err
@@ -443,7 +440,7 @@ def test_long_work_that_begins_with_small_weights_is_told(tmp_path, caplog, capf
 
 @pytest.mark.parametrize("use", ["merge", "spectrum"])
 def test_other_first_uses_say_it_too(use, long_work, tmp_path, caplog, capfd):
-    model = cases.new_model("everything")
+    model = new_model("everything")
     model._singular_bases = SingularBases(tmp_path)
     names = list(model.linear_modules())[:4]
     if use == "merge":
@@ -457,15 +454,15 @@ def test_other_first_uses_say_it_too(use, long_work, tmp_path, caplog, capfd):
 def test_the_bar_of_transformers_switch_is_off(long_work, tmp_path, capfd):
     transformers_logging.disable_progress_bar()
     try:
-        first_use(cases.new_model("everything"), tmp_path)
-        cases.new_model("everything").prepare_expert_vectors()
+        first_use(new_model("everything"), tmp_path)
+        new_model("everything").prepare_expert_vectors()
     finally:
         transformers_logging.enable_progress_bar()
     assert "Singular bases" not in capfd.readouterr().err
 
 
 def test_short_work_and_training_are_not_told(tmp_path, caplog, capfd, monkeypatch):
-    first_use(cases.new_model("everything"), tmp_path)
+    first_use(new_model("everything"), tmp_path)
     module, bases = nn.Linear(6, 9), SingularBases(tmp_path)
     for step in range(3):
         if step == 1:
@@ -479,13 +476,13 @@ def test_short_work_and_training_are_not_told(tmp_path, caplog, capfd, monkeypat
 
 def test_without_the_disk_the_line_does_not_promise_it(long_work, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv(svd_files.LIMIT, "0")
-    first_use(cases.new_model("everything"), tmp_path)
+    first_use(new_model("everything"), tmp_path)
     assert "not kept on disk, because MAMBAFORMER_BASES_GB is 0" in caplog.text
 
 
 def test_a_merge_that_is_refused_computes_nothing(tmp_path):
     """With hundreds of bases to compute, the refusal must come first."""
-    model = cases.new_model("everything")
+    model = new_model("everything")
     model._singular_bases = SingularBases(tmp_path)
     first, last = list(model.linear_modules())[:2]
     nn.utils.parametrize.register_parametrization(model.linear_modules()[last], "weight", nn.Identity())

@@ -5,24 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from cases import (
-    CACHE_VARIANTS,
-    VOCAB,
-    random_expert,
-    random_model,
-    random_rows,
-    shared_expert,
-    shared_model,
-    tiny_config,
-)
 from mambaformer import ExpertVector, MambaFormerCache
 from mambaformer.cache_history_mambaformer import CacheLengths, NewTokens, TokenHistory
 from mambaformer.cache_keys_mambaformer import Buffer, Retention, Span, make_layout
-
-
-def same(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-10 * expected.abs().max().item(), rtol=0)
-
+from oracle import assert_same_logits, uncached_logits
+from patterns import CACHE_VARIANTS, GREEDY, VOCAB, tiny_config
+from sequences import random_ids, random_rows
+from tiny_models import every_cache, new_cache, random_expert, random_model, shared_expert, shared_model
 
 # ---------------------------------------------------------------------------------------------- the cache hand-out
 
@@ -48,7 +37,7 @@ def test_the_usage_example_of_the_cache_hand_out_runs_as_it_is_written():
     past_key_values = outputs["past_key_values"]
 
     whole = model(tokens, expert_vector=expert_vector, use_cache=False).logits
-    same(outputs["logits"][:, -1], whole[:, -1])
+    assert_same_logits(outputs["logits"][:, -1], whole[:, -1])
     assert past_key_values.get_seq_length() == tokens.shape[1]
     assert past_key_values.expert_vector == expert_vector
 
@@ -147,7 +136,7 @@ def test_crop_then_replay_equals_never_fed(pattern, variant):
         assert cache.get_seq_length() == 9
         again = model(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits
         whole = model(ids, attention_mask=mask, use_cache=False).logits[:, 9:]
-    same(again[mask[:, 9:].bool()], whole[mask[:, 9:].bool()])
+    assert_same_logits(again[mask[:, 9:].bool()], whole[mask[:, 9:].bool()])
 
 
 def test_a_crop_that_cannot_be_exact_raises_and_changes_nothing():
@@ -161,7 +150,7 @@ def test_a_crop_that_cannot_be_exact_raises_and_changes_nothing():
         with pytest.raises(ValueError, match=message):
             cache.crop(steps)
     assert cache.get_seq_length() == ids.shape[1]
-    same(model(ids[:, :2], past_key_values=cache).logits, logits)
+    assert_same_logits(model(ids[:, :2], past_key_values=cache).logits, logits)
 
 
 def test_changed_weights_are_never_used_silently():
@@ -173,12 +162,14 @@ def test_changed_weights_are_never_used_silently():
     with torch.no_grad():
         model.model.layers[0].mamba.in_proj.weight.mul_(1.5)
     whole = model(torch.cat([ids, ids[:, :2]], dim=1), use_cache=False).logits
-    same(model(ids[:, :2], past_key_values=caches["recompute"]).logits, whole[:, -2:])
+    assert_same_logits(model(ids[:, :2], past_key_values=caches["recompute"]).logits, whole[:, -2:])
     with pytest.raises(ValueError, match="weights changed"):
         model(ids[:, :2], past_key_values=caches["error"])
-    same(model(ids, past_key_values=caches["reset"]).logits, whole[:, : ids.shape[1]])
+    assert_same_logits(model(ids, past_key_values=caches["reset"]).logits, whole[:, : ids.shape[1]])
     model.load_state_dict(model.state_dict())
-    same(model(ids[:, :1], past_key_values=caches["recompute"]).logits[:, -1], whole_after(model, ids)[:, -1])
+    assert_same_logits(
+        model(ids[:, :1], past_key_values=caches["recompute"]).logits[:, -1], whole_after(model, ids)[:, -1]
+    )
 
 
 def whole_after(model, ids):
@@ -256,7 +247,7 @@ def test_caches_of_other_models_and_other_libraries_are_refused():
         with pytest.raises(TypeError, match="make_cache"):
             model.generate(ids, past_key_values=foreign, max_new_tokens=2)
     whole = other(torch.cat([ids, ids[:, :1]], dim=1)).logits
-    same(other(ids[:, :1], past_key_values=cache).logits[:, -1], whole[:, -1])
+    assert_same_logits(other(ids[:, :1], past_key_values=cache).logits[:, -1], whole[:, -1])
 
 
 @pytest.mark.parametrize(
@@ -341,7 +332,7 @@ def test_forks_that_went_apart_are_each_encoded_again_from_their_own_text(varian
         for row, cache in ((0, origin), (1, fork)):
             text = torch.cat([ids[:1, :5], ids[row : row + 1, 5:]], dim=1)
             found = model(text[:, 9:], past_key_values=cache, expert_vector=expert).logits
-            same(found, model(text, expert_vector=expert, use_cache=False).logits[:, 9:])
+            assert_same_logits(found, model(text, expert_vector=expert, use_cache=False).logits[:, 9:])
             assert torch.equal(cache.token_ids, text)
 
 
@@ -366,3 +357,32 @@ def test_tokens_survive_a_vocabulary_that_grows():
     config.vocab_size = 100_000
     history.append(CacheLengths(3), NewTokens(ids + 90_000))
     assert history.token_ids.view(6).tolist() == [[-1, 60, 0, 89_999, 90_060, 90_000]]
+
+
+@every_cache
+def test_a_cache_filled_in_inference_mode_continues_outside_of_it(variant):
+    """Tensors of inference mode cannot be written outside of it: every variant crashed."""
+    model, ids = shared_model("everything"), random_ids()
+    cache = new_cache(model, variant)
+    with torch.inference_mode():
+        model(ids[:, :4], past_key_values=cache)
+    with torch.no_grad():
+        one = model(ids[:, 4:5], past_key_values=cache).logits
+    rest = model(ids[:, 5:], past_key_values=cache).logits
+    assert_same_logits(torch.cat([one, rest], dim=1), uncached_logits(model, ids)[:, 4:])
+    answer = model.generate(torch.cat([ids, ids[:, :1]], dim=1), past_key_values=cache, max_new_tokens=3, **GREEDY)
+    expected = model.generate(torch.cat([ids, ids[:, :1]], dim=1), max_new_tokens=3, **GREEDY)
+    assert answer.tolist() == expected.tolist()
+
+
+def test_methods_of_the_librarys_cache_are_answered_or_refused_by_name():
+    """Its sizes and a layer's own `crop` failed with errors about attributes."""
+    model, ids = shared_model("everything"), random_ids()
+    cache = model.make_cache("static", max_cache_len=20)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert (cache.max_batch_size, cache.max_cache_len, cache.get_max_cache_shape()) == (1, 20, 20)
+    cache.batch_select_indices(torch.tensor([True]))
+    for refused in (lambda: cache.layers[1].crop(-1), lambda: cache.layers[0].offload()):
+        with pytest.raises(NotImplementedError):
+            refused()

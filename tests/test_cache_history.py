@@ -5,7 +5,6 @@ import inspect
 import pytest
 import torch
 
-from cases import tiny_config
 from mambaformer import MambaFormerCache
 from mambaformer.cache_history_mambaformer import (
     Action,
@@ -18,6 +17,7 @@ from mambaformer.cache_history_mambaformer import (
     make_removal,
 )
 from mambaformer.cache_layers_mambaformer import CacheStore
+from patterns import tiny_config
 
 BASE, OTHER = ("base", "weights"), ("other", "weights")
 FILLED, EMPTY = CacheLengths(columns=3, rows=1), CacheLengths()

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from cases import random_model, random_rows, tiny_config
+from patterns import tiny_config
+from sequences import random_rows
+from tiny_models import random_model
 
 IDS = torch.tensor([random_rows(1)[0][:10]])
 IN_USE = "wait until that call has returned, or give each thread its own `cache.fork\\(\\)`"

@@ -1,12 +1,16 @@
 """A classifier reads each row at its last real token, whoever tells it where the pads are."""
 
+import inspect
 import random
 
 import pytest
 import torch
 
-from cases import assert_same_logits, padded_turn, random_model, random_rows, tiny_config
 from mambaformer import MambaFormerForSequenceClassification
+from oracle import assert_same_logits
+from patterns import tiny_config
+from sequences import padded_turn, random_rows
+from tiny_models import random_model
 
 ROWS = random_rows(4, (7, 3, 1, 5))
 PAD = 60
@@ -62,3 +66,16 @@ def test_a_row_of_pads_alone_has_logits_of_zero():
     found = model(torch.tensor([[4, 5, 6], [7, 8, 9]]), attention_mask=mask).logits
     assert_same_logits(found[:1], model(torch.tensor([[4, 5, 6]])).logits)
     assert (found[1] == 0).all()
+
+
+def test_the_signature_of_a_classifier_names_its_arguments():
+    """`inputs_embeds` went through `**kwargs`, where Transformers does not look for it."""
+    classifier = (
+        MambaFormerForSequenceClassification(tiny_config("paper", num_labels=3, pad_token_id=0)).double().eval()
+    )
+    ids, mask = torch.tensor([[0, 5, 9], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    taken = inspect.signature(classifier.forward).parameters
+    assert {"position_ids", "past_key_values", "inputs_embeds", "use_cache", "expert_vector"} <= taken.keys()
+    with torch.no_grad():
+        embeds = classifier.get_input_embeddings()(ids)
+        assert_same_logits(classifier(inputs_embeds=embeds, attention_mask=mask).logits, classifier(ids).logits)

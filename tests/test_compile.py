@@ -9,20 +9,10 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from cases import (
-    VOCAB,
-    assert_same_logits,
-    expected,
-    feed,
-    feed_row,
-    one_turn,
-    padded_turn,
-    random_model,
-    random_rows,
-    shared_expert,
-    shared_model,
-    tiny_config,
-)
+from oracle import assert_same_logits, expected
+from patterns import VOCAB, tiny_config
+from sequences import feed, feed_row, one_turn, padded_turn, random_rows
+from tiny_models import random_model, shared_expert, shared_model
 
 MIXED = ["mamba", "sliding_sinks", "everything"]
 
@@ -99,7 +89,8 @@ def test_a_compiled_call_takes_the_cache_under_both_names(name):
 
 def test_generate_sees_weights_that_changed_under_a_compiled_step():
     """The graph cannot look at the weights; the call around it does."""
-    from cases import random_model, tiny_config
+    from patterns import tiny_config
+    from tiny_models import random_model
 
     model, row = random_model(tiny_config("everything")), random_rows(3, [14])[0]
     config = CompileConfig(backend="aot_eager", fullgraph=True)

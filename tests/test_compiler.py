@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ from mambaformer.files_mambaformer import private_folder
 from mambaformer.ops_cpu_build_mambaformer import cpu_library
 from mambaformer.ops_cpu_interface_mambaformer import STORED
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
+from patterns import ROOT
 
 ANSWER = 'extern "C" int answer() { return 42; }'
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 
-from cases import VOCAB, assert_same_logits
 from mambaformer.convert import conversion, convert
 from mambaformer.convert.rope import recover_scaling
-from test_convert import ATTENTION, JAMBA, LLAMA3_ROPE, SIZES, YARN_ROPE, all_logits, new_source, some_ids
+from oracle import assert_same_logits
+from patterns import VOCAB
+from source_models import ATTENTION, JAMBA, LLAMA3_ROPE, SIZES, YARN_ROPE, all_logits, new_source, some_ids
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
 # The scaling of Llama 3.1 and of Llama 3.2, with heads of the size that these models have.

@@ -12,11 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cases import assert_same_logits
 from mambaformer import MambaFormerForCausalLM
 from mambaformer.convert import convert
 from mambaformer.convert.cli import main
-from test_convert import all_logits, changed, rope, some_ids, source
+from oracle import assert_same_logits
+from source_models import all_logits, changed, rope, some_ids, source
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
 from mambaformer import decode_program_mambaformer as stack
 from mambaformer import expert_linear_mambaformer as expert_linear
 from mambaformer import ops_cpu_decode_mambaformer as kernels
@@ -23,6 +22,10 @@ from mambaformer.ops_cpu_decode_mambaformer import (
     rotated,
 )
 from mambaformer.weights_quantized_mambaformer import PackedWeight, packed_rows
+from oracle import assert_same_logits, expected
+from patterns import tiny_config
+from sequences import feed_row, random_rows
+from tiny_models import random_expert, random_model
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cases import CACHE_VARIANTS, PATTERNS, shared_expert, shared_model
+from patterns import CACHE_VARIANTS, PATTERNS
+from tiny_models import shared_expert, shared_model
 
 IDS = torch.tensor([[3, 7, 1, 12, 5, 9, 2], [8, 2, 6, 4, 4, 1, 10]])
 MASK = torch.tensor([[0, 1, 1, 1, 0, 1, 1], [1, 1, 0, 1, 1, 1, 1]])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from test_readme import ROOT
+from patterns import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("checkpoints/*/README.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -12,10 +12,9 @@ import sys
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cases import ROOT
+from patterns import ROOT, TINY
 
 EXAMPLES = ROOT / "examples"
-TINY = ROOT / "checkpoints" / "mambaformer-tiny"
 # The last line that each prints, when all that it asserts holds.
 LAST_LINES = {
     "01_generate": "Without a cache the tokens are the same.",

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import shutil
 import threading
 
 import pytest
@@ -9,9 +10,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cases import assert_same_logits, expected, feed_row, random_expert, random_model, random_rows, tiny_config
-from mambaformer import ExpertVector
+from mambaformer import ExpertVector, MambaFormerForCausalLM, MambaFormerForSequenceClassification
 from mambaformer.expert_runtime_mambaformer import MOST_PREPARED
+from oracle import assert_same_logits, expected, uncached_logits
+from patterns import tiny_config
+from sequences import feed_row, random_ids, random_rows
+from tiny_models import random_expert, random_model
 
 
 @pytest.fixture
@@ -185,3 +189,88 @@ def test_a_compiled_model_prepares_new_vectors_outside_of_its_graphs(model, prep
     assert prepared == vectors
     assert counted[0] > 0 and len(set(counted)) == 1, "the graphs serve all vectors of one shape"
     torch.compiler.reset()
+
+
+def test_an_expert_vector_is_merged_once_by_a_model_or_its_stack():
+    """The causal model and its stack each kept their own account, so an expert could be applied twice."""
+    model = random_model(tiny_config("everything"))
+    expert = random_expert(model, 1)
+    before = uncached_logits(model, random_ids())
+    model.model.merge_expert_vector(expert)
+    for attempt in (lambda: model.merge_expert_vector(expert), lambda: model(random_ids(), expert_vector=expert)):
+        with pytest.raises(ValueError, match="unmerge_expert_vector"):
+            attempt()
+    with pytest.raises(ValueError, match="unmerge_expert_vector"):
+        model(random_ids(), expert_vector=None)
+    model.unmerge_expert_vector()
+    assert torch.equal(uncached_logits(model, random_ids()), before)
+
+
+def test_a_classifier_takes_expert_vectors_made_with_a_head():
+    """Merging looked for an `lm_head` that a classifier does not have."""
+    config = tiny_config("everything", num_labels=3, pad_token_id=0)
+    classifier = MambaFormerForSequenceClassification(config).double().eval()
+    expert = random_expert(random_model(config), 1)
+    ids = random_ids(length=6).clamp(min=1)
+    with torch.no_grad():
+        on_the_fly = classifier(ids, expert_vector=expert).logits
+        classifier.merge_expert_vector(expert)
+        assert_same_logits(classifier(ids).logits, on_the_fly)
+        padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
+        assert_same_logits(classifier(padded).logits, on_the_fly)
+        assert_same_logits(
+            classifier(padded.flip(1), attention_mask=(padded != 0).flip(1)).logits, classifier(ids.flip(1)).logits
+        )
+
+
+@pytest.mark.parametrize("write", ["load", "train"])
+def test_unmerging_never_mixes_two_models(write):
+    """The modules that the expert had scaled got their old weights back, and all others kept the new ones."""
+    model, other, ids = random_model(tiny_config("paper")), random_model(tiny_config("paper"), seed=1), random_ids()
+    model.merge_expert_vector(random_expert(model, 1, modules=["model.layers.1.self_attn.q_proj"]))
+    if write == "load":
+        model.load_state_dict(other.state_dict())
+    else:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    before = uncached_logits(model, ids)
+    with pytest.raises(ValueError, match="mix two models"):
+        model.unmerge_expert_vector()
+    assert_same_logits(uncached_logits(model, ids), before)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_nothing_is_merged_into_a_computed_weight():
+    """The merged weight was written into the value of a parametrization, which is computed anew."""
+    model = random_model(tiny_config("everything"))
+    torch.nn.utils.parametrize.register_parametrization(model.model.layers[1].self_attn.v_proj, "weight", Doubled())
+    with pytest.raises(ValueError, match="is parametrized"):
+        model.merge_expert_vector(random_expert(model, 1, modules=["model.layers.1.self_attn.v_proj"]))
+
+
+def test_weights_are_not_tied_while_an_expert_vector_is_merged():
+    """Tying took the expert out of the head without a word."""
+    model = random_model(tiny_config("paper"))
+    model.merge_expert_vector(random_expert(model, 1))
+    with pytest.raises(ValueError, match="unmerge_expert_vector"):
+        model.tie_weights()
+    model.unmerge_expert_vector()
+    model.tie_weights()
+
+
+def test_expert_vectors_of_a_checkpoint_outlive_its_folder(tmp_path):
+    """They were read when first used, from a place that might be gone by then."""
+    model = random_model(tiny_config("paper"))
+    model.expert_vectors.add("bold", random_expert(model, 1))
+    model.save_pretrained(tmp_path / "model")
+    loaded = MambaFormerForCausalLM.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    assert loaded.expert_vectors["bold"] == model.expert_vectors["bold"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/expert_vectors/bold.safetensors").is_file()
+    MambaFormerForCausalLM(loaded.config).save_pretrained(tmp_path / "fresh")
+    assert not (tmp_path / "fresh/experts").exists()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.export import Dim
 
-from cases import VOCAB, assert_same_logits, shared_model
+from oracle import assert_same_logits
+from patterns import VOCAB
+from tiny_models import shared_model
 
 SHAPES = [(2, 12), (3, 7), (1, 40), (4, 2), (2, 16), (2, 17), (1, 1)]
 

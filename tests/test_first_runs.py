@@ -3,15 +3,14 @@
 import importlib.util
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cases import VOCAB, random_expert, random_model, tiny_config
+from patterns import ROOT, VOCAB, tiny_config
+from tiny_models import random_expert, random_model
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPILING, BASES, CACHED, UNCACHED = 20.0, 100.0, 0.01, 0.04  # seconds: once, once, and of each token
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cases import random_model, tiny_config
+from patterns import ROOT, TINY, tiny_config
+from tiny_models import random_model
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "folders.py"
-TINY = ROOT / "checkpoints" / "mambaformer-tiny"
 UNSHIPPED = "unshipped_mambaformer.py"
 USER_SCRIPT = """
 import json, sys

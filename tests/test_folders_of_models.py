@@ -10,11 +10,12 @@ import torch
 from safetensors import torch as safetensors_torch
 from transformers import AutoModelForCausalLM
 
-from cases import random_expert, random_model, tiny_config
+from damage import in_a_process, kill_myself
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 from mambaformer import files_folders_mambaformer as folders
 from mambaformer.expert_vectors_mambaformer import ExpertVector
-from test_sessions import in_a_process, kill_myself
+from patterns import tiny_config
+from tiny_models import random_expert, random_model
 
 IDS = torch.arange(8)[None]
 

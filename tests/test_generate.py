@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from cases import VOCAB, random_expert, random_model, random_rows, shared_expert, shared_model, tiny_config
 from mambaformer import ExpertSwitchLogitsProcessor
+from patterns import GREEDY, VOCAB, tiny_config
+from sequences import random_rows
+from tiny_models import random_expert, random_model, shared_expert, shared_model
 
 PATTERNS = ["mamba", "full", "sliding_sinks", "hybrid_sliding", "paper", "everything"]
-# The pad token is no token of the vocabulary: `generate` takes what looks like it in a prompt for padding.
-GREEDY = {"do_sample": False, "pad_token_id": VOCAB}
 
 
 def left_padded(rows, pad=3):

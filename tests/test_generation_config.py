@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
-from cases import VOCAB, random_expert, random_model, random_rows, tiny_config
 from mambaformer import ExpertVector, MambaFormerForCausalLM
+from patterns import VOCAB, tiny_config
+from sequences import random_rows
+from tiny_models import random_expert, random_model
 
 GREEDY = {"do_sample": False, "pad_token_id": VOCAB, "max_new_tokens": 8}
 MODES = {

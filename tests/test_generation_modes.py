@@ -20,20 +20,10 @@ from transformers import (
     TextStreamer,
 )
 
-from cases import (
-    MODELS,
-    NO_TOKEN,
-    PATTERNS,
-    VOCAB,
-    assert_same_logits,
-    expected,
-    feed,
-    one_turn,
-    random_rows,
-    rows_of,
-    shared_expert,
-    shared_model,
-)
+from oracle import assert_same_logits, expected
+from patterns import NO_TOKEN, PATTERNS, VOCAB
+from sequences import feed, one_turn, random_rows, rows_of
+from tiny_models import MODELS, shared_expert, shared_model
 
 NO_PAD = {"pad_token_id": NO_TOKEN}
 GREEDY = {"do_sample": False, **NO_PAD}

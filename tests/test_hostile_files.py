@@ -10,14 +10,16 @@ import random
 import pytest
 import torch
 
-from cases import random_expert, random_model, tiny_config
+from damage import mutated
 from mambaformer import ExpertVector, convert, save_blocks
 from mambaformer.convert import conversion, load_blocks
 from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertVectorLibrary
 from mambaformer.files_header_mambaformer import MAX_DEPTH, json_of
 from mambaformer.files_mambaformer import sealed, write_tensors
+from patterns import tiny_config
+from saved_caches import contents_of, made
 from test_blocks import WINDOWED, llama, trained
-from test_sessions import contents_of, made, mutated
+from tiny_models import random_expert, random_model
 
 DEEP = 100_000
 
@@ -263,7 +265,6 @@ def test_a_few_hundred_forgeries_of_each_kind_are_refused_or_loaded(kind):
 
 # ------------------------------------------------------------------------------------------------ experts
 
-
 BAD_SPECTRA = ["rainbow", [1.0], 3, None, {"q": 1.0}, {"q": "1.0"}, {"q": [None]}, {"q": ["a"]}, {"q": [True]}]
 BAD_SPECTRA += [{"q": [[1.0]]}, {"q": {"0": 1.0}}, {"q": [-1.0]}, {"q": [10**400]}]
 
@@ -321,7 +322,6 @@ def test_a_folder_with_one_bad_expert_adds_none(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ Mamba blocks
-
 
 BAD_BLOCKS = {
     "a state size that allocates": lambda fields: fields.update(mamba_d_state=10**12),

@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from cases import random_expert, random_model, tiny_config
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM, MambaFormerForSequenceClassification
+from patterns import tiny_config
+from tiny_models import random_expert, random_model
 
 EXPERT_FILE = "expert_vectors/bold.safetensors"
 

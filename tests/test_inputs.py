@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from cases import VOCAB, shared_expert, shared_model
 from mambaformer import MambaFormerForSequenceClassification
+from patterns import VOCAB
+from sequences import random_ids
+from tiny_models import shared_expert, shared_model
 
 IDS = torch.tensor([[3, 7, 1, 12], [5, 9, 2, 8]])
 
@@ -153,3 +155,15 @@ def test_arguments_that_generate_knows_are_taken():
     options |= {"logits_processor": [], "stopping_criteria": [], "streamer": None, "synced_gpus": False}
     found = model.generate(IDS, expert_vector=expert, attention_mask=torch.ones_like(IDS), **options)
     assert torch.equal(found, model.generate(input_ids=IDS, expert_schedule={0: expert}, tokenizer=None, **options))
+
+
+def test_hidden_states_can_be_asked_for_by_index():
+    """A list of indices was taken for a yes."""
+    model, ids = shared_model("everything"), random_ids()
+    with torch.no_grad():
+        every = model(ids, output_hidden_states=True).hidden_states
+        some = model(ids, output_hidden_states=[0, -2, 99]).hidden_states
+        first = model(ids, output_hidden_states=0).hidden_states
+    assert [states is not None for states in some] == [True, False, False, False, True, False]
+    assert torch.equal(some[0], every[0]) and torch.equal(some[4], every[4])
+    assert torch.equal(first[0], every[0]) and first[1:] == (None,) * 5

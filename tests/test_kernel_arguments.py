@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from cases import random_expert, random_model, random_rows, tiny_config
 from loops import conv_arguments, scan_arguments
 from mambaformer import MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as stack
@@ -32,6 +31,9 @@ from mambaformer.ops_cpu_decode_mambaformer import (
 )
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 from mambaformer.weights_quantized_mambaformer import PackedWeight, packed_weight
+from patterns import tiny_config
+from sequences import random_rows
+from tiny_models import random_expert, random_model
 
 has_int4_kernels = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 

@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional as F
 from transformers.dynamic_module_utils import get_imports
 
-from cases import CACHE_VARIANTS, PATTERNS, random_model, tiny_config
 from mambaformer import MambaFormerForCausalLM
 from mambaformer import ops_mambaformer as ops
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
+from patterns import CACHE_VARIANTS, PATTERNS, tiny_config
+from tiny_models import random_model
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

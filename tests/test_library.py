@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from cases import random_expert, shared_model
 from mambaformer import MambaFormerConfig
 from mambaformer.library_mambaformer import CACHE_NAME, CACHE_NAMES, NEWEST_TESTED, cache_of, warn_if_untested
+from tiny_models import random_expert, shared_model
 
 IDS = torch.tensor([[3, 7, 1, 12, 5, 9]])
 

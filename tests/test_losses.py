@@ -8,9 +8,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from cases import PATTERNS, PLAIN_SGD, VOCAB, assert_same_logits, random_model, random_rows, shared_model, tiny_config
-from mambaformer import MambaFormerForCausalLM
-from mambaformer.modeling_mambaformer import MambaFormerForSequenceClassification
+from mambaformer import MambaFormerForCausalLM, MambaFormerForSequenceClassification
+from oracle import assert_same_logits
+from patterns import PATTERNS, PLAIN_SGD, VOCAB, tiny_config
+from sequences import random_ids, random_rows
+from tiny_models import random_model, shared_model
 
 # Its length is what `Trainer` counts wrongly, so the rows are short and of different lengths.
 ROWS = random_rows(3, (7, 3, 5, 2, 6, 4, 1, 8))
@@ -471,3 +473,14 @@ def test_the_collator_for_language_modeling_trains_as_rows_alone(tmp_path):
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         found = step_of(tmp_path, model, examples_of(rows), collator, rows=8, accumulated=1)
         assert_same_gradients(found, {name: -g for name, g in gradients(alone, loss_alone(alone, rows)).items()})
+
+
+def test_the_loss_counts_real_tokens_wherever_the_pads_stand():
+    """The first token behind a left pad was scored by the logits at that pad, which come after it."""
+    model, ids = shared_model("everything"), random_ids(length=6)
+    pad = torch.full((1, 3), 5)
+    alone = model(ids, labels=ids, use_cache=False).loss
+    for parts in ([pad, ids], [ids, pad], [ids[:, :2], pad, ids[:, 2:]]):
+        text = torch.cat(parts, dim=1)
+        mask = torch.cat([torch.zeros_like(part) if part is pad else torch.ones_like(part) for part in parts], dim=1)
+        assert_same_logits(model(text, attention_mask=mask, labels=text, use_cache=False).loss, alone)

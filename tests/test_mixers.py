@@ -5,11 +5,13 @@ import re
 import pytest
 import torch
 
-from cases import ROOT, feed_row, random_rows, shared_model, tiny_config
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as program
 from mambaformer.configuration_mambaformer import TENSOR_PARALLEL_PLANS
 from mambaformer.mixer_registry_mambaformer import check_can_be_split
+from patterns import ROOT, tiny_config
+from sequences import feed_row, random_rows
+from tiny_models import shared_model
 
 
 def test_no_product_file_knows_the_toy_mixer():

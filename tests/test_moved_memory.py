@@ -11,11 +11,13 @@ from torch.multiprocessing import reductions  # it teaches ForkingPickler to sen
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from cases import random_expert, random_model, random_rows, tiny_config
 from mambaformer import decode_program_mambaformer as stack
 from mambaformer import ops_cpu_decode_mambaformer as decode
 from mambaformer import ops_cpu_scan_mambaformer as scan
 from mambaformer import ops_mambaformer as ops
+from patterns import tiny_config
+from sequences import random_rows
+from tiny_models import random_expert, random_model
 
 IDS = torch.tensor([random_rows(1)[0][:10]])
 

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from cases import ROOT
+from patterns import ROOT
 
 # The order of imports could decide which of the two a name is bound to.
 IMPORTS = (

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from cases import assert_same_logits, expected, random_model, random_rows, shared_model, tiny_config
 from mambaformer import MambaFormerForSequenceClassification
 from mambaformer import ops_mambaformer as ops
+from oracle import assert_same_logits, expected
+from patterns import tiny_config
+from sequences import random_rows
+from tiny_models import random_model, shared_model
 
 LENGTHS = (5, 1, 40, 2, 33, 3)  # within a chunk of the kernels, across two, and shorter than a convolution
 ROWS = random_rows(3, LENGTHS)

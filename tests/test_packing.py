@@ -9,19 +9,11 @@ import torch
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from cases import (
-    PATTERNS,
-    PLAIN_SGD,
-    VOCAB,
-    assert_same_logits,
-    expected,
-    random_expert,
-    random_model,
-    random_rows,
-    shared_model,
-    tiny_config,
-)
+from oracle import assert_same_logits, expected
+from patterns import PLAIN_SGD, VOCAB, tiny_config
 from reference import reference_logits
+from sequences import random_rows
+from tiny_models import every_random_pattern, random_expert, random_model, shared_model
 
 # The oldest supported Transformers knows it only by its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*activation_checkpointing")
@@ -116,7 +108,6 @@ FORMS_OF_ONE_ROW = FORMS | {
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 every_form_of_one_row = pytest.mark.parametrize("form", FORMS_OF_ONE_ROW)
-every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 @functools.cache
@@ -170,7 +161,7 @@ def gradients_of_the_oracle(pattern):
     return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}
 
 
-@every_pattern
+@every_random_pattern
 @every_form_of_one_row
 def test_packed_sequences_have_the_logits_and_gradients_of_the_oracle(pattern, form):
     """Packing was refused (`position_ids` from 0) or sequences saw each other in silence: off by 0.64 to 1.14."""
@@ -189,7 +180,7 @@ def test_logits_are_those_of_the_oracle_for_any_lengths(pattern, lengths, form):
     assert_same_logits(run(model, packed, form), expected(model, packed.sequences))
 
 
-@every_pattern
+@every_random_pattern
 @every_form
 @torch.no_grad()
 def test_rows_of_packed_sequences_may_end_in_pads(pattern, form):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cases import CACHE_VARIANTS, assert_same_logits, expected, feed, one_turn, random_expert, random_model
 from in_two_processes import (
     EXPERT_SEED,
     FSDP_WRAPS,
@@ -29,6 +28,10 @@ from in_two_processes import (
 )
 from mambaformer import MambaFormerForCausalLM
 from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks
+from oracle import assert_same_logits, expected
+from patterns import CACHE_VARIANTS
+from sequences import feed, one_turn
+from tiny_models import random_expert, random_model
 
 # One worker runs all of this file, so that the two processes are started once.
 pytestmark = pytest.mark.xdist_group("placement")

@@ -6,12 +6,13 @@ import threading
 import pytest
 import torch
 
-from cases import MODELS, random_expert, random_model, rows_of, shared_expert, shared_model, tiny_config
 from mambaformer import PrefixCache
 from mambaformer.cache_prefix_tree_mambaformer import Entry, PrefixTree
+from patterns import GREEDY, tiny_config
+from sequences import rows_of
+from tiny_models import MODELS, random_expert, random_model, shared_expert, shared_model
 
 PLENTY = 2**30
-GREEDY = {"do_sample": False, "pad_token_id": 10**6}
 
 
 class TokensRead:

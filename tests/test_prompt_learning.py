@@ -4,8 +4,10 @@ import peft
 import pytest
 import torch
 
-from cases import VOCAB, random_model, random_rows, tiny_config
 from mambaformer import MambaFormerForSequenceClassification
+from patterns import VOCAB, tiny_config
+from sequences import random_rows
+from tiny_models import random_model
 
 NUM_VIRTUAL = 4
 IDS = torch.tensor(random_rows(0, (9, 9)))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from cases import CACHE_VARIANTS, VOCAB, random_expert, random_model, random_rows, shared_model, tiny_config
+from patterns import CACHE_VARIANTS, VOCAB, tiny_config
+from sequences import random_ids, random_rows
+from tiny_models import random_expert, random_model, shared_model
 
 PATTERNS = ["mamba", "full", "sliding_sinks", "hybrid_sliding", "everything"]
 NUM_NEW, NUM_CACHED = 5, 7
@@ -202,3 +204,15 @@ def test_a_filled_cache_without_a_prompt_is_refused():
     with pytest.raises(ValueError, match="give the new tokens"):
         model.generate(cache=cache, **GREEDY)
     assert cache.get_seq_length() == 2
+
+
+def test_nan_at_a_pad_of_embeddings_never_reaches_a_real_token():
+    """NaN at a pad passed through attention, since 0 * NaN is NaN."""
+    model, ids = shared_model("everything"), random_ids()
+    embeds = model.get_input_embeddings()(ids).detach()
+    mask = torch.ones_like(ids)
+    mask[0, 4] = 0
+    clean = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    embeds[0, 4] = float("nan")
+    found = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(found[mask.bool()], clean[mask.bool()])

@@ -28,23 +28,13 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup, PerRow, PerTensor
 from transformers import TorchAoConfig
 
-from cases import (
-    CACHE_VARIANTS,
-    assert_same_logits,
-    cut,
-    expected,
-    feed,
-    feed_row,
-    padded_turn,
-    ragged_turns,
-    random_expert,
-    random_model,
-    random_rows,
-    tiny_config,
-)
 from mambaformer import ExpertVector, MambaFormerForCausalLM
 from mambaformer.weights_quantized_mambaformer import dequantized, inner_tensors, is_quantized, packed_weight, portable
 from mambaformer.weights_version_mambaformer import weights_stamp
+from oracle import assert_same_logits, expected
+from patterns import CACHE_VARIANTS, tiny_config
+from sequences import cut, feed, feed_row, padded_turn, ragged_turns, random_rows
+from tiny_models import random_expert, random_model
 
 INT8, INT4 = Int8WeightOnlyConfig(), PrototypeInt4WeightOnlyConfig(group_size=32)
 KINDS = ["int8", "int4"]

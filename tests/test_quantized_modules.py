@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 
-from cases import random_expert, random_model, random_rows, tiny_config
 from mambaformer import ExpertVector, MambaFormerForCausalLM
 from mambaformer.weights_quantized_modules_mambaformer import matrix_of
+from patterns import tiny_config
+from sequences import random_rows
+from tiny_models import random_expert, random_model
 
 KINDS = {
     "8 bits of bitsandbytes": lambda: BitsAndBytesConfig(load_in_8bit=True),

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cases import random_expert
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
+from patterns import ROOT
+from tiny_models import random_expert
 
-ROOT = Path(__file__).resolve().parent.parent
 CARDS = ("checkpoints/mambaformer-tiny/README.md", "checkpoints/smollm2-hybrid/README.md")
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")), *CARDS)
 PATH = 'path = "model"\n'

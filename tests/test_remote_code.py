@@ -4,15 +4,14 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 
-from cases import random_expert, random_model, tiny_config
 from mambaformer import ExpertVector
+from patterns import ROOT, tiny_config
+from tiny_models import random_expert, random_model
 
-ROOT = Path(__file__).resolve().parent.parent
 USER_SCRIPT = """
     import json, sys, torch
     from torch.nn import functional as F

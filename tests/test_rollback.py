@@ -5,22 +5,10 @@ import random
 import pytest
 import torch
 
-from cases import (
-    MODELS,
-    PATTERNS,
-    TRAINED_PARAMS,
-    assert_same_logits,
-    draw_row,
-    expected,
-    feed,
-    feed_row,
-    one_turn,
-    padded_turn,
-    random_rows,
-    rows_of,
-    shared_expert,
-    shared_model,
-)
+from oracle import assert_same_logits, expected, uncached_logits
+from patterns import PATTERNS, VOCAB
+from sequences import draw_row, feed, feed_row, one_turn, padded_turn, random_ids, random_rows, rows_of
+from tiny_models import MODELS, TRAINED_PARAMS, shared_expert, shared_model
 
 REACH = 8
 # How a cache comes by its reach: from the start, in mid-text, or not at all; the last two always encode again.
@@ -345,3 +333,44 @@ def test_a_saved_text_can_be_rolled_back_after_it_is_loaded(pattern, tmp_path):
     assert text.cache.rollback_reach == REACH
     text.crop([1, 4])
     text.feed([3, 3])
+
+
+def test_a_static_cache_of_inference_mode_rolls_back_outside_of_it():
+    """`crop` wrote into the clock's tensor, which inference mode had made."""
+    model, ids = shared_model("everything"), random_ids()
+    cache = model.make_cache("static", max_cache_len=20)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    cache.crop(-4)
+    with torch.no_grad():
+        assert_same_logits(model(ids[:, 5:], past_key_values=cache).logits, uncached_logits(model, ids)[:, 5:])
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "hybrid", "everything"])
+@pytest.mark.parametrize("reach", [1, 2, 3])
+def test_a_forward_longer_than_the_reach_starts_the_record_again(pattern, reach):
+    """Its last tokens were put behind older ones, as if those between had never been: silently wrong states."""
+    model, ids = shared_model(pattern), random_ids()
+    for removed in (1, 2, 4):
+        cache = model.make_cache(rollback_reach=reach)
+        with torch.no_grad():
+            model(ids[:, :3], past_key_values=cache)
+            model(ids[:, 3:7], past_key_values=cache)
+            cache.crop(-removed)
+            assert_same_logits(
+                model(ids[:, 7 - removed :], past_key_values=cache).logits,
+                uncached_logits(model, ids)[:, 7 - removed :],
+            )
+
+
+def test_removed_tokens_are_not_kept_in_memory():
+    """The segment that was cut short was a view of the whole one."""
+    model = shared_model("mamba")
+    cache = model.make_cache(rollback_reach=64)
+    with torch.no_grad():
+        model(torch.randint(VOCAB, (2, 60)), past_key_values=cache)
+    cache.crop(-50)
+    for layer in cache.layers:
+        for segment in layer.recurrent.segments:
+            for tensor in segment.inputs.values():
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from cases import ROOT, random_expert
 from mambaformer import MambaFormerForCausalLM
+from patterns import ROOT
+from tiny_models import random_expert
 
 PROMPT = "Once upon a time"
 NUM_TOKENS = 12

@@ -5,13 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mambaformer import ops_cpu_interface_mambaformer as interface
+from patterns import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "sources.py"
 HEADER = re.sub(r"//.*|\\\n", "", (ROOT / "csrc" / "interface.h").read_text())
 DECLARED = dict(re.findall(r"struct (\w+) \{(.*?)\};", HEADER, re.DOTALL))

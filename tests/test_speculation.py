@@ -17,27 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.generation.streamers import BaseStreamer
 
-from cases import (
-    MODELS,
-    NO_TOKEN,
-    PATTERNS,
-    VOCAB,
-    assert_same_logits,
-    expected,
-    feed_row,
-    new_model,
-    random_model,
-    random_rows,
-    rows_of,
-    shared_expert,
-    shared_model,
-    tiny_config,
-)
 from mambaformer import ExpertSwitchLogitsProcessor
 from mambaformer.generation_schedule_mambaformer import BoundedDrafts, ExpertSchedule
 from mambaformer.library_mambaformer import CACHE_NAME
+from oracle import assert_same_logits, expected, uncached_logits
+from patterns import GREEDY, PATTERNS, VOCAB, tiny_config
+from sequences import feed_row, random_ids, random_rows, rows_of
+from tiny_models import MODELS, new_model, random_model, shared_expert, shared_model
 
-GREEDY = {"do_sample": False, "pad_token_id": NO_TOKEN}
 NUM_NEW = 12
 DRAFTERS = ("lookup", "llama", "twin", "early exit")
 
@@ -428,3 +415,30 @@ def test_smollm2_as_a_hybrid_says_the_same_however_its_tokens_are_drafted(tmp_pa
     assert [run.mode for run in runs].count("lookup") == 3 and len(runs) == 12
     assert all(run.is_right for run in runs)
     assert sum(run.num_forwards < run.num_tokens for run in runs) >= 3  # drafts were accepted
+
+
+def test_a_model_may_exit_early_to_assist_itself():
+    """Transformers lowers `num_hidden_layers` while the first layers propose tokens; all ran, and an index failed."""
+    model, ids = random_model(tiny_config("everything"), loudness=0.7), random_ids()
+    greedy = model.generate(ids, max_new_tokens=8, **GREEDY)
+    for exit_at in (1, 3):
+        assert (
+            model.generate(ids, max_new_tokens=8, assistant_early_exit=exit_at, **GREEDY).tolist() == greedy.tolist()
+        )
+    shallow = random_model(tiny_config("everything", layer_types=model.config.layer_types[:3]))
+    shallow.load_state_dict(
+        {name: weight for name, weight in model.state_dict().items() if name in shallow.state_dict()}
+    )
+    model.config.num_hidden_layers = 3
+    assert torch.equal(uncached_logits(model, ids), uncached_logits(shallow, ids))
+
+
+def test_refused_speculation_leaves_the_users_cache_as_it_was():
+    """The library refused two rows after the cache had started to record for them."""
+    model, ids = shared_model("everything"), random_ids()
+    cache = model.make_cache()
+    with pytest.raises(ValueError, match="one row at a time"):
+        model.generate(
+            ids.expand(2, -1), past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=5, **GREEDY
+        )
+    assert cache.rollback_reach == 0

@@ -15,29 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cases import (
-    ALL_TRAINED_PARAMS,
-    NO_TOKEN,
-    ROOT,
-    TRAINED_PARAMS,
-    assert_same_logits,
-    feed,
-    feed_row,
-    new_model,
-    one_turn,
-    ragged_turns,
-    random_cut,
-    rows_of,
-    shared_expert,
-    shared_model,
-)
+from oracle import assert_same_logits
+from patterns import NO_TOKEN, ROOT, TINY
+from sequences import feed, feed_row, one_turn, ragged_turns, random_cut, rows_of
+from tiny_models import ALL_TRAINED_PARAMS, TRAINED_PARAMS, new_model, shared_expert, shared_model
 
 LENGTHS = (280, 190, 235)
 STORAGES = {"dense": {}, "recorded": {"rollback_reach": 64}, "static": {"storage": "static", "max_cache_len": 700}}
 # What a lost state does to the logits at least, where the laws tolerate 1e-10. Blocks that were trained for the little
 # which windows lose move them less than those of a model that was trained with them.
 MOVED = {"trained_tiny": 1e-4, "trained_smollm2": 5e-7}
-TINY = ROOT / "checkpoints" / "mambaformer-tiny"
 
 every_model = pytest.mark.parametrize("name", ALL_TRAINED_PARAMS)
 small_model = pytest.mark.parametrize("name", TRAINED_PARAMS)

@@ -5,19 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from cases import (
-    ALL_FIVE,
-    assert_same_logits,
-    expected,
-    feed,
-    one_turn,
-    random_expert,
-    random_model,
-    random_rows,
-    tiny_config,
-)
 from mambaformer import MambaFormerForCausalLM
+from oracle import assert_same_logits, expected
+from patterns import ALL_FIVE, tiny_config
 from reference import reference_logits, tuned_weights
+from sequences import feed, one_turn, random_rows
+from tiny_models import random_expert, random_model
 
 # The oldest supported Transformers knows it only by its older name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*activation_checkpointing")

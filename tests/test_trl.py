@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from cases import PLAIN_SGD, VOCAB, assert_same_logits, random_model, random_rows, tiny_config
+from oracle import assert_same_logits
+from patterns import PLAIN_SGD, VOCAB, tiny_config
+from sequences import random_rows
+from tiny_models import random_model
 
 PAD = VOCAB - 1
 # Sequences of at most 12 tokens, packed into rows of 16.

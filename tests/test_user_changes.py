@@ -13,7 +13,6 @@ import torch.nn.utils.prune
 from torch import nn
 from transformers.activations import ACT2FN
 
-from cases import random_model, random_rows, tiny_config
 from mambaformer import decode_program_mambaformer as stack
 from mambaformer import modeling_mambaformer as modeling
 from mambaformer import ops_cpu_build_mambaformer as compiler
@@ -22,6 +21,9 @@ from mambaformer.mixer_attention_mambaformer import MambaFormerAttention
 from mambaformer.mixer_base_mambaformer import MambaFormerRMSNorm
 from mambaformer.mixer_mamba_mambaformer import MambaFormerConv1d, MambaFormerMambaMixer
 from mambaformer.mixer_mlp_mambaformer import MambaFormerMLP
+from patterns import tiny_config
+from sequences import random_rows
+from tiny_models import random_model
 
 PROMPT, TOLERANCES = 5, {torch.float64: 1e-10, torch.float32: 1e-6}
 IDS = torch.tensor([random_rows(1)[0][:10]])

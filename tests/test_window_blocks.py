@@ -5,25 +5,15 @@ import random
 import pytest
 import torch
 
-from cases import (
-    CACHE_VARIANTS,
-    assert_same_logits,
-    expected,
-    feed,
-    feed_row,
-    padded_turn,
-    ragged_turns,
-    random_model,
-    random_rows,
-    shared_model,
-    tiny_config,
-)
 from mambaformer import mixer_attention_masks_mambaformer as masks
 from mambaformer.cache_keys_mambaformer import Retention, Span, make_layout
+from oracle import assert_same_logits, expected
+from patterns import CACHE_VARIANTS, tiny_config
+from sequences import feed, feed_row, padded_turn, ragged_turns, random_rows
+from tiny_models import every_cache, random_model, shared_model
 
 WINDOWED = ["sliding", "sliding_sinks", "hybrid_sliding", "everything"]
 every_windowed_pattern = pytest.mark.parametrize("pattern", WINDOWED)
-every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
 
 
 @pytest.fixture(params=[1, 4], ids="at_least_{}".format)

@@ -9,9 +9,10 @@ from enum import Enum
 
 import torch
 
-from cases import Readings, random_expert, random_model
-from mambaformer import ExpertVector, MambaFormerConfig
+from mambaformer import ExpertVector, MambaFormerCache, MambaFormerConfig
+from oracle import Readings
 from reference import tuned_weights
+from tiny_models import random_expert, random_model
 
 VOCAB = 11
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
@@ -408,3 +409,63 @@ BAD_INPUTS = (
     ("select a row that there is not", lambda family, slot: slot.cache.select_rows(torch.tensor([0, 9]))),
     ("reorder to a negative row", lambda family, slot: slot.cache.reorder_cache(torch.tensor([-1]))),
 )
+
+
+@dataclass
+class Slot:
+    """A live cache: the thing itself, what it ought to hold, and the model that serves it now."""
+
+    name: str
+    cache: MambaFormerCache
+    ledger: Ledger
+    model: WorldModel
+    home: WorldModel  # that made it
+
+    @property
+    def room(self):
+        return min(MOST_COLUMNS, self.ledger.limit or MOST_COLUMNS) - self.ledger.num_columns
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file, what its cache held, and the weights of its model then."""
+
+    path: str
+    ledger: Ledger
+    weights: tuple
+
+
+def visible(cache):
+    """What a user can see of a cache without feeding it."""
+    expert = cache.expert_vector
+    experts = [one and one.fingerprint for one in (expert if isinstance(expert, list) else [expert])]
+    ids = None if cache.token_ids is None else cache.token_ids.tolist()
+    return cache.get_seq_length(), cache.batch_size, ids, experts
+
+
+def can_be_saved(slot):
+    """By the model that made it; a text that other weights have encoded is of use where it is encoded again."""
+    is_current = not slot.ledger.rows or slot.ledger.encoded[1] == slot.model.stamp
+    return slot.model is slot.home and (is_current or slot.ledger.policy == "recompute")
+
+
+def has_room_and_text(slot):
+    return slot.room and slot.ledger.rows
+
+
+def can_record_more(slot):
+    return slot.cache.rollback_reach < 10
+
+
+def can_train(slot):
+    return slot.room and slot.model.merged is None and slot.ledger.policy in ("recompute", "reset")
+
+
+def descend(module, loss, rate=0.05):
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    torch.optim.SGD(module.parameters(), lr=rate).step()
+    module.zero_grad()
+
+
+MOST_COLUMNS = 26
