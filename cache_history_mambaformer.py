@@ -1,19 +1,26 @@
 """The sequence that a cache holds: its lengths, its tokens, and its provenance.
 
-`Provenance` records which expert vector and which weights encoded the sequence, and decides what the next forward has
-to do with it.
+`Provenance` knows which expert vector and which weights encoded the sequence, and decides how the next forward treats
+it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .cache_keys_mambaformer import Buffer, IdBuffer, Removal, Span, count_positions, usable
-from .expert_vectors_mambaformer import collapsed_key
+from .cache_buffers_mambaformer import Buffer, IdBuffer, as_normal_tensor
+from .cache_keys_mambaformer import Removal, Span, count_positions
+from .expert_vectors_mambaformer import ExpertKey, ExpertVectorsLike, ResolvedExpertVector, collapsed_key
+
+if TYPE_CHECKING:
+    from .configuration_mambaformer import MambaFormerConfig
+
+# Turns the `expert_vector` of a user into the expert vector and the key of its content.
+Resolve: TypeAlias = Callable[[ExpertVectorsLike], tuple[ResolvedExpertVector, ExpertKey]]
 
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
 
@@ -29,10 +36,10 @@ class CacheLengths:
         columns: sequence length so far, padding included: an integer, or a tensor () under static storage.
         tokens_seen: real tokens of each row, (rows,) or (1,); `None` while no row ever had padding.
         rows: batch size; `None` before the first forward.
-        overshoot: by how many tokens at most a row has been longer than it is now. Windows have overwritten so many.
+        overshoot: how many tokens longer than now a row has been, at most. Windows have overwritten as many keys.
     """
 
-    columns: Any = 0
+    columns: int | Tensor = 0
     tokens_seen: Tensor | None = None
     rows: int | None = None
     overshoot: int = 0
@@ -44,52 +51,58 @@ class CacheLengths:
         return self.rows is None
 
     @property
-    def start(self) -> Any:
-        """Real tokens before the next one, as `Span.start`."""
+    def start(self) -> int | Tensor:
+        """Tokens seen before the next one, as `Span.start`."""
         if self.tokens_seen is not None:
             return self.tokens_seen
         return self.columns if isinstance(self.columns, int) else self.columns[None]
 
     def num_columns(self) -> int:
-        """`columns` as an integer. A tensor is read from its device only if others, as compiled steps, wrote it."""
-        if isinstance(self.columns, int):
-            return self.columns
-        if not self._is_read():
-            value = int(self.columns)
-            if self.columns.is_inference():  # an inference tensor counts no versions
-                return value
-            self.last_read = self.columns, self.columns._version, value
-        return self.last_read[2]
+        """`columns` as an integer. A tensor is read from its device only after others, as compiled steps, wrote it."""
+        columns = self.columns
+        if isinstance(columns, int):
+            return columns
+        value = self._value_read()
+        if value is None:
+            value = int(columns)
+            if not columns.is_inference():  # an inference tensor counts no versions
+                self.last_read = columns, columns._version, value
+        return value
+
+    def _value_read(self) -> int | None:
+        """The value of `columns` if the host has read it since it was last written."""
+        if self.last_read is None:
+            return None
+        tensor, version, value = self.last_read
+        return value if tensor is self.columns and version == tensor._version else None
 
     def advance(self, span: Span, token_ids: Tensor) -> None:
-        """Counts the tokens of `span`; the columns `token_ids` (rows, tokens) of it were not fed before."""
+        """Counts the tokens of `span`, of which the columns `token_ids` (rows, tokens) are new."""
         # First, since under static storage the start of the span is a view of `columns`.
         if span.lengths is not None or self.tokens_seen is not None:
             self.tokens_seen = span.ends(token_ids.device)
         self._add_columns(token_ids.shape[1])
         if self.overshoot:
-            fed = span.num_tokens if span.lengths is None else int(span.lengths.min())
-            self.overshoot = max(self.overshoot - fed, 0)
+            shortest = span.num_tokens if span.lengths is None else int(span.lengths.min())
+            self.overshoot = max(self.overshoot - shortest, 0)
         self.rows = token_ids.shape[0]
 
     def _add_columns(self, num_tokens: int) -> None:
-        """Adds to `columns`, in place where it is a tensor, without reading it."""
-        is_read = not torch.compiler.is_compiling() and not isinstance(self.columns, int) and self._is_read()
+        """Adds to `columns`, in place if it is a tensor, without reading it."""
+        is_tensor = not torch.compiler.is_compiling() and isinstance(self.columns, Tensor)
+        value = self._value_read() if is_tensor else None
         self.columns += num_tokens
-        if is_read:
-            self.last_read = self.columns, self.columns._version, self.last_read[2] + num_tokens
+        if value is not None and isinstance(self.columns, Tensor):
+            self.last_read = self.columns, self.columns._version, value + num_tokens
 
-    def move_to(self, device) -> None:
-        """Makes `columns` a tensor, so that a compiled step never depends on its value."""
-        if isinstance(self.columns, int):
-            value, self.columns = self.columns, torch.full((), self.columns, device=device)
-            if not self.columns.is_inference():
-                self.last_read = self.columns, self.columns._version, value
-        self.columns = usable(self.columns)
-
-    def _is_read(self) -> bool:
-        last, columns = self.last_read, self.columns
-        return last is not None and last[0] is columns and last[1] == columns._version
+    def move_to(self, device: torch.device) -> None:
+        """Makes `columns` a tensor, so that a compiled step does not depend on its value."""
+        columns = self.columns
+        if isinstance(columns, int):
+            value, columns = columns, torch.full((), columns, device=device)
+            if not columns.is_inference():
+                self.last_read = columns, columns._version, value
+        self.columns = as_normal_tensor(columns)
 
     def buffers(self) -> dict[str, Tensor]:
         pairs = {"columns": self.columns, "tokens_seen": self.tokens_seen}
@@ -103,7 +116,7 @@ class CacheLengths:
         """The lengths of an empty sequence, on the same device."""
         return CacheLengths(columns=self.columns * 0)
 
-    def crop(self, removal: Removal, device) -> None:
+    def crop(self, removal: Removal, device: torch.device) -> None:
         if len(removal.by_row) > 1 or self.tokens_seen is not None:
             tokens_seen = removal.columns if self.tokens_seen is None else self.tokens_seen
             self.tokens_seen = tokens_seen - torch.as_tensor(removal.tokens, device=device)
@@ -111,10 +124,10 @@ class CacheLengths:
         if isinstance(self.columns, int):
             self.columns = removal.columns_left
         else:
-            self.columns = usable(self.columns).fill_(removal.columns_left)
+            self.columns = as_normal_tensor(self.columns).fill_(removal.columns_left)
 
     def select_rows(self, rows: Tensor) -> None:
-        if self.tokens_seen is not None:
+        if self.tokens_seen is not None and self.rows is not None:
             self.tokens_seen = self.tokens_seen.expand(self.rows).index_select(0, rows.to(self.tokens_seen.device))
         self.rows = rows.shape[0]
 
@@ -131,9 +144,9 @@ class CacheLengths:
 
 
 class NewTokens(NamedTuple):
-    """The columns that a forward adds to the history, (rows, tokens) each; `None` where the caller gave none.
+    """The columns that a forward adds to the history, (rows, tokens) each; `None` for arguments that were not passed.
 
-    `mask` is boolean; `embedding_marks` identify columns that were given as embeddings, whose `token_ids` are -1.
+    `mask` is boolean; `embedding_marks` identify columns that were passed as embeddings, whose `token_ids` are -1.
     """
 
     token_ids: Tensor
@@ -143,9 +156,9 @@ class NewTokens(NamedTuple):
 
 
 class TokenHistory:
-    """The tokens that a cache was fed, column by column and padding included: enough to encode them again."""
+    """The tokens that a cache was fed, column by column with padding: enough to encode them again."""
 
-    def __init__(self, config, fixed_size: int | None = None):
+    def __init__(self, config: "MambaFormerConfig", fixed_size: int | None = None):
         self.token_ids = IdBuffer(config, fixed_size)
         self.mask, self.position_ids, self.embedding_marks = (Buffer(1, fixed_size) for _ in range(3))
         self.has_embeddings = False
@@ -155,37 +168,40 @@ class TokenHistory:
         return {name: getattr(self, name) for name in names}
 
     def append(self, lengths: CacheLengths, new: NewTokens) -> None:
-        """Stores `new` behind the sequence of `lengths`.
+        """Stores `new` after the sequence of `lengths`.
 
         Masks, positions and marks are stored from their first use on.
         """
-        token_ids, position_ids, columns = new.token_ids, new.position_ids, lengths.columns
-        if position_ids is None and self.position_ids.tensor is not None:
-            position_ids = _positions_of(new, lengths.start)
+        token_ids, columns = new.token_ids, lengths.columns
         if isinstance(columns, int):
             slots, size = columns, columns + token_ids.shape[1]
         else:
             slots = (columns + torch.arange(token_ids.shape[1], device=token_ids.device))[None]
-            size = self.token_ids.fixed_size
+            size = self.token_ids.fixed_size or 0
+        position_ids = new.position_ids
+        if position_ids is None and self.position_ids.tensor is not None:
+            position_ids = _positions_of(new, lengths.start)
         self.token_ids.reserve(token_ids, size)
         self.token_ids.write(slots, token_ids)
         if new.mask is not None or self.mask.tensor is not None:
             mask = torch.ones_like(token_ids, dtype=torch.bool) if new.mask is None else new.mask
-            self._start(self.mask, mask, size, torch.ones_like)
+            self._reserve(self.mask, mask, size, torch.ones_like)
             self.mask.write(slots, mask)
         if position_ids is not None:
-            self._start(self.position_ids, position_ids, size, self._earlier_positions)
+            self._reserve(self.position_ids, position_ids, size, self._earlier_positions)
             self.position_ids.write(slots, position_ids)
         if new.embedding_marks is not None or self.embedding_marks.tensor is not None:
             marks = torch.zeros_like(token_ids) if new.embedding_marks is None else new.embedding_marks
-            self._start(self.embedding_marks, marks, size, torch.zeros_like)
+            self._reserve(self.embedding_marks, marks, size, torch.zeros_like)
             self.embedding_marks.write(slots, marks)
         self.has_embeddings |= new.embedding_marks is not None
 
-    def _start(self, buffer: Buffer, like: Tensor, size: int, earlier: Callable[[Tensor], Tensor]) -> None:
-        is_new = buffer.tensor is None
+    @staticmethod
+    def _reserve(buffer: Buffer, like: Tensor, size: int, earlier: Callable[[Tensor], Tensor]) -> None:
+        """Allocates `size` slots; at the first use, `earlier` makes the values of all earlier columns."""
+        is_first = buffer.tensor is None
         buffer.reserve(like, size)
-        if is_new:
+        if is_first and buffer.tensor is not None:
             buffer.tensor = earlier(buffer.tensor)
 
     def _earlier_positions(self, like: Tensor) -> Tensor:
@@ -196,12 +212,11 @@ class TokenHistory:
         """All columns, for a forward that encodes them again.
 
         Raises:
-            ValueError: part of them were embeddings.
+            ValueError: some of them were embeddings.
         """
         self.check_replayable()
         columns = lengths.num_columns()
-        every = {name: buffer for name, buffer in self.buffers().items() if buffer.tensor is not None}
-        return NewTokens(**{name: buffer.view(columns) for name, buffer in every.items()})
+        return NewTokens(**{name: getattr(self, name).view(columns) for name in self.tensors()})
 
     def read_mask(self, columns: int) -> Tensor:
         """Whether each of the first columns is a real token, (rows, columns), boolean."""
@@ -209,19 +224,37 @@ class TokenHistory:
             return self.mask.view(columns)
         return torch.ones_like(self.token_ids.view(columns), dtype=torch.bool)
 
+    def common_prefix(self, columns: int, input_ids: Tensor, attention_mask: Tensor | None) -> int:
+        """`MambaFormerCache.common_prefix` for a sequence of `columns` columns."""
+        if self.token_ids.tensor is None:
+            return 0
+        cached = self.token_ids.view(columns)
+        if input_ids.dim() != 2 or input_ids.shape[0] != cached.shape[0]:
+            raise ValueError(
+                f"`input_ids` must be ({cached.shape[0]}, columns) like the rows of the cache, got shape "
+                f"{tuple(input_ids.shape)}."
+            )
+        length = min(columns, input_ids.shape[1])
+        is_real = self.read_mask(length)
+        mask = torch.ones_like(is_real) if attention_mask is None else attention_mask[:, :length].to(is_real).bool()
+        is_same = (input_ids[:, :length].to(cached.device) == cached[:, :length]) | ~is_real
+        differ = (~(is_same & (mask == is_real))).any(0).nonzero()
+        return int(differ[0]) if len(differ) else length
+
     def check_replayable(self) -> None:
         if self.has_embeddings:
             raise ValueError(
-                "The cached text would have to be encoded again, but part of it was fed as `inputs_embeds`, which are "
-                "not remembered: call `cache.reset()` and feed it again, or use on_expert_change='continue'."
+                "The cached sequence would have to be encoded again, but part of it was fed as `inputs_embeds`, which "
+                "a cache does not keep: call `cache.reset()` and feed the sequence again, or make the cache with "
+                "on_expert_change='continue'."
             )
 
     def crop(self, removal: Removal) -> None:
         """Turns columns that only some rows lose into padding of those rows."""
-        if len(removal.by_row) > 1:
+        if len(removal.by_row) > 1 and self.token_ids.tensor is not None:
             lost = self._is_removed(removal.by_row, removal.columns)[:, : removal.columns_left]
             like = torch.ones_like(self.token_ids.tensor, dtype=torch.bool)
-            self._start(self.mask, like, like.shape[1], torch.ones_like)
+            self._reserve(self.mask, like, like.shape[1], torch.ones_like)
             self.mask.write(0, self.mask.view(lost.shape[1]) & ~lost)
 
     def count_removed(self, by_row: list[int], columns: int) -> Tensor:
@@ -230,8 +263,12 @@ class TokenHistory:
 
     def _is_removed(self, by_row: list[int], columns: int) -> Tensor:
         """Whether a column is removed, (rows or 1, columns)."""
-        device = self.token_ids.tensor.device
-        return torch.arange(columns, device=device) >= columns - torch.tensor(by_row, device=device)[:, None]
+        return torch.arange(columns, device=self.device) >= columns - torch.tensor(by_row, device=self.device)[:, None]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tokens."""
+        return torch.device("cpu") if self.token_ids.tensor is None else self.token_ids.tensor.device
 
     def select_rows(self, rows: Tensor) -> None:
         for buffer in self.buffers().values():
@@ -255,28 +292,30 @@ class TokenHistory:
         return {name: tensor.nbytes for name, tensor in self.tensors().items()}
 
 
-def _positions_of(new: NewTokens, start: Any) -> Tensor:
+def _positions_of(new: NewTokens, start: int | Tensor) -> Tensor:
     mask = torch.ones_like(new.token_ids) if new.mask is None else new.mask
     return count_positions(mask, start if isinstance(start, int) else start[:, None])
 
 
-def make_removal(tokens_to_remove: Any, lengths: CacheLengths, history: TokenHistory) -> Removal:
+def make_removal(
+    tokens_to_remove: int | Sequence[int] | Tensor, lengths: CacheLengths, history: TokenHistory
+) -> Removal:
     """Checks the argument of `MambaFormerCache.crop` and counts the real tokens that each row loses.
 
     Raises:
         ValueError: a positive number, more columns than were fed, or not one number for each row.
     """
     columns = lengths.num_columns()
-    asked = tokens_to_remove.tolist() if isinstance(tokens_to_remove, Tensor) else tokens_to_remove
-    is_for_all = not isinstance(asked, (list, tuple))
-    asked = [asked] if is_for_all else asked
-    is_complete = is_for_all or len(asked) == lengths.rows
-    if not is_complete or not all(isinstance(k, int) and 0 <= -k <= columns for k in asked):
+    requested = tokens_to_remove.tolist() if isinstance(tokens_to_remove, Tensor) else tokens_to_remove
+    is_per_row = isinstance(requested, (list, tuple))
+    numbers = list(requested) if isinstance(requested, (list, tuple)) else [requested]
+    is_complete = not is_per_row or len(numbers) == lengths.rows
+    if not is_complete or not all(isinstance(k, int) and 0 <= -k <= columns for k in numbers):
         raise ValueError(
             f"`crop` takes -k for the last k columns, with k at most {columns}, or one such number for each of the"
             f" {lengths.rows or 0} rows; got {tokens_to_remove}."
         )
-    by_row = [-k for k in asked]
+    by_row = [-k for k in numbers if isinstance(k, int)]
     by_row = by_row[:1] if len(set(by_row)) == 1 else by_row
     if lengths.tokens_seen is None or not any(by_row):
         tokens = by_row[0] if len(by_row) == 1 else torch.tensor(by_row, device="cpu")
@@ -290,10 +329,15 @@ def make_removal(tokens_to_remove: Any, lengths: CacheLengths, history: TokenHis
 
 @dataclass(frozen=True)
 class Encoding:
-    """The expert vector, by the key of its content, and the weights, by their stamp, that tokens are encoded with."""
+    """The expert vector and the weights that tokens are encoded with.
 
-    expert_key: Any = None
-    weights: Any = None
+    Args:
+        expert_vector_key: identifies the content of the expert vector.
+        weights: the stamp of the weights, compared only for equality.
+    """
+
+    expert_vector_key: ExpertKey = None
+    weights: object = None
 
 
 class Status(str, Enum):
@@ -306,9 +350,9 @@ class Status(str, Enum):
 
 
 class Action(Enum):
-    """The treatment of the cached sequence by a forward, before the tokens of its own."""
+    """The treatment of the cached sequence by a forward, before its new tokens."""
 
-    KEEP = "keep"  # its states are those of the expert vector and the weights in force
+    KEEP = "keep"  # the expert vector and the weights in force have encoded its states
     RECOMPUTE = "recompute"  # its tokens are encoded again
     RESET = "reset"  # its tokens are dropped
     MIX = "mix"  # its states stay, although others encoded them
@@ -319,12 +363,12 @@ class Change:
     """The effect of a forward on the provenance of the sequence; it takes place at the commit.
 
     Args:
-        expert, encoding: the expert vector and the weights that the forward puts in force; an `encoding` of `None`
-            leaves both as they are.
+        expert_vector, encoding: the expert vector and the weights that the forward puts in force; an `encoding` of
+            `None` leaves both as they are.
     """
 
     action: Action
-    expert: Any = None
+    expert_vector: ResolvedExpertVector = None
     encoding: Encoding | None = None
 
     @property
@@ -341,18 +385,18 @@ class Change:
         return self.action is Action.RESET
 
 
-# Nothing changes. A compiled step takes it without comparing expert keys, on which its graph would depend.
+# Nothing changes. A compiled step takes it without comparing keys, on which its graph would depend.
 UNCHANGED = Change(Action.KEEP)
 
 
 class Provenance:
-    """The expert vector and the weights in force, and those that encoded the cached sequence.
+    """The expert vector and the weights in force, and the ones that encoded the cached sequence.
 
     Attributes:
-        expert: the expert vector in force: `None` (the base), an `ExpertVector`, or a list with one for each row.
-        in_force: what the next token is encoded with.
-        encoded: what the states of the sequence were encoded with; `None` if the states have to be computed again.
-            It is the same object as `in_force` if both are equal.
+        expert_vector: the expert vector in force: `None` (the base), an `ExpertVector`, or a list with one per row.
+        in_force: the encoding of the next token.
+        encoded: the encoding of the states of the sequence; `None` if the states have to be computed again. It is the
+            same object as `in_force` if both are equal.
         is_mixed: several expert vectors or weights encoded the sequence, so its tokens alone do not determine it.
     """
 
@@ -360,7 +404,8 @@ class Provenance:
         if policy not in EXPERT_CHANGE_POLICIES:
             raise ValueError(f"`on_expert_change` must be one of {EXPERT_CHANGE_POLICIES}, got {policy!r}.")
         self.policy = policy
-        self.expert, self.in_force, self.is_mixed = None, Encoding(), False
+        self.expert_vector: ResolvedExpertVector = None
+        self.in_force, self.is_mixed = Encoding(), False
         self.encoded: Encoding | None = self.in_force
 
     @property
@@ -374,21 +419,26 @@ class Provenance:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether what is in force encoded the whole sequence, or is to encode it again."""
+        """Whether the encoding in force has encoded, or will encode, the complete sequence."""
         return not self.is_mixed and self.status is not Status.DIVERGED
 
     def check_uniform(self) -> None:
         if not self.is_uniform:
             raise ValueError(
-                "The cached text was encoded under several experts or weights (on_expert_change='continue') and cannot"
-                " be rolled back so far: make the cache with a larger `rollback_reach`, or fork it before feeding what"
-                " may have to be taken back."
+                "The cached sequence was encoded with several expert vectors or weights (on_expert_change='continue') "
+                "and cannot be rolled back so far: make the cache with a larger `rollback_reach`, or fork it before "
+                "you feed tokens that you may take back."
             )
 
     def decide_change(
-        self, expert: Any, key: Any, weights: Any, lengths: CacheLengths, history: TokenHistory
+        self,
+        expert_vector: ResolvedExpertVector,
+        key: ExpertKey,
+        weights: object,
+        lengths: CacheLengths,
+        history: TokenHistory,
     ) -> Change:
-        """The change to an expert vector, identified by `key`, and to weights with this stamp; changes nothing.
+        """The change to an expert vector with this key and to weights with this stamp; nothing changes yet.
 
         Raises:
             ValueError: the policy refuses the change, or the tokens cannot be encoded again.
@@ -397,62 +447,66 @@ class Provenance:
         if encoding == self.encoded:
             encoding = self.encoded
         if encoding is self.encoded or lengths.is_empty:
-            return Change(Action.KEEP, expert, encoding)
+            return Change(Action.KEEP, expert_vector, encoding)
         is_change = encoding != self.in_force
         if self.policy == "continue" and (is_change or self.encoded is not None):
             self._check_states_exist()
-            return Change(Action.MIX, expert, encoding)
+            return Change(Action.MIX, expert_vector, encoding)
         if not is_change:
-            return Change(Action.RECOMPUTE, expert, encoding)
+            return Change(Action.RECOMPUTE, expert_vector, encoding)
         if self.policy == "error":
-            subject = "expert vector" if key != self.in_force.expert_key else "weights"
+            subject = "expert vector" if key != self.in_force.expert_vector_key else "weights"
             raise ValueError(
                 f"The {subject} changed while {lengths.num_columns()} columns are cached and `on_expert_change` is "
-                "'error': call `cache.reset()` and feed the text again, or make the cache with another policy."
+                "'error': call `cache.reset()` and feed the sequence again, or make the cache with another policy."
             )
         if self.policy == "reset":
-            return Change(Action.RESET, expert, encoding)
+            return Change(Action.RESET, expert_vector, encoding)
         history.check_replayable()
-        return Change(Action.RECOMPUTE, expert, encoding)
+        return Change(Action.RECOMPUTE, expert_vector, encoding)
 
     def _check_states_exist(self) -> None:
         if self.encoded is None:
             raise ValueError(
-                "Part of the text was rolled back, and what is left has to be encoded by the old expert before another"
-                " one goes on from it: feed a token first, or use on_expert_change='recompute'."
+                "Part of the sequence was rolled back, so the old expert vector has to encode the rest before another "
+                "one continues it: feed a token first, or make the cache with on_expert_change='recompute'."
             )
 
     def put_in_force(self, change: Change) -> bool:
         """Puts the expert vector and weights of `change` in force; returns whether the expert vector is another."""
-        is_other = change.encoding.expert_key != self.in_force.expert_key
-        self.expert, self.in_force = change.expert, change.encoding
+        if change.encoding is None:
+            return False
+        is_other = change.encoding.expert_vector_key != self.in_force.expert_vector_key
+        self.expert_vector, self.in_force = change.expert_vector, change.encoding
         return is_other
 
     def commit(self, change: Change) -> None:
-        """Records that the sequence is encoded with what is in force."""
+        """Notes that the encoding in force has encoded the sequence."""
         self.encoded, self.is_mixed = self.in_force, self.is_mixed or change.action is Action.MIX
 
     def invalidate(self) -> Encoding | None:
-        """Marks the states as not usable, while they are being changed; returns what had encoded them."""
+        """Marks the states as invalid, as while they are being changed; returns their encoding."""
         encoded, self.encoded = self.encoded, None
         return encoded
 
-    def select_rows(self, rows: Tensor, resolve: Callable) -> bool:
-        """Gives row i the expert vector of row `rows[i]`; returns whether the expert vectors in force are others."""
-        is_list, expert, in_force, encoded = isinstance(self.expert, list), self.expert, self.in_force, self.encoded
-        if encoded is not None and isinstance(encoded.expert_key, tuple):
-            key = collapsed_key([encoded.expert_key[row] for row in rows.tolist()])
-            encoded = replace(encoded, expert_key=key)
-        if is_list:
-            expert, key = resolve([expert[row] for row in rows.tolist()])
-            in_force = replace(in_force, expert_key=key)
-        self.expert, self.in_force = expert, in_force
-        self.encoded = in_force if encoded == in_force else encoded
-        return is_list
+    def select_rows(self, rows: Tensor, resolve: Resolve | None) -> bool:
+        """Gives row i the expert vector of row `rows[i]`; returns whether there was one for each row."""
+        is_per_row, in_force, encoded = False, self.in_force, self.encoded
+        if encoded is not None and isinstance(encoded.expert_vector_key, tuple):
+            key = collapsed_key([encoded.expert_vector_key[row] for row in rows.tolist()])
+            encoded = replace(encoded, expert_vector_key=key)
+        if isinstance(self.expert_vector, list) and resolve is not None:
+            is_per_row = True
+            self.expert_vector, key = resolve([self.expert_vector[row] for row in rows.tolist()])
+            in_force = replace(in_force, expert_vector_key=key)
+        self.in_force, self.encoded = in_force, in_force if encoded == in_force else encoded
+        return is_per_row
 
-    def restore(self, expert: Any, in_force: Encoding, encoded: Encoding | None, is_mixed: bool) -> None:
+    def restore(
+        self, expert_vector: ResolvedExpertVector, in_force: Encoding, encoded: Encoding | None, is_mixed: bool
+    ) -> None:
         """Takes the values that a session had."""
-        self.expert, self.in_force, self.is_mixed = expert, in_force, is_mixed
+        self.expert_vector, self.in_force, self.is_mixed = expert_vector, in_force, is_mixed
         self.encoded = in_force if encoded == in_force else encoded
 
     def fork(self) -> "Provenance":

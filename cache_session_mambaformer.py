@@ -1,56 +1,75 @@
-"""Sessions: a cache as a file, which goes on in another process, bit for bit.
+"""Sessions: a cache as a file, which continues in another process, bit for bit.
 
-A file holds what a request has: the tokens, the states as far as they may still be used, the expert in force with its
-vectors, and fingerprints of the configuration and the weights that they are true for. Reading checks all of it before
-a cache is built.
+A file has the tokens, the states unless they are stale, the expert vector in force, and fingerprints of the
+configuration and the weights that the states belong to. Reading checks all of it before a cache is built.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .cache_history_mambaformer import Encoding, NewTokens
 from .expert_bases_mambaformer import at_least_float32
-from .expert_vectors_mambaformer import ExpertVector, collapsed_key
+from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLike, ResolvedExpertVector, collapsed_key
 from .files_header_mambaformer import json_of
 from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
-from .modeling_stack_mambaformer import places_of_model
+from .modeling_stack_mambaformer import ModelStack, places_of_model
+
+if TYPE_CHECKING:
+    from .cache_mambaformer import MambaFormerCache
+    from .configuration_mambaformer import MambaFormerConfig
 
 SESSION_FORMAT = "mambaformer.session"
 SESSION_VERSION = 1
-# Fields that change what a model computes and leave no trace in the shape or content of its weights.
+# Fields that change the computation of a model without a change in the shapes or the content of its weights.
 COMPUTED_WITH = ("num_hidden_layers", "num_attention_heads", "rope_parameters", "rms_norm_eps", "hidden_act")
-# What a cache that is not up to date with the model's weights has for their stamp: it equals no stamp.
+# The stamp of a cache that is not up to date with the weights of its model: it equals no real stamp.
 OTHER_WEIGHTS = "other weights"
-# Room of static storage that a file gets without being asked: slots (rows x columns) in lengths of the model's context
-# and in times the tokens that the file holds, whichever is more.
+# The most static storage that a file may ask for by itself, in rows times columns: so many times the model's context,
+# or so many times the tokens in the file, whichever is more.
 MODEL_LENGTHS, SEQUENCE_LENGTHS = 8, 64
-HALF_DTYPES = {torch.float16, torch.bfloat16}  # what autocast may turn any states into
+HALF_DTYPES = {torch.float16, torch.bfloat16}  # autocast may turn any states into these
+
+
+class SessionModel(Protocol):
+    """A model that makes caches."""
+
+    config: "MambaFormerConfig"
+
+    def make_cache(
+        self,
+        storage: str = ...,
+        max_cache_len: int | None = ...,
+        on_expert_change: str = ...,
+        rollback_reach: int = ...,
+    ) -> "MambaFormerCache": ...
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a file says beside its tensors.
+    """The header of a file: all that is not a tensor. The types of the fields are checked when it is read.
 
     Args:
-        config: the fields that the states depend on.
+        config: the fields of the configuration that the states depend on.
         weights: fingerprint of the model's weights when the file was written.
-        options: those of `make_cache`.
-        rows, columns: batch size and length of the sequence; rows are `None` without one.
-        overshoot: by how many tokens windows have been further than they are now.
-        has_embeddings: part of the sequence was given as embeddings.
-        is_mixed: several experts or weights encoded it.
-        can_be_encoded_again: the tokens and the expert in force tell all.
-        is_of_these_weights: the cache has met no others since.
-        has_states: they are in the file; `encoded_key` then names the expert that encoded them.
-        experts: `{"fingerprint", "name", "metadata"}` of each that is in the file.
-        expert: the one in force, as an index into these: `None` (the base), one for all rows, or a list.
+        options: the options of `make_cache`.
+        rows, columns: batch size and length of the sequence; rows are `None` without a sequence.
+        overshoot: `CacheLengths.overshoot`.
+        has_embeddings: part of the sequence was fed as embeddings.
+        is_mixed: several expert vectors or weights encoded the sequence.
+        can_be_encoded_again: the tokens and the expert vector in force determine all states.
+        is_of_these_weights: no other weights have encoded the sequence since.
+        has_states: the file has the states; `encoded_key` is the key of the expert vector that encoded them.
+        expert_vectors: `{"fingerprint", "name", "metadata"}` of each expert vector in the file.
+        expert_vector: the one in force, as an index into these: `None` (the base), one for all rows, or a list.
     """
 
     config: dict
@@ -64,28 +83,23 @@ class Session:
     can_be_encoded_again: bool
     is_of_these_weights: bool
     has_states: bool
-    encoded_key: str | list | None
-    experts: list
-    expert: int | list | None
+    encoded_key: str | list | tuple | None
+    expert_vectors: list
+    expert_vector: int | list | None
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def save_session(cache, path) -> None:
+def save_session(cache: "MambaFormerCache", path: str | os.PathLike) -> None:
     """Writes `cache` to `path`; see `MambaFormerCache.save`."""
-    if cache.model is None:
-        raise ValueError(
-            "This cache belongs to no model (any more), as a pickled one does: make one with `model.make_cache()` and "
-            "feed it `token_ids`, then it can be saved."
-        )
-    stamp, fingerprint = cache.model.weights_fingerprint()
+    stamp, fingerprint = _stack_of(cache).weights_fingerprint()
     provenance = cache.provenance
     is_current = provenance.in_force.weights == stamp
     # States of a stale sequence are left out, unless a change of expert vector may still be undone.
     may_be_used = is_current or cache.on_expert_change == "continue"
-    has_states = cache.is_initialized and provenance.encoded is not None and may_be_used
-    experts, expert = _experts_of(cache.expert_vector)
+    encoded = provenance.encoded if cache.is_initialized and may_be_used else None
+    expert_vectors, in_force = _list_expert_vectors(cache.expert_vector)
     session = Session(
         config=_fields_of(cache.config, cache.depends_on),
         weights=fingerprint,
@@ -97,60 +111,77 @@ def save_session(cache, path) -> None:
         is_mixed=provenance.is_mixed,
         can_be_encoded_again=cache.can_be_encoded_again,
         is_of_these_weights=is_current,
-        has_states=has_states,
-        # An expert that is trained has a key of its own even as the base; once it is read it is like any other.
-        encoded_key=collapsed_key(provenance.encoded.expert_key) if has_states else None,
-        experts=[{"fingerprint": e.fingerprint, "name": e.name, "metadata": e.metadata} for e in experts],
-        expert=expert,
+        has_states=encoded is not None,
+        # A trained expert vector has a key of its own even if it equals the base; the one in a file is not trained.
+        encoded_key=None if encoded is None else collapsed_key(encoded.expert_vector_key),
+        expert_vectors=[
+            {"fingerprint": e.fingerprint, "name": e.name, "metadata": e.metadata} for e in expert_vectors
+        ],
+        expert_vector=in_force,
     )
-    tensors = dict(_log_tensors(cache)) | (dict(_states(cache)) if has_states else {})
-    tensors |= {f"experts.{n}.{name}": z for n, e in enumerate(experts) for name, z in e.vectors.items()}
-    tensors = {name: _copied(tensor) for name, tensor in tensors.items()}
+    tensors = dict(_history_tensors(cache)) | ({} if encoded is None else dict(_states(cache)))
+    tensors |= {f"expert_vectors.{n}.{name}": z for n, e in enumerate(expert_vectors) for name, z in e.vectors.items()}
+    tensors = {name: _copy_to_cpu(tensor) for name, tensor in tensors.items()}
     header = {"format": SESSION_FORMAT, "version": str(SESSION_VERSION), "session": json.dumps(asdict(session))}
     write_tensors(Path(path), tensors, sealed(header, tensors))
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def _stack_of(cache: "MambaFormerCache") -> ModelStack:
+    if cache.model is None:
+        raise ValueError(
+            "This cache belongs to no model, because the model was deleted or the cache was unpickled: make one with "
+            "`model.make_cache()`, feed it `token_ids`, and save that one."
+        )
+    return cache.model
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _fields_of(config, names) -> dict:
-    """As JSON will give them back."""
+def _fields_of(config: "MambaFormerConfig", names: Iterable[str]) -> dict[str, object]:
+    """Fields of the configuration as JSON returns them."""
     return json.loads(json.dumps({name: getattr(config, name) for name in (*names, *COMPUTED_WITH)}))
 
 
-def _options_of(cache) -> dict:
+def _options_of(cache: "MambaFormerCache") -> dict[str, object]:
     names = {"storage": "storage", "max_cache_len": "max_columns"}
     names |= {name: name for name in ("on_expert_change", "rollback_reach")}
     return {option: getattr(cache, name) for option, name in names.items()}
 
 
-def _experts_of(in_force) -> tuple[list[ExpertVector], int | list | None]:
-    """Each expert once, and which of them every row has."""
+def _list_expert_vectors(in_force: ResolvedExpertVector) -> tuple[list[ExpertVector], int | list[int | None] | None]:
+    """Each expert vector once, and the index of the one in force, or of the one in force for each row."""
     if in_force is None:
         return [], None
-    rows, found = in_force if isinstance(in_force, list) else [in_force], {}
+    rows = in_force if isinstance(in_force, list) else [in_force]
+    distinct: dict[tuple, ExpertVector] = {}
     for row in rows:
         if row is not None:
-            found.setdefault(_content_of(row), row)
-    numbers = {content: n for n, content in enumerate(found)}
-    which = [None if row is None else numbers[_content_of(row)] for row in rows]
-    experts = [ExpertVector({k: z.detach() for k, z in e.vectors.items()}, e.name, e.metadata) for e in found.values()]
-    return experts, which if isinstance(in_force, list) else which[0]
+            distinct.setdefault(_content_of(row), row)
+    numbers = {content: n for n, content in enumerate(distinct)}
+    indices = [None if row is None else numbers[_content_of(row)] for row in rows]
+    listed = [
+        ExpertVector({name: z.detach() for name, z in e.vectors.items()}, e.name, e.metadata)
+        for e in distinct.values()
+    ]
+    return listed, indices if isinstance(in_force, list) else indices[0]
 
 
-def _content_of(expert) -> tuple:
-    """Trailing ones do not count in a fingerprint, and yet decide how many directions a row is computed with."""
-    return expert.fingerprint, tuple(sorted((name, z.numel()) for name, z in expert.vectors.items()))
+def _content_of(expert_vector: ExpertVector) -> tuple:
+    """A fingerprint leaves out trailing ones, and they decide how many directions a row is computed with."""
+    sizes = tuple(sorted((name, z.numel()) for name, z in expert_vector.vectors.items()))
+    return expert_vector.fingerprint, sizes
 
 
-def _log_tensors(cache) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in cache.history.buffers().items():
-        if buffer.tensor is not None and cache.is_initialized:
-            yield f"tokens.{name}", buffer.view(cache.get_seq_length())
+def _history_tensors(cache: "MambaFormerCache") -> Iterator[tuple[str, Tensor]]:
+    if cache.is_initialized:
+        for name, buffer in cache.history.buffers().items():
+            if buffer.tensor is not None:
+                yield f"tokens.{name}", buffer.view(cache.get_seq_length())
 
 
-def _states(cache) -> Iterator[tuple[str, Tensor]]:
+def _states(cache: "MambaFormerCache") -> Iterator[tuple[str, Tensor]]:
     for prefix, store in cache.stores():
         for name, tensor in store.state(cache.get_seq_length()).items():
             yield f"layers.{prefix}.{name}", tensor
@@ -159,18 +190,12 @@ def _states(cache) -> Iterator[tuple[str, Tensor]]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _with_names_of_today(session: Session, tensors: dict[str, Tensor]) -> tuple[Session, dict[str, Tensor]]:
-    """A session that was saved when Mamba was the only recurrent mixer, under the names of today."""
-    if "recurrent_mixer" in session.config:
-        return session, tensors
-    tensors = {re.sub(r"^(layers\.\d+)\.mamba\.", r"\1.recurrent.", name): each for name, each in tensors.items()}
-    return replace(session, config={**session.config, "recurrent_mixer": "mamba"}), tensors
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
-def load_session(path, model, on_weights_change: str = "error", max_cache_len: int | None = None):
-    """The cache that `path` holds, for `model`; see `MambaFormerCache.load`."""
+def load_session(
+    path: str | os.PathLike, model: SessionModel, on_weights_change: str = "error", max_cache_len: int | None = None
+) -> "MambaFormerCache":
+    """The cache of the file `path`, for `model`; see `MambaFormerCache.load`."""
     if on_weights_change not in ("error", "recompute"):
         raise ValueError(f"`on_weights_change` must be 'error' or 'recompute', got {on_weights_change!r}.")
     if not hasattr(model, "make_cache"):
@@ -178,64 +203,71 @@ def load_session(path, model, on_weights_change: str = "error", max_cache_len: i
     path = Path(path)
     tensors, header = read_tensors(path, SESSION_FORMAT, SESSION_VERSION, "`cache.save(path)`")
     if not is_sealed(header, tensors):
-        raise ValueError(f"{path} holds something else than was saved (checksum mismatch): it is damaged.")
+        raise ValueError(f"{path} is damaged: its content is not the content that was saved (checksum mismatch).")
     try:
-        session, tensors = _with_names_of_today(_session_of(header), tensors)
+        session, tensors = _read_header(header, tensors)
         cache = model.make_cache(**_options_for(session, model.config, max_cache_len))
+        stack = _stack_of(cache)
         _check_config(session, cache)
-        experts = _check_experts(session, tensors, cache.model)
-        stamp, fingerprint = cache.model.weights_fingerprint()
+        expert_vectors = _check_expert_vectors(session, tensors, stack)
+        stamp, fingerprint = stack.weights_fingerprint()
         if session.weights != fingerprint:
-            session, tensors = _without_states(session, tensors, on_weights_change)
+            session, tensors = _drop_states(session, tensors, on_weights_change)
         _check_tensors(session, tensors, cache)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no session that this model can go on from: {error}") from error
-    _put_expert_in_force(cache, session, experts, stamp)
+        raise ValueError(f"{path} is no session that this model can continue: {error}") from error
+    _put_in_force(cache, session, expert_vectors, stamp)
     if session.columns:
         _restore_sequence(cache, session, tensors)
     return cache
 
 
-def _without_states(session: Session, tensors: dict[str, Tensor], on_weights_change: str) -> tuple[Session, dict]:
-    """The session with its tokens alone, to be encoded again, if that is wanted and possible."""
+def _drop_states(
+    session: Session, tensors: dict[str, Tensor], on_weights_change: str
+) -> tuple[Session, dict[str, Tensor]]:
+    """The session with its tokens alone, which are to be encoded again."""
     if on_weights_change == "error":
         raise ValueError(
-            "it was saved with other weights. Load the model that it was saved with (with what was merged into it), or"
-            " pass on_weights_change='recompute' to encode its text again."
+            "it was saved with other weights. Load the model that it was saved with (and merge the expert vector that "
+            "was merged then), or pass on_weights_change='recompute' to encode its sequence again."
         )
     if session.columns and not session.can_be_encoded_again:
         raise ValueError(
-            "it was saved with other weights, and its text cannot be encoded again, as part of it was given as "
-            "embeddings or encoded by another expert than the one in force. Load the model that it was saved with."
+            "it was saved with other weights, and its sequence cannot be encoded again, because part of it was fed as "
+            "embeddings or encoded with another expert vector than the one in force. Load the model that it was saved "
+            "with."
         )
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.")}
     return replace(session, has_states=False, is_of_these_weights=True), kept
 
 
-def _put_expert_in_force(cache, session: Session, experts: list[ExpertVector], stamp) -> None:
-    numbers = session.expert if isinstance(session.expert, list) else [session.expert]
-    rows = [None if n is None else experts[n] for n in numbers]
-    expert, key = cache.resolve(rows if isinstance(session.expert, list) else rows[0])
+def _put_in_force(
+    cache: "MambaFormerCache", session: Session, expert_vectors: list[ExpertVector], stamp: object
+) -> None:
+    indices = session.expert_vector if isinstance(session.expert_vector, list) else [session.expert_vector]
+    rows: list[ExpertVectorLike] = [None if n is None else expert_vectors[n] for n in indices]
+    expert_vector, key = cache.resolve_with_key(rows if isinstance(session.expert_vector, list) else rows[0])
     in_force = Encoding(key, stamp if session.is_of_these_weights else OTHER_WEIGHTS)
     encoded = None
     if session.has_states:
         encoded_key = tuple(session.encoded_key) if isinstance(session.encoded_key, list) else session.encoded_key
-        encoded = replace(in_force, expert_key=encoded_key)
-    cache.provenance.restore(expert, in_force, encoded, session.columns > 0 and session.is_mixed)
+        encoded = replace(in_force, expert_vector_key=encoded_key)
+    cache.provenance.restore(expert_vector, in_force, encoded, session.columns > 0 and session.is_mixed)
 
 
-def _restore_sequence(cache, session: Session, tensors: dict[str, Tensor]) -> None:
-    device = cache.model.get_input_embeddings().weight.device
-    log = {name.removeprefix("tokens."): t.to(device) for name, t in tensors.items() if name.startswith("tokens.")}
-    cache.history.append(cache.lengths, NewTokens(**log))
+def _restore_sequence(cache: "MambaFormerCache", session: Session, tensors: dict[str, Tensor]) -> None:
+    stack = _stack_of(cache)
+    device = next(stack.get_input_embeddings().parameters()).device
+    history = {name.removeprefix("tokens."): t.to(device) for name, t in tensors.items() if name.startswith("tokens.")}
+    cache.history.append(cache.lengths, NewTokens(**history))
     cache.history.has_embeddings = session.has_embeddings
     is_fixed, lengths = cache.max_columns is not None, cache.lengths
     lengths.columns = torch.tensor(session.columns, device=device) if is_fixed else session.columns
-    lengths.tokens_seen = log["mask"].sum(1) if "mask" in log else None
+    lengths.tokens_seen = history["mask"].sum(1) if "mask" in history else None
     lengths.rows, lengths.overshoot = session.rows, session.overshoot
     if not session.has_states:
         return
-    for layer_idx, (layer, module) in enumerate(zip(cache.layers, cache.model.layers, strict=False)):
+    for layer_idx, (layer, module) in enumerate(zip(cache.layers, stack.layers, strict=False)):
         device = next((weight.device for weight in module.parameters()), device)
         for kind, store in layer.stores.items():
             prefix = f"layers.{layer_idx}.{kind}."
@@ -247,28 +279,47 @@ def _restore_sequence(cache, session: Session, tensors: dict[str, Tensor]) -> No
 # ---------------------------------------------------------------------------------------------------------- checking
 
 
-def _session_of(header: dict[str, str]) -> Session:
-    said = json_of(header["session"])
-    if not isinstance(said, dict) or said.keys() != {field.name for field in fields(Session)}:
+def _read_header(header: dict[str, str], tensors: dict[str, Tensor]) -> tuple[Session, dict[str, Tensor]]:
+    """The session of a header, and the tensors under the names of this version."""
+    values = json_of(header["session"])
+    if isinstance(values, dict) and "experts" in values:
+        values, tensors = _convert_old_names(values, tensors)
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Session)}:
         raise ValueError("its header has other fields than a session.")
     for field in fields(Session):
         kinds = getattr(field.type, "__args__", (field.type,))
-        if type(said[field.name]) not in kinds:
-            raise ValueError(f"`{field.name}` of its header is {said[field.name]!r}.")
-    session = Session(**said)
+        if type(values[field.name]) not in kinds:
+            raise ValueError(f"`{field.name}` of its header is {values[field.name]!r}.")
+    session = Session(**values)
+    _check_session(session)
+    return session, tensors
+
+
+def _convert_old_names(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Version 0.1.0 wrote other names of expert vectors and, before there were other mixers, of Mamba's states."""
+    names = {"experts": "expert_vectors", "expert": "expert_vector"}
+    values = {names.get(name, name): value for name, value in values.items()}
+    if isinstance(values.get("config"), dict):
+        values["config"] = {"recurrent_mixer": "mamba", **values["config"]}
+    patterns = (r"^(layers\.\d+)\.mamba\.", r"\1.recurrent."), (r"^experts\.", "expert_vectors.")
+    for pattern, name in patterns:
+        tensors = {re.sub(pattern, name, old): tensor for old, tensor in tensors.items()}
+    return values, tensors
+
+
+def _check_session(session: Session) -> None:
     if session.columns < 0 or (session.rows is None) != (session.columns == 0) or (session.rows or 1) < 1:
-        raise ValueError(f"it has a text of {session.rows} rows and {session.columns} columns.")
+        raise ValueError(f"it has a sequence of {session.rows} rows and {session.columns} columns.")
     if not 0 <= session.overshoot < 2**31:
-        raise ValueError(f"its windows have been {session.overshoot} tokens further.")
+        raise ValueError(f"its `overshoot` is {session.overshoot} tokens.")
     if session.has_states and not session.columns:
-        raise ValueError("it has states but no text.")
+        raise ValueError("it has states but no sequence.")
     _check_options(session.options)
     _check_key(session)
-    return session
 
 
 def _check_options(options: dict) -> None:
-    """Only names and types; `make_cache` checks the rest."""
+    """Checks names and types; `make_cache` checks the values."""
     kinds = {
         "storage": (str,),
         "max_cache_len": (int, NoneType),
@@ -279,17 +330,20 @@ def _check_options(options: dict) -> None:
         raise ValueError(f"its options are {options}, not {list(kinds)}.")
 
 
-def _options_for(session: Session, config, max_cache_len: int | None) -> dict:
-    """The options of `make_cache`, if the caller, the model or the rest of the file justify the room that they take.
+def _options_for(session: Session, config: "MambaFormerConfig", max_cache_len: int | None) -> dict:
+    """The options of `make_cache`, if the caller, the model or the rest of the file justify the storage.
 
-    Static storage is allocated in full when the session is loaded, and a number in a header costs its writer nothing.
+    Static storage is allocated completely when the session is loaded, and a number in a header costs its writer
+    nothing.
     """
-    options, seen = session.options, max(config.max_position_embeddings, session.columns)
-    if options["rollback_reach"] > seen:
-        raise ValueError(f"its `rollback_reach` of {options['rollback_reach']} is longer than any text ({seen}).")
+    options, longest = session.options, max(config.max_position_embeddings, session.columns)
+    if options["rollback_reach"] > longest:
+        raise ValueError(
+            f"its `rollback_reach` of {options['rollback_reach']} is longer than any sequence ({longest})."
+        )
     if options["max_cache_len"] is None:
         if max_cache_len is not None:
-            raise ValueError("its storage grows with the text, so it has no `max_cache_len`: leave that out.")
+            raise ValueError("its storage grows with the sequence, so it has no `max_cache_len`: leave that out.")
         return options
     if max_cache_len is not None:
         return options | {"max_cache_len": max_cache_len}
@@ -297,9 +351,9 @@ def _options_for(session: Session, config, max_cache_len: int | None) -> dict:
     justified = max(MODEL_LENGTHS * config.max_position_embeddings, SEQUENCE_LENGTHS * rows * session.columns)
     if rows * options["max_cache_len"] > justified:
         raise ValueError(
-            f"its storage would have room for {options['max_cache_len']} columns of {rows} rows, where the file has "
+            f"its storage would hold {options['max_cache_len']} columns of {rows} rows, but the file has only "
             f"{session.columns} columns and the model's `max_position_embeddings` is {config.max_position_embeddings}:"
-            f" pass `max_cache_len=` with the number of columns that you want."
+            f" pass `max_cache_len=` with the number of columns that you need."
         )
     return options
 
@@ -307,80 +361,80 @@ def _options_for(session: Session, config, max_cache_len: int | None) -> dict:
 def _check_key(session: Session) -> None:
     key = session.encoded_key
     if isinstance(key, list) and (len(key) != session.rows or not all(isinstance(row, str) for row in key)):
-        raise ValueError(f"its states were encoded by {len(key)} experts for {session.rows} rows.")
+        raise ValueError(f"its states were encoded with {len(key)} expert vectors for {session.rows} rows.")
 
 
-def _check_config(session: Session, cache) -> None:
-    known = _fields_of(cache.config, cache.depends_on)
-    found = session.config
-    differing = [name for name in {**known, **found} if known.get(name, ...) != found.get(name, ...)]
+def _check_config(session: Session, cache: "MambaFormerCache") -> None:
+    own, saved = _fields_of(cache.config, cache.depends_on), session.config
+    differing = [name for name in {**own, **saved} if own.get(name, ...) != saved.get(name, ...)]
     if differing:
-        said = ", ".join(f"`{name}` is {known.get(name)!r}, not {found.get(name)!r}" for name in differing)
-        raise ValueError(f"it was saved by a model of another configuration ({said}): load that one.")
+        listed = ", ".join(f"`{name}` is {own.get(name)!r}, not {saved.get(name)!r}" for name in differing)
+        raise ValueError(f"it was saved by a model with another configuration ({listed}): load that model.")
 
 
-def _check_experts(session: Session, tensors: dict[str, Tensor], stack) -> list[ExpertVector]:
-    """The experts of the file, each what its fingerprint says and made for a model like this."""
+def _check_expert_vectors(session: Session, tensors: dict[str, Tensor], stack: ModelStack) -> list[ExpertVector]:
+    """The expert vectors of the file, after a check of their fingerprints and of their fit to the model."""
     vectors = _vectors_of(session, tensors)
-    experts = []
-    for n, said in enumerate(session.experts):
-        expert = ExpertVector(vectors[n], said["name"], said["metadata"])
-        if expert.fingerprint != said["fingerprint"]:
-            raise ValueError(f"the vectors of its expert {n} are not what their fingerprint says.")
-        stack.check_expert_vector(expert)
-        experts.append(expert)
-    rows = session.expert if isinstance(session.expert, list) else [session.expert]
-    if not all(row is None or (type(row) is int and 0 <= row < len(experts)) for row in rows):
-        raise ValueError(f"it has {len(experts)} experts, and in force are {rows}.")
-    if isinstance(session.expert, list) and (not rows or session.rows not in (None, len(rows))):
-        raise ValueError(f"it has experts for {len(rows)} rows and a text of {session.rows}.")
-    return experts
+    expert_vectors = []
+    for n, described in enumerate(session.expert_vectors):
+        expert_vector = ExpertVector(vectors[n], described["name"], described["metadata"])
+        if expert_vector.fingerprint != described["fingerprint"]:
+            raise ValueError(f"the tensors of its expert vector {n} do not match their fingerprint.")
+        stack.check_expert_vector(expert_vector)
+        expert_vectors.append(expert_vector)
+    is_per_row = isinstance(session.expert_vector, list)
+    rows = session.expert_vector if isinstance(session.expert_vector, list) else [session.expert_vector]
+    if not all(row is None or (type(row) is int and 0 <= row < len(expert_vectors)) for row in rows):
+        raise ValueError(f"it has {len(expert_vectors)} expert vectors, and in force are {rows}.")
+    if is_per_row and (not rows or session.rows not in (None, len(rows))):
+        raise ValueError(f"it has expert vectors for {len(rows)} rows and a sequence of {session.rows} rows.")
+    return expert_vectors
 
 
 def _vectors_of(session: Session, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The vectors of each expert, in one pass over the tensors."""
+    """The tensors of each expert vector, in one pass over all tensors."""
     kinds = {"fingerprint": (str,), "name": (str, NoneType), "metadata": (dict,)}
-    for said in session.experts:
-        is_known = isinstance(said, dict) and said.keys() == kinds.keys()
-        if not is_known or any(type(said[name]) not in kinds[name] for name in kinds):
-            raise ValueError(f"its experts are not described by {list(kinds)}.")
-    vectors: list[dict[str, Tensor]] = [{} for _ in session.experts]
+    for described in session.expert_vectors:
+        is_complete = isinstance(described, dict) and described.keys() == kinds.keys()
+        if not is_complete or any(type(described[name]) not in kinds[name] for name in kinds):
+            raise ValueError(f"its expert vectors are not described by {list(kinds)}.")
+    vectors: list[dict[str, Tensor]] = [{} for _ in session.expert_vectors]
     for name, tensor in tensors.items():
-        if _is_of_experts(name, session):
+        if _belongs_to_expert_vector(name, session):
             _, n, module = name.split(".", 2)
             vectors[int(n)][module] = tensor
     return vectors
 
 
-def _check_tensors(session: Session, tensors: dict[str, Tensor], cache) -> None:
+def _check_tensors(session: Session, tensors: dict[str, Tensor], cache: "MambaFormerCache") -> None:
     if cache.max_columns is not None and session.columns > cache.max_columns:
         raise ValueError(f"it has {session.columns} columns where {cache.max_columns} fit.")
-    known = _expected_log(session) if session.columns else {}
-    optional = known.keys() - {"tokens.token_ids"}
+    expected = _expected_history(session) if session.columns else {}
+    optional = expected.keys() - {"tokens.token_ids"}
     if session.has_states:
-        known |= dict(_expected_states(session, cache))
-    found = {name: tensor for name, tensor in tensors.items() if not _is_of_experts(name, session)}
-    wrong = (found.keys() - known.keys()) | (known.keys() - found.keys() - optional)
+        expected |= dict(_expected_states(session, cache))
+    present = {name: tensor for name, tensor in tensors.items() if not _belongs_to_expert_vector(name, session)}
+    wrong = (present.keys() - expected.keys()) | (expected.keys() - present.keys() - optional)
     if wrong:
         raise ValueError(f"it has tensors that it should not have, or lacks some: {sorted(wrong)[:5]}.")
-    for name, tensor in found.items():
-        shape, dtypes = known[name]
+    for name, tensor in present.items():
+        shape, dtypes = expected[name]
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             raise ValueError(
                 f"`{name}` is {tensor.dtype} of shape {tuple(tensor.shape)}, not {shape} in one of {dtypes}."
             )
     if session.columns:
-        _check_log(session, tensors, cache.config.vocab_size)
+        _check_history(session, tensors, cache.config.vocab_size)
 
 
-def _is_of_experts(name: str, session: Session) -> bool:
+def _belongs_to_expert_vector(name: str, session: Session) -> bool:
     kind, _, rest = name.partition(".")
     n, _, module = rest.partition(".")
     is_number = n.isascii() and n.isdecimal() and len(n) < 10 and n == str(int(n))
-    return kind == "experts" and bool(module) and is_number and int(n) < len(session.experts)
+    return kind == "expert_vectors" and bool(module) and is_number and int(n) < len(session.expert_vectors)
 
 
-def _expected_log(session: Session) -> dict[str, tuple[tuple, set]]:
+def _expected_history(session: Session) -> dict[str, tuple[tuple, set]]:
     shape = (session.rows, session.columns)
     dtypes = {"token_ids": {torch.int64}, "mask": {torch.bool}, "position_ids": {torch.int32, torch.int64}}
     if session.has_embeddings:
@@ -388,17 +442,18 @@ def _expected_log(session: Session) -> dict[str, tuple[tuple, set]]:
     return {f"tokens.{name}": (shape, kinds) for name, kinds in dtypes.items()}
 
 
-def _expected_states(session: Session, cache) -> Iterator[tuple[str, tuple[tuple, set]]]:
-    narrow = {weight.dtype for weight in cache.model.parameters() if weight.is_floating_point()} | HALF_DTYPES
+def _expected_states(session: Session, cache: "MambaFormerCache") -> Iterator[tuple[str, tuple[tuple, set]]]:
+    stack, rows = _stack_of(cache), session.rows or 0
+    narrow = {weight.dtype for weight in stack.parameters() if weight.is_floating_point()} | HALF_DTYPES
     wide = narrow | {at_least_float32(dtype) for dtype in narrow}
-    for place, layer in zip(places_of_model(cache.model), cache.layers, strict=True):
+    for place, layer in zip(places_of_model(stack), cache.layers, strict=True):
         for kind, store in layer.stores.items():
-            for name, spec in store.spec(session.rows, session.columns, place.module).items():
+            for name, spec in store.spec(rows, session.columns, place.module).items():
                 dtypes = wide if spec.is_wide else narrow
                 yield f"layers.{place.position}.{kind}.{name}", (spec.shape, dtypes)
 
 
-def _check_log(session: Session, tensors: dict[str, Tensor], vocab_size: int) -> None:
+def _check_history(session: Session, tensors: dict[str, Tensor], vocab_size: int) -> None:
     token_ids, mask = tensors["tokens.token_ids"], tensors.get("tokens.mask")
     lowest = -1 if session.has_embeddings else 0
     if bool(((token_ids < lowest) | (token_ids >= vocab_size)).any()):

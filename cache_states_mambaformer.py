@@ -1,24 +1,30 @@
-"""The states of recurrent mixers, and their rollback by replay.
+"""States of recurrent mixers, and their rollback by replay.
 
 A recurrent state cannot be truncated. To remove the last tokens, a store keeps a checkpoint of its states and, for
-each forward since then, the mixer inputs that replay needs; it replays the tokens that stay.
+each forward since then, the mixer inputs that a replay needs; it replays the tokens that stay.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
-from .cache_keys_mambaformer import Removal, StateSpec, as_index, is_writable, select_rows_of, usable, zeroed
+from .cache_buffers_mambaformer import as_normal_tensor, fill_zeros, is_writable, select_rows_of
+from .cache_keys_mambaformer import Removal, StateSpec
 
-# Single tokens that a recurrent store replays at most, before the tokens of the forward that is cropped. The states
-# after a token take about as much memory as the inputs to replay eight tokens.
+# The states of a mixer by name.
+States = dict[str, torch.Tensor]
+# Forwards of single tokens between two checkpoints, at most. The states after a token take about as much memory as the
+# inputs to replay eight tokens.
 TOKENS_PER_CHECKPOINT = 8
 
 
-def split_at_reach(num_tokens: int, lengths: torch.Tensor | None, reach: int) -> list[tuple[slice, Any]]:
-    """The tokens of a forward that are beyond `reach` from its end, if any, and the rest, each with its lengths."""
+def split_at_reach(
+    num_tokens: int, lengths: torch.Tensor | None, reach: int
+) -> list[tuple[slice, torch.Tensor | None]]:
+    """The tokens of a forward before its last `reach` ones, if any, and the last ones, each with their lengths."""
     beyond = num_tokens - reach
     if reach == 0 or beyond <= 0:
         return [(slice(None), lengths)]
@@ -29,18 +35,19 @@ def split_at_reach(num_tokens: int, lengths: torch.Tensor | None, reach: int) ->
 
 @dataclass(frozen=True)
 class ReplaySegment:
-    """The inputs of a recurrent mixer in one forward: enough to replay its first tokens.
+    """The tape of one forward of a recurrent mixer, from which its first tokens can be replayed.
 
     Args:
-        inputs: tensors that the mixer asked to keep, by name, (rows, tokens, ...) each, left-aligned.
-        advance: `(states, inputs, lengths) -> states`, by name, after the tokens of `inputs`.
-        initial_states: a checkpoint, the states before its first token; `None` if replay starts at an earlier segment.
+        inputs: tensors that the mixer needs for a replay, by name, (rows, tokens, ...) each, left-aligned.
+        advance: `(states, inputs, lengths) -> states`, the states after the tokens of `inputs`.
+        initial_states: a checkpoint, the states before the first token; `None` if a replay starts at an earlier
+            segment.
         lengths: real tokens of each row, (rows,); `None` when all are real.
     """
 
     inputs: dict[str, torch.Tensor]
-    advance: Callable
-    initial_states: dict[str, torch.Tensor] | None
+    advance: Callable[[States, dict[str, torch.Tensor], torch.Tensor | None], States]
+    initial_states: States | None
     lengths: torch.Tensor | None = None
 
     @property
@@ -48,12 +55,12 @@ class ReplaySegment:
         """Width, pads included."""
         return next(iter(self.inputs.values())).shape[1]
 
-    def without_last(self, tokens: Any) -> tuple["ReplaySegment", Any]:
-        """The segment less the last `tokens` of each row (an integer or (rows,)), and how many it did not have."""
+    def remove_last(self, tokens: int | torch.Tensor) -> tuple["ReplaySegment", int | torch.Tensor]:
+        """The segment without the last `tokens` of each row (an integer or (rows,)), and the tokens that it lacked."""
         if isinstance(tokens, int) and self.lengths is None:
             left = max(self.num_tokens - tokens, 0)
             return self._cut(left, None), tokens - (self.num_tokens - left)
-        tokens = as_index(tokens)
+        tokens = torch.as_tensor(tokens, device="cpu") if isinstance(tokens, int) else tokens
         lengths = torch.full_like(tokens, self.num_tokens) if self.lengths is None else self.lengths
         tokens = tokens.to(lengths.device)
         left = (lengths - tokens).clamp(min=0)
@@ -61,64 +68,76 @@ class ReplaySegment:
 
     def _cut(self, num_tokens: int, lengths: torch.Tensor | None) -> "ReplaySegment":
         inputs = self.inputs
-        if num_tokens < self.num_tokens:  # copied: a view would keep the removed tokens in memory
+        if num_tokens < self.num_tokens:  # a copy, as a view would keep the removed tokens in memory
             inputs = {name: tensor[:, :num_tokens].clone() for name, tensor in inputs.items()}
         return replace(self, inputs=inputs, lengths=lengths)
 
     def select_rows(self, rows: torch.Tensor) -> "ReplaySegment":
-        def select(tensor):
-            return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+        def select(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, rows.to(tensor.device))
 
         inputs = {name: select(tensor) for name, tensor in self.inputs.items()}
         states = self.initial_states
         states = None if states is None else {name: select(state) for name, state in states.items()}
-        return replace(self, inputs=inputs, initial_states=states, lengths=select(self.lengths))
+        lengths = None if self.lengths is None else select(self.lengths)
+        return replace(self, inputs=inputs, initial_states=states, lengths=lengths)
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.inputs.values(), *(self.initial_states or {}).values()))
 
 
+@runtime_checkable
+class HasStateSpecs(Protocol):
+    """A mixer that declares its states."""
+
+    def state_specs(self) -> dict[str, StateSpec]: ...
+
+
 class RecurrentStore:
-    """The states of one recurrent mixer, by name; the mixer decides which they are.
+    """The states of one recurrent mixer, by names that the mixer chooses.
 
-    Mamba keeps `"conv"` (rows, kernel - 1, channels), its last inputs, and `"ssm"` (rows, channels, state), float32.
+    Mamba has `"conv"` (rows, kernel size - 1, channels), its last inputs, and `"ssm"` (rows, channels, state size) in
+    float32.
 
-    To remove up to `reach` tokens, the store keeps the last segments from a checkpoint on, and replays the rest of
-    them. Fixed states are overwritten in place and have no segments.
+    To remove up to `reach` tokens, the store keeps the newest segments from a checkpoint on, and replays the tokens
+    that stay. Fixed states are overwritten in place and have no segments.
     """
 
     def __init__(self, is_fixed: bool = False):
         self.is_fixed, self.reach = is_fixed, 0
-        self.states: dict[str, torch.Tensor] = {}
-        self.staged: dict[str, torch.Tensor] = {}
+        self.states: States = {}
+        self.staged: States = {}
         self.segments: list[ReplaySegment] = []
         self.staged_segments: list[ReplaySegment] = []
 
     def update(self, name: str, state: torch.Tensor) -> None:
         self.staged[name] = state
 
-    def record(self, segment: ReplaySegment | None, is_whole: bool = True) -> None:
+    def stage_segment(self, segment: ReplaySegment | None, is_complete: bool = True) -> None:
         """Stages the segment of the open forward, if there is one.
 
-        `is_whole`: the segment has all tokens of the forward, so it continues the segments before it.
+        Args:
+            is_complete: the segment has all tokens of the forward, so it continues the earlier segments.
         """
         if segment is not None:
-            self.staged_segments = [*self.segments, segment] if is_whole else [segment]
+            self.staged_segments = [*self.segments, segment] if is_complete else [segment]
 
     def commit(self) -> None:
         for name, state in self.staged.items():
+            if not self.is_fixed:
+                self.states[name] = state
+                continue
             old = self.states.get(name)
-            keeps_address = self.is_fixed and old is not None and (old.shape, old.dtype) == (state.shape, state.dtype)
-            if keeps_address and is_writable(old) and not torch.is_grad_enabled():
+            if old is not None and _can_overwrite(old, state):
                 old.copy_(state)
             else:
-                self.states[name] = state.clone() if self.is_fixed else state
+                self.states[name] = state.clone()
         if self.segments or self.staged_segments:
             self.segments = self._within_reach(self.staged_segments)
         self.staged, self.staged_segments = {}, []
 
     def _within_reach(self, segments: list[ReplaySegment]) -> list[ReplaySegment]:
-        """The newest segments that hold `reach` tokens, from a checkpoint on; not every segment becomes one."""
+        """The newest segments that hold `reach` tokens, from a checkpoint on; drops checkpoints that are too close."""
         if len(segments) < 2:
             return segments
         since_checkpoint, is_checkpoint = segments[-1].num_tokens, False
@@ -141,7 +160,7 @@ class RecurrentStore:
 
     def reset(self) -> None:
         # A state of zeros is the state before the first token.
-        self.states = {name: zeroed(state) for name, state in self.states.items()} if self.is_fixed else {}
+        self.states = {name: fill_zeros(state) for name, state in self.states.items()} if self.is_fixed else {}
         self.staged, self.staged_segments, self.segments = {}, [], []
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -156,15 +175,15 @@ class RecurrentStore:
         return other
 
     def state(self, columns: int | None = None) -> dict[str, torch.Tensor]:
-        return {name: usable(state) for name, state in self.states.items()}
+        return {name: as_normal_tensor(state) for name, state in self.states.items()}
 
     def load_state(self, state: dict[str, torch.Tensor], columns: int) -> None:
         for name, tensor in state.items():
             self.update(name, tensor)
         self.commit()
 
-    def spec(self, rows: int, columns: int, layer: Any) -> dict[str, StateSpec]:
-        mixer = next(each for each in layer.modules() if hasattr(each, "state_specs"))  # `layer` may be wrapped
+    def spec(self, rows: int, columns: int, layer: nn.Module) -> dict[str, StateSpec]:
+        mixer = next(each for each in layer.modules() if isinstance(each, HasStateSpecs))  # `layer` may be wrapped
         return {name: StateSpec((rows, *spec.shape), is_wide=True) for name, spec in mixer.state_specs().items()}
 
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -177,29 +196,30 @@ class RecurrentStore:
         sizes = {name: state.nbytes for name, state in self.states.items()}
         return sizes | ({"past": sum(segment.nbytes() for segment in self.segments)} if self.segments else {})
 
-    def extend_reach(self, reach: int, *_) -> None:
+    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: int) -> None:
         self.reach = reach
 
-    def plan_crop(self, removal: Removal) -> tuple[dict[str, torch.Tensor], list[ReplaySegment]] | None:
-        """States and segments after a removal; `None` if it goes beyond the segments."""
+    def plan_crop(self, removal: Removal) -> tuple[States, list[ReplaySegment]] | None:
+        """States and segments after a removal; `None` if the segments have fewer tokens."""
         if removal.most == 0:
             return self.states, self.segments
-        # A state that may be trained through later keeps its graph, whatever mode the caller is in.
+        # A state that may get gradients later keeps its graph, whatever mode the caller is in.
         needs_graph = any(tensor.requires_grad for each in self.segments for tensor in each.inputs.values())
         with torch.set_grad_enabled(needs_graph or torch.is_grad_enabled()):
             return self._replay(removal.tokens)
 
-    def _replay(self, tokens: Any) -> tuple[dict[str, torch.Tensor], list[ReplaySegment]] | None:
+    def _replay(self, tokens: int | torch.Tensor) -> tuple[States, list[ReplaySegment]] | None:
+        """The states and segments without the last `tokens` of each row."""
         segments, replayed = list(self.segments), []
         while segments:
-            segment, tokens = segments.pop().without_last(tokens)
+            segment, tokens = segments.pop().remove_last(tokens)
             replayed.insert(0, segment)
-            is_enough = tokens == 0 if isinstance(tokens, int) else not bool(tokens.any())
-            if is_enough and segment.initial_states is not None:
+            are_removed = tokens == 0 if isinstance(tokens, int) else not bool(tokens.any())
+            if are_removed and segment.initial_states is not None:
+                states = segment.initial_states
                 break
         else:
             return None
-        states = replayed[0].initial_states
         for segment in replayed:
             if segment.num_tokens:
                 segments.append(replace(segment, initial_states=states))
@@ -207,8 +227,13 @@ class RecurrentStore:
         # A state of zeros is the state before the first token.
         return states or {name: torch.zeros_like(state) for name, state in self.states.items()}, segments
 
-    def crop(self, plan: tuple[dict[str, torch.Tensor], list[ReplaySegment]]) -> None:
+    def crop(self, plan: tuple[States, list[ReplaySegment]]) -> None:
         self.states, self.segments = plan
+
+
+def _can_overwrite(old: torch.Tensor, new: torch.Tensor) -> bool:
+    is_same_kind = old.shape == new.shape and old.dtype == new.dtype
+    return is_same_kind and is_writable(old) and not torch.is_grad_enabled()
 
 
 __all__ = ["RecurrentStore", "ReplaySegment", "split_at_reach"]

@@ -264,7 +264,7 @@ class _Layers:
             block, layout = blocks[index], step.layouts[place.window]
             block.scaling = mixer.scaling
             like = step.like(block)
-            keys, values = cache.layers[place.position].attention.place(like, layout)
+            keys, values = cache.key_store(place.position).place(like, layout)
             if not _are_slots(keys, values, like):
                 return None
             block.keys, block.values, block.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[2]

@@ -269,7 +269,7 @@ class ExpertRuntimeMixin(Model):
     ) -> PreparedExpertVectors:
         """A compiled forward breaks its graph here: files, hashes and decompositions cannot be traced."""
         if expert_vector is ...:
-            resolved, key = cache.expert_vector, cache.provenance.in_force.expert_key
+            resolved, key = cache.expert_vector, cache.provenance.in_force.expert_vector_key
             num_rows = len(resolved) if isinstance(resolved, list) else None
             self._check_none_is_merged(is_named=True)
         else:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ MOST_MISSPELT = 5  # with more unknown modules it belongs to another model
 # A gated MLP multiplies three scaled modules and the next norm squares the result: MAX_SCALE**6 = 1e24, times weights
 # and activations, stays within the 3.4e38 of float32.
 MAX_SCALE = 1e4
+
+ExpertKey: TypeAlias = str | tuple[str, ...] | None
 
 
 def _copy_of_vector(vector: Tensor) -> Tensor:
@@ -231,6 +233,13 @@ class ExpertVector:
             return cls(parts[0][1].vectors, name)  # exact, where 1 + (z - 1) would round
         keys = dict.fromkeys(key for _, expert_vector in parts for key in expert_vector.vectors)
         return cls({key: _blend([(w, e.vectors[key]) for w, e in parts if key in e.vectors]) for key in keys}, name)
+
+
+# One expert vector as users pass it; `None` is the base.
+ExpertVectorLike: TypeAlias = ExpertVector | Mapping[str, Tensor] | str | None
+ExpertVectorsLike: TypeAlias = ExpertVectorLike | list[ExpertVectorLike] | tuple[ExpertVectorLike, ...]
+# After names are looked up: one expert vector for all rows, or one for each row.
+ResolvedExpertVector: TypeAlias = ExpertVector | list[ExpertVector | None] | None
 
 
 def _checked_parts(parts: Iterable[tuple[float, Any]]) -> list[tuple[float, Any]]:

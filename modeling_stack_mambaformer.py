@@ -1,30 +1,62 @@
-"""The layers as they stand in a stack: the place of each, and the spec that its cache and its mask depend on.
+"""The layers of a stack: the place of each, and the spec that its cache and its mask depend on.
 
-Users remove, repeat, copy, replace and wrap layers. A layer then stands at another place than the one that it was
-made for, and the configuration may describe another layer. So a layer's spec is read from the layer, and its place
-is where it is found: `Place` gives it the part of the cache and the expert vectors that belong there.
+Users remove, repeat, copy, replace and wrap layers. A layer then has another place than the one it was made for, and
+the configuration may describe another layer. So the spec of a layer is read from the layer, and its place is its index
+in the stack: `Place` gives the layer its own part of the cache and its own expert vectors.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from .cache_mambaformer import MambaFormerCache
+    from .configuration_mambaformer import MambaFormerConfig
+    from .expert_vectors_mambaformer import ExpertVector
+
+T = TypeVar("T")
+
+
+class ModelStack(Protocol):
+    """The stack of a model, as a cache and a session use it."""
+
+    config: "MambaFormerConfig"
+    layers: nn.ModuleList
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
+    def check_expert_vector(self, expert_vector: "ExpertVector") -> None: ...
+
+    def weights_fingerprint(self) -> tuple[object, str]: ...
 
 
 class LayerSpec(NamedTuple):
     """The properties of a layer that its cache and its mask depend on.
 
     Args:
-        attends: whether it keeps keys and values.
+        attends: whether the layer has keys and values.
         window: tokens that a query sees, itself included; `None` for all.
-        is_recurrent: whether it keeps recurrent states.
+        is_recurrent: whether the layer has recurrent states.
     """
 
     attends: bool = False
     window: int | None = None
     is_recurrent: bool = False
+
+    @property
+    def layer_type(self) -> str:
+        """The name of such a layer in `config.layer_types`; "other" for a layer without state."""
+        if not self.attends:
+            return "linear_attention" if self.is_recurrent else "other"
+        if self.is_recurrent:
+            return "hybrid" if self.window is None else "hybrid_sliding"
+        return "full_attention" if self.window is None else "sliding_attention"
 
 
 @dataclass(slots=True)
@@ -33,15 +65,15 @@ class Place:
 
     Args:
         position: index in the stack, and in the layers of the cache.
-        module: the module that is called: a layer, or what wraps it.
-        layer: our layer inside of `module`; `None` where there is none.
-        spec: of the layer; a layer of another kind keeps nothing in the cache.
+        module: the module that is called: a layer, or a wrapper of one.
+        layer: our layer inside of `module`; `None` for a layer of another kind.
+        spec: the spec of the layer; a layer of another kind has nothing in the cache.
         first: the first position of the same module, which names its linear modules.
     """
 
     position: int
     module: nn.Module
-    layer: Any
+    layer: Any  # a `MambaFormerLayer`, which is defined above this room
     spec: LayerSpec
     first: int
 
@@ -51,35 +83,41 @@ class Place:
 
     @property
     def is_as_made(self) -> bool:
-        """Whether the layer counts itself as being here, so that it finds cache and expert vectors by itself."""
+        """Whether the layer's own index is its position, so that it finds its cache and expert vectors by itself."""
         return self.layer is None or self.layer.layer_idx == self.position == self.first
 
-    def cache_of(self, cache: Any) -> Any:
-        """The cache, in which the layer finds its own part under its own number."""
-        return cache if cache is None or self.is_as_made else CacheAt(cache, self.position)
+    def cache_of(self, cache: "MambaFormerCache | None") -> "MambaFormerCache | CacheAtPosition | None":
+        """The cache, with the layer's own part under the layer's own index."""
+        return cache if cache is None or self.is_as_made else CacheAtPosition(cache, self.position)
 
-    def vectors_of(self, expert_vectors: dict[str, Any]) -> dict[str, Any]:
-        """Prepared expert vectors by mixer, under the names that the layer asks for."""
+    def vectors_of(self, expert_vectors: dict[str, T]) -> dict[str, T]:
+        """Prepared expert vectors by mixer, under the names that the layer looks up."""
         if not expert_vectors or self.is_as_made:
             return expert_vectors
         pairs = ((own, f"layers.{self.first}.{mixer}") for mixer, own in self.layer.expert_names.items())
         return {own: expert_vectors[name] for own, name in pairs if name in expert_vectors}
 
 
-class CacheAt:
-    """A cache as it is seen by a layer that stands at `position` and counts itself as another one."""
+class CacheAtPosition:
+    """A cache for a layer at `position` whose own index is another: every index means that position."""
 
-    def __init__(self, cache: Any, position: int):
+    def __init__(self, cache: "MambaFormerCache", position: int):
         self.cache, self.position = cache, position
 
     @property
-    def layers(self) -> "_Everywhere":
-        return _Everywhere(self.cache.layers[self.position])
+    def layers(self) -> "_OneLayer":
+        return _OneLayer(self.cache.layers[self.position])
 
-    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         return self.cache.update(key_states, value_states, self.position, *args, **kwargs)
 
-    def recurrent_states(self, layer_idx: int, like):
+    def key_store(self, layer_idx: int):
+        return self.cache.key_store(self.position)
+
+    def recurrent_store(self, layer_idx: int):
+        return self.cache.recurrent_store(self.position)
+
+    def recurrent_states(self, layer_idx: int, like: torch.Tensor):
         return self.cache.recurrent_states(self.position, like)
 
     def layout(self, layer_idx: int):
@@ -89,17 +127,17 @@ class CacheAt:
     def replay_reach(self) -> int:
         return self.cache.replay_reach
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str):
         return getattr(self.cache, name)
 
 
-class _Everywhere:
+class _OneLayer:
     """A list that has the same layer of the cache under every index."""
 
-    def __init__(self, layer: Any):
+    def __init__(self, layer: object):
         self.layer = layer
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int):
         return self.layer
 
 
@@ -109,42 +147,44 @@ def places_of(layers: Iterable[nn.Module]) -> list[Place]:
     Raises:
         ValueError: a module wraps several layers.
     """
-    found: list[Place] = []
+    places: list[Place] = []
     firsts: dict[int, int] = {}
     for position, module in enumerate(layers):
-        layer = module if "steps" in module.__dict__ else layer_inside(module)
+        layer = layer_inside(module)
         spec = LayerSpec() if layer is None else layer.spec
-        found.append(Place(position, module, layer, spec, firsts.setdefault(id(module), position)))
-    return found
+        places.append(Place(position, module, layer, spec, firsts.setdefault(id(module), position)))
+    return places
 
 
-def layer_inside(module: nn.Module) -> Any:
+def layer_inside(module: nn.Module) -> Any:  # a `MambaFormerLayer`, which is defined above this room
     """Our layer that `module` is or wraps; `None` for a layer of another kind.
 
     Raises:
-        ValueError: `module` wraps several.
+        ValueError: `module` wraps several layers.
     """
-    found = [each for each in module.modules() if "steps" in each.__dict__]
-    if len(found) > 1:
+    if "steps" in module.__dict__:
+        return module
+    layers = [each for each in module.modules() if "steps" in each.__dict__]
+    if len(layers) > 1:
         raise ValueError(
-            f"A {type(module).__name__} in `layers` wraps {len(found)} layers, and each needs its own part of the "
+            f"A {type(module).__name__} in `layers` wraps {len(layers)} layers, and each needs its own part of the "
             "cache: wrap each layer by itself."
         )
-    return found[0] if found else None
+    return layers[0] if layers else None
 
 
-def places_of_model(stack: Any) -> list[Place]:
+def places_of_model(stack: ModelStack) -> list[Place]:
     """The places of a model's stack."""
     return places_of(list(stack.layers)[: stack.config.num_hidden_layers])
 
 
-def specs_of(config: Any) -> list[LayerSpec]:
+def specs_of(config: "MambaFormerConfig") -> list[LayerSpec]:
     """The specs of all layers, as the configuration describes them."""
-    every = ((config.mixers(idx), config.window(idx)) for idx in range(config.num_hidden_layers))
-    return [LayerSpec("attention" in mixers, window, "recurrent" in mixers) for mixers, window in every]
+    described = ((config.mixers(idx), config.window(idx)) for idx in range(config.num_hidden_layers))
+    return [LayerSpec("attention" in mixers, window, "recurrent" in mixers) for mixers, window in described]
 
 
-def check_cache_fits(cache: Any, places: list[Place]) -> None:
+def check_cache_fits(cache: "MambaFormerCache", places: list[Place]) -> None:
     """Refuses a cache that was made for other layers.
 
     Raises:
@@ -158,13 +198,14 @@ def check_cache_fits(cache: Any, places: list[Place]) -> None:
 
 
 def without_wrappers(modules: dict[str, nn.Module], mixers: Collection[str]) -> dict[str, nn.Module]:
-    """Linear modules by the names that expert vectors use, which do not name the wrappers around them.
+    """Linear modules by the names that expert vectors use, which leave out the names of wrappers.
 
-    `mixers` are the names of the mixers in their layers.
+    Args:
+        mixers: the names of the mixers in their layers.
     """
     named = {name: _name_in_stack(name, mixers) for name in modules}
-    taken = Counter(named.values())
-    return {named[name] if taken[named[name]] == 1 else name: module for name, module in modules.items()}
+    uses = Counter(named.values())
+    return {named[name] if uses[named[name]] == 1 else name: module for name, module in modules.items()}
 
 
 def _name_in_stack(name: str, mixers: Collection[str]) -> str:

@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from mambaformer import ExpertVector, MambaFormerCache
+from mambaformer.cache_buffers_mambaformer import Buffer
 from mambaformer.cache_history_mambaformer import CacheLengths, NewTokens, TokenHistory
-from mambaformer.cache_keys_mambaformer import Buffer, Retention, Span, make_layout
+from mambaformer.cache_keys_mambaformer import Retention, Span, make_layout
 from oracle import assert_same_logits, uncached_logits
 from patterns import CACHE_VARIANTS, GREEDY, VOCAB, tiny_config
 from sequences import random_ids, random_rows
@@ -146,7 +147,7 @@ def test_a_crop_that_cannot_be_exact_raises_and_changes_nothing():
     model(ids, past_key_values=cache)
     logits = model(ids[:, :2], past_key_values=cache.fork(), expert_vector=expert).logits
     cache.set_expert_vector(expert)
-    for steps, message in ((3, "-k"), (-ids.shape[1] - 1, "at most"), (-2, "several experts")):
+    for steps, message in ((3, "-k"), (-ids.shape[1] - 1, "at most"), (-2, "several expert vectors")):
         with pytest.raises(ValueError, match=message):
             cache.crop(steps)
     assert cache.get_seq_length() == ids.shape[1]

@@ -40,7 +40,7 @@ def plan(provenance, encoding, lengths=FILLED):
 @pytest.mark.parametrize("encoding", [OTHER, ("base", "other weights")])
 def test_a_change_is_treated_as_the_policy_says(policy, action, encoding):
     change = plan(provenance_of(policy), encoding)
-    assert (change.action, change.expert, change.encoding) == (action, "expert", Encoding(*encoding))
+    assert (change.action, change.expert_vector, change.encoding) == (action, "expert", Encoding(*encoding))
 
 
 @pytest.mark.parametrize("policy", ["recompute", "reset", "continue", "error"])
@@ -70,7 +70,7 @@ def test_a_change_is_refused_where_it_cannot_be_followed():
 def test_a_change_takes_place_at_its_commit():
     provenance = provenance_of("continue")
     change = plan(provenance, OTHER)
-    assert provenance.status is Status.CURRENT and provenance.expert is None
+    assert provenance.status is Status.CURRENT and provenance.expert_vector is None
     provenance.put_in_force(change)
     assert provenance.status is Status.DIVERGED and not provenance.is_uniform
     provenance.commit(change)

@@ -183,7 +183,7 @@ def _fingerprint_if_any(tensors):
 
 
 JUNK = [None, True, 3, -1, 1e300, float("nan"), "x", "../x", [], [1], {}, {"a": 1}, 10**400, "9" * 5000, [[]]]
-BAD_NAMES = ["../x", "/etc/passwd", "", "experts.0.", "experts.9999999999.a", "a\0b", "ä" * 300]
+BAD_NAMES = ["../x", "/etc/passwd", "", "expert_vectors.0.", "expert_vectors.9999999999.a", "a\0b", "ä" * 300]
 
 
 def other_values(text, chance):

@@ -141,12 +141,12 @@ def with_options(**options):
 
 
 def without_metadata(tensors, session):
-    del session["experts"][0]["metadata"]
+    del session["expert_vectors"][0]["metadata"]
 
 
 def with_spectrum(spectrum):
     def forge(tensors, session):
-        session["experts"][0]["metadata"]["spectrum"] = spectrum
+        session["expert_vectors"][0]["metadata"]["spectrum"] = spectrum
 
     return forge
 
@@ -189,16 +189,16 @@ def a_mask_of_other_bytes(tensors, session):
 
 
 def another_vector(tensors, session):
-    name = next(name for name in tensors if name.startswith("experts.0."))
+    name = next(name for name in tensors if name.startswith("expert_vectors.0."))
     tensors[name] = tensors[name] + 1
 
 
 def an_expert_for_another_model(tensors, session):
     vectors = {"model.layers.9.self_attn.q_proj": torch.full((3,), 2.0)}
-    for name in [name for name in tensors if name.startswith("experts.0.")]:
+    for name in [name for name in tensors if name.startswith("expert_vectors.0.")]:
         del tensors[name]
-    tensors["experts.0.model.layers.9.self_attn.q_proj"] = vectors["model.layers.9.self_attn.q_proj"]
-    session["experts"][0]["fingerprint"] = ExpertVector(vectors).fingerprint
+    tensors["expert_vectors.0.model.layers.9.self_attn.q_proj"] = vectors["model.layers.9.self_attn.q_proj"]
+    session["expert_vectors"][0]["fingerprint"] = ExpertVector(vectors).fingerprint
 
 
 FORGERIES = {
@@ -226,9 +226,9 @@ FORGERIES = {
     "state missing": (without_tensor("layers.0.recurrent.conv"), "lacks"),
     "one more state": (one_more_tensor, "should not have"),
     "states said to be missing": (with_field("has_states", False), "should not have"),
-    "no text": (with_field("columns", 0), "a text of 3 rows and 0 columns"),
-    "negative columns": (with_field("columns", -6), "a text of"),
-    "no rows": (with_field("rows", None), "a text of"),
+    "no text": (with_field("columns", 0), "a sequence of 3 rows and 0 columns"),
+    "negative columns": (with_field("columns", -6), "a sequence of"),
+    "no rows": (with_field("rows", None), "a sequence of"),
     "other rows": (with_field("rows", 2), "for 2 rows"),
     "columns as text": (with_field("columns", "6"), "`columns`"),
     "a number for a truth value": (with_field("is_mixed", 0), "`is_mixed`"),
@@ -237,11 +237,11 @@ FORGERIES = {
     "unknown option": (with_option("more", 1), "its options are"),
     "an option of another type": (with_option("rollback_reach", "3"), "its options are"),
     "a truth value for a reach": (with_option("rollback_reach", True), "its options are"),
-    "an endless reach": (with_option("rollback_reach", 10**6), "longer than any text"),
-    "a reach that is no size at all": (with_option("rollback_reach", 10**400), "longer than any text"),
-    "windows that have been anywhere": (with_field("overshoot", 2**40), "tokens further"),
-    "fewer rows than none": (with_field("rows", -3), "a text of"),
-    "experts of names alone": (with_field("experts", ["a", "b"]), "not described by"),
+    "an endless reach": (with_option("rollback_reach", 10**6), "longer than any sequence"),
+    "a reach that is no size at all": (with_option("rollback_reach", 10**400), "longer than any sequence"),
+    "windows that have been anywhere": (with_field("overshoot", 2**40), "`overshoot`"),
+    "fewer rows than none": (with_field("rows", -3), "a sequence of"),
+    "experts of names alone": (with_field("expert_vectors", ["a", "b"]), "not described by"),
     "an expert without metadata": (without_metadata, "not described by"),
     "a spectrum of words": (with_spectrum("rainbow"), "spectrum"),
     "a spectrum of lists": (with_spectrum({"lm_head": [[1.0]]}), "spectrum"),
@@ -251,17 +251,17 @@ FORGERIES = {
     "static without size": (with_option("storage", "static"), "max_cache_len"),
     "an endless storage": (
         with_options(storage="static", max_cache_len=2**40),
-        "room for",
+        "would hold",
     ),
     "options as a list": (with_field("options", []), "`options`"),
-    "an index beyond the experts": (with_field("expert", [0, 9, None]), "in force are"),
-    "a negative index": (with_field("expert", [0, -1, None]), "in force are"),
-    "experts for too few rows": (with_field("expert", [0, 0]), "experts for 2 rows"),
-    "experts of no kind": (with_field("experts", [1, 2]), "not described by"),
+    "an index beyond the experts": (with_field("expert_vector", [0, 9, None]), "in force are"),
+    "a negative index": (with_field("expert_vector", [0, -1, None]), "in force are"),
+    "experts for too few rows": (with_field("expert_vector", [0, 0]), "expert vectors for 2 rows"),
+    "experts of no kind": (with_field("expert_vectors", [1, 2]), "not described by"),
     "a vector changed": (another_vector, "fingerprint"),
     "an expert for another model": (an_expert_for_another_model, "does not have"),
-    "a key of another length": (with_field("encoded_key", ["a"]), "encoded by 1 experts"),
-    "a key of numbers": (with_field("encoded_key", [1, 2, 3]), "encoded by"),
+    "a key of another length": (with_field("encoded_key", ["a"]), "encoded with 1 expert vectors"),
+    "a key of numbers": (with_field("encoded_key", [1, 2, 3]), "encoded with"),
     "other layers": (with_field("config", {}), "another configuration"),
 }
 
@@ -279,21 +279,33 @@ def forged(path, forge):
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_whole_file_with_wrong_content_is_refused(name, saved_session):
     forge, message = FORGERIES[name]
-    with pytest.raises(ValueError, match=f"is no session that this model can go on from: .*{message}"):
+    with pytest.raises(ValueError, match=f"is no session that this model can continue: .*{message}"):
         saved_session[0].load_cache(forged(saved_session[2], forge))
 
 
+def rename_tensors(tensors, old, new):
+    for name in [name for name in tensors if old in name]:
+        tensors[name.replace(old, new)] = tensors.pop(name)
+
+
+def with_former_names(tensors, session):
+    """The names of expert vectors in version 0.1.0."""
+    session["experts"], session["expert"] = session.pop("expert_vectors"), session.pop("expert_vector")
+    rename_tensors(tensors, "expert_vectors.", "experts.")
+
+
 def as_before_mixers(tensors, session):
-    """The names of a time when Mamba was the only recurrent mixer."""
+    """The names of version 0.1.0 when Mamba was the only recurrent mixer."""
+    with_former_names(tensors, session)
     del session["config"]["recurrent_mixer"]
-    for name in [name for name in tensors if ".recurrent." in name]:
-        tensors[name.replace(".recurrent.", ".mamba.")] = tensors.pop(name)
+    rename_tensors(tensors, ".recurrent.", ".mamba.")
 
 
-def test_a_session_of_before_there_were_mixers_continues_bit_for_bit(saved_session):
+@pytest.mark.parametrize(("forge", "name"), [(with_former_names, "experts.0."), (as_before_mixers, ".mamba.ssm")])
+def test_a_session_with_former_names_continues_bit_for_bit(forge, name, saved_session):
     model, cache, path = saved_session
-    old = forged(path, as_before_mixers)
-    assert any(".mamba.ssm" in name for name in contents_of(old)[0])
+    old = forged(path, forge)
+    assert any(name in tensor for tensor in contents_of(old)[0])
     loaded = model.load_cache(old)
     ids = some_ids(model, 3).expand(cache.batch_size, -1)
     assert torch.equal(model(ids, cache=loaded).logits, model(ids, cache=cache).logits)
@@ -337,7 +349,7 @@ def test_a_small_file_cannot_ask_for_gigabytes(scenario, tmp_path, largest_alloc
     cache.save(tmp_path / "s")
     target = forged(tmp_path / "s", with_options(max_cache_len=10**7))
     for options in ({}, {"on_weights_change": "recompute"}):
-        with pytest.raises(ValueError, match=r"room for 10000000 columns of . rows.*pass `max_cache_len=`"):
+        with pytest.raises(ValueError, match=r"hold 10000000 columns of . rows.*pass `max_cache_len=`"):
             model.load_cache(target, **options)
     assert largest_allocation[0] < 10**6
     loaded = model.load_cache(target, max_cache_len=50)
@@ -354,7 +366,7 @@ def test_many_rows_of_one_column_ask_for_no_more_than_one_row(tmp_path):
         model(some_ids(model, 1, rows=2, columns=1), past_key_values=cache)
     cache.save(tmp_path / "s")
     assert model.load_cache(tmp_path / "s").max_columns == 300
-    with pytest.raises(ValueError, match="room for 401 columns of 2 rows"):
+    with pytest.raises(ValueError, match="hold 401 columns of 2 rows"):
         model.load_cache(forged(tmp_path / "s", with_options(max_cache_len=401)))
 
 
@@ -372,7 +384,7 @@ def test_the_caller_says_how_much_room_a_loaded_session_has(tmp_path):
         with pytest.raises(ValueError, match=r"12 columns where 11 fit|`max_cache_len` must be"):
             model.load_cache(tmp_path / "s", max_cache_len=room)
     made(model, "plain", "dense").save(tmp_path / "s")
-    with pytest.raises(ValueError, match="grows with the text"):
+    with pytest.raises(ValueError, match="grows with the sequence"):
         model.load_cache(tmp_path / "s", max_cache_len=50)
 
 

@@ -189,7 +189,7 @@ def test_each_expert_of_a_batch_is_in_the_file_once(tmp_path):
     cache.set_expert_vector([a, b, None, a, ExpertVector(b.vectors)])
     cache.save(tmp_path / "s")
     names = load_file(tmp_path / "s").keys()
-    assert sorted(names) == sorted(f"experts.{n}.{name}" for n, e in enumerate((a, b)) for name in e)
+    assert sorted(names) == sorted(f"expert_vectors.{n}.{name}" for n, e in enumerate((a, b)) for name in e)
 
 
 def test_a_cache_that_is_loaded_in_inference_mode_is_an_ordinary_one(tmp_path):
@@ -291,7 +291,7 @@ def test_other_weights_are_refused_unless_the_text_is_to_be_encoded_again(change
         model = model.float()
     elif change == "merged":
         model.merge_expert_vector(random_expert(model, 5))
-        with pytest.raises(ValueError, match="with what was merged"):
+        with pytest.raises(ValueError, match="merge the expert vector that was merged"):
             model.load_cache(path)
         model.unmerge_expert_vector()
         assert torch.equal(model.load_cache(path).token_ids, tokens)

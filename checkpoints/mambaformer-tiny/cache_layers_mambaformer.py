@@ -1,41 +1,47 @@
 """The layers of a cache, one for each layer of the model: the view that the mixins of Transformers expect.
 
-A layer is composed of stores: one for the keys of attention, one for the states of a recurrent mixer. Storage and
-retention are composed in a store: a new storage is one class with the methods of `Buffer` and a row in `STORAGES`.
+A layer is composed of stores: one for the keys of attention, one for the states of a recurrent mixer. A store of keys
+composes storage and retention: a new storage is one class with the methods of `Buffer` and a row in `STORAGES`.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+from torch import nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from .cache_buffers_mambaformer import Buffer
 from .cache_history_mambaformer import CacheLengths
-from .cache_keys_mambaformer import Buffer, KeyValueStore, Removal, Retention, StateSpec
+from .cache_keys_mambaformer import KeyValueStore, Layout, Removal, Retention, StateSpec
 from .cache_states_mambaformer import RecurrentStore
 from .modeling_stack_mambaformer import LayerSpec
+
+if TYPE_CHECKING:
+    from .configuration_mambaformer import MambaFormerConfig
 
 
 class CacheStore(Protocol):
     """The part of a cache that one mixer of one layer needs; nothing outside of a store reads its attributes.
 
-    A forward is a transaction: `update` stages tokens or writes them where nothing visible lives, and `commit` or
-    `discard` ends it. A crop has two phases: first every store plans it and changes nothing, then all carry it out.
+    A forward is a transaction: `update` stages tokens or writes them into slots that nothing visible occupies, and
+    `commit` or `discard` ends it. A crop has two phases: first every store plans it and changes nothing, then all
+    stores carry it out.
     """
 
-    def update(self, *args, **kwargs) -> Any:
-        """Takes in the new tokens of the open forward: keys and values, or a state by its name."""
+    def update(self, *args: Any, **kwargs: Any) -> Any:  # keys and values, or a state and its name
+        """Stages the new tokens of the open forward."""
 
     def commit(self) -> None:
         """Makes the updates of the open forward visible."""
 
     def discard(self) -> None:
-        """Forgets the updates of the open forward."""
+        """Drops the updates of the open forward."""
 
     def reset(self) -> None:
         """Returns to the state before the first token; fixed storage keeps its addresses."""
 
-    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: Any) -> None:
+    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: int) -> None:
         """Makes the last `reach` tokens removable from now on.
 
         Args:
@@ -43,35 +49,40 @@ class CacheStore(Protocol):
             columns: sequence length so far, padding included.
         """
 
-    def plan_crop(self, removal: Removal) -> Any:
+    def plan_crop(self, removal: Removal) -> object | None:
         """The argument of `crop` for a removal; `None` if the sequence has to be encoded again instead."""
 
-    def crop(self, plan: Any) -> None:
+    def crop(self, plan: Any) -> None:  # each kind of store has its own kind of plan
         """Carries out a plan of `plan_crop`."""
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Makes row i what row `rows[i]` was."""
+        """Makes row i a copy of the earlier row `rows[i]`."""
 
     def fork(self) -> "CacheStore":
         """An independent store that continues from here."""
+        ...
 
     def state(self, columns: int | None = None) -> dict[str, torch.Tensor]:
         """The visible tensors by name, as views; with a sequence length, only slots that so many columns fill."""
+        ...
 
     def load_state(self, state: dict[str, torch.Tensor], columns: int) -> None:
         """Takes the tensors that `state(columns)` returned, of a sequence of `columns` columns."""
 
-    def spec(self, rows: int, columns: int, layer: Any) -> dict[str, StateSpec]:
+    def spec(self, rows: int, columns: int, layer: nn.Module) -> dict[str, StateSpec]:
         """The shapes of `state(columns)`, in a cache for `layer` of the model."""
+        ...
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """The tensors that hold the state by name, with all of their slots."""
+        ...
 
     def set_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
-        """Makes these tensors, shaped like those of `buffers`, hold the state."""
+        """Makes these tensors, shaped like the tensors of `buffers()`, hold the state."""
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind of tensor."""
+        ...
 
 
 # Storage of keys and values, by its name in `make_cache`.
@@ -82,30 +93,40 @@ class CacheLayer:
     """The methods that every layer of the cache has; its stores do the work."""
 
     is_croppable = True
-    record_past = False  # what the library asks a layer by `Cache.is_recording_past`
+    record_past = False  # the library reads it in `Cache.is_recording_past`
+    supports_early_init = False
 
-    def _set_up(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None) -> None:
-        self.lengths, self.stores, self.max_columns = lengths, stores, max_cache_len
-        self.attention: KeyValueStore | None = stores.get("attention")
-        self.recurrent: RecurrentStore | None = stores.get("recurrent")
-        self.is_sliding = self.attention is not None and self.attention.retention.window is not None
+    def __init__(
+        self,
+        lengths: CacheLengths,
+        attention: KeyValueStore | None = None,
+        recurrent: RecurrentStore | None = None,
+        max_columns: int | None = None,
+    ):
+        self.lengths, self.max_columns = lengths, max_columns
+        self.attention, self.recurrent = attention, recurrent
+        stores: dict[str, CacheStore | None] = {"attention": attention, "recurrent": recurrent}
+        self.stores = {name: store for name, store in stores.items() if store is not None}
+        self.is_sliding = attention is not None and attention.retention.window is not None
 
     @property
     def is_compileable(self) -> bool:
         """Whether the storage has a fixed size and fixed addresses."""
         return self.max_columns is not None
 
-    def each_store(self, method: str, *args) -> None:
+    def each_store(self, method: str, *args: object) -> None:
         for store in self.stores.values():
             getattr(store, method)(*args)
 
-    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: Any) -> None:
+    def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: int) -> None:
         """Makes the last `reach` tokens removable; the arguments are those of `CacheStore.extend_reach`."""
         self.record_past = True
         self.each_store("extend_reach", reach, tokens_seen, columns)
 
     def fork(self, lengths: CacheLengths) -> "CacheLayer":
-        other = type(self)(lengths, {name: store.fork() for name, store in self.stores.items()}, self.max_columns)
+        attention = None if self.attention is None else self.attention.fork()
+        recurrent = None if self.recurrent is None else self.recurrent.fork()
+        other = type(self)(lengths, attention, recurrent, self.max_columns)
         other.record_past = self.record_past
         return other
 
@@ -115,7 +136,7 @@ class CacheLayer:
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.each_store("select_rows", beam_idx)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, dict[str, torch.Tensor] | None]:
         """The layer's part of `MambaFormerCache.to_dict`, without its length."""
         mamba = None if self.recurrent is None else self.recurrent.state() or None
         keys = None if self.attention is None else self.attention.state() or None
@@ -134,13 +155,18 @@ class CacheLayer:
         return self.get_seq_length() + query_length, 0
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        """Nothing to do: stores take shape from what they are first given."""
+        """Nothing to do: stores take the shape of the first tensors that they get."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("Layers share their lengths and are cropped together: call `crop` of the cache.")
+        raise NotImplementedError(
+            "The layers of this cache share their lengths and are cropped together: call `crop` of the cache."
+        )
 
     def offload(self) -> None:
-        raise NotImplementedError("This cache stays on the device of its model: keys are not offloaded.")
+        raise NotImplementedError(
+            "This cache stays on the device of its model and does not offload keys: leave "
+            "`cache_implementation='offloaded'` out."
+        )
 
     prefetch = offload
 
@@ -148,12 +174,17 @@ class CacheLayer:
 class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
     """Keys and values of an attention layer."""
 
-    supports_early_init = False
+    attention: KeyValueStore
 
-    def __init__(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None = None):
-        self._set_up(lengths, stores, max_cache_len)
-
-    def update(self, key_states, value_states, layout, is_saved=False, *args, **kwargs):
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layout: Layout,
+        is_saved: bool = False,
+        *args,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.attention.update(key_states, value_states, layout, is_saved)
 
     @property
@@ -172,11 +203,8 @@ class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
 class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
     """Convolution window and matrix state of a recurrent layer."""
 
-    supports_early_init = False
+    recurrent: RecurrentStore
     number_of_states = 1
-
-    def __init__(self, lengths: CacheLengths, stores: dict[str, CacheStore], max_cache_len: int | None = None):
-        self._set_up(lengths, stores, max_cache_len)
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
         self.recurrent.update("conv", conv_states)
@@ -203,34 +231,40 @@ class HybridCacheLayer(RecurrentCacheLayer, AttentionCacheLayer):
     """Both, for a layer of attention and a recurrent mixer."""
 
 
-class StatelessCacheLayer(AttentionCacheLayer):
-    """Nothing, for a layer that a user put in and that keeps nothing from token to token."""
+class StatelessCacheLayer(CacheLayer, CacheLayerMixin):
+    """Nothing, for a layer of the user that keeps nothing from token to token."""
 
     keys = values = None
     is_initialized = True
 
-
-LAYER_CLASSES = {
-    (): StatelessCacheLayer,
-    ("attention",): AttentionCacheLayer,
-    ("recurrent",): RecurrentCacheLayer,
-    ("attention", "recurrent"): HybridCacheLayer,
-}
+    def update(self, *args, **kwargs):
+        raise NotImplementedError("The cache was made for a layer without attention: make a cache for the new layers.")
 
 
 def make_layer(
-    config, spec: LayerSpec, lengths: CacheLengths, storage: str = "dense", max_columns: int | None = None
+    config: "MambaFormerConfig",
+    spec: LayerSpec,
+    lengths: CacheLengths,
+    storage: str = "dense",
+    max_columns: int | None = None,
 ) -> CacheLayer:
-    """An empty cache layer for a layer of this spec; its storage is fixed if `max_columns` is given."""
-    stores: dict[str, CacheStore] = {}
+    """An empty cache layer for a layer of this spec; its storage is fixed if `max_columns` is set."""
+    attention = recurrent = None
     if spec.attends:
-        row_shape = (config.num_key_value_heads, config.head_dim)
-        stores["attention"] = KeyValueStore(
-            Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage]
-        )
+        row_shape = cast(tuple[int, int], (config.num_key_value_heads, config.head_dim))  # `None` is filled in by now
+        attention = KeyValueStore(Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage])
     if spec.is_recurrent:
-        stores["recurrent"] = RecurrentStore(is_fixed=max_columns is not None)
-    return LAYER_CLASSES[tuple(stores)](lengths, stores, max_columns)
+        recurrent = RecurrentStore(is_fixed=max_columns is not None)
+    return LAYER_CLASSES[spec.attends, spec.is_recurrent](lengths, attention, recurrent, max_columns)
+
+
+# By whether the layer has attention, and whether it has a recurrent mixer.
+LAYER_CLASSES: dict[tuple[bool, bool], type[CacheLayer]] = {
+    (False, False): StatelessCacheLayer,
+    (True, False): AttentionCacheLayer,
+    (False, True): RecurrentCacheLayer,
+    (True, True): HybridCacheLayer,
+}
 
 
 __all__ = ["STORAGES", "CacheLayer", "CacheStore", "make_layer"]

@@ -155,7 +155,7 @@ class PrefixCache:
             entries = [(entry, *key) for entry, key in self._entries.items() if key[0].weights == weights]
         names_written = set()
         for entry, encoding, ids in entries:
-            content = f"{names} {encoding.expert_key} ".encode() + ids.numpy().tobytes()
+            content = f"{names} {encoding.expert_vector_key} ".encode() + ids.numpy().tobytes()
             path = folder / f"{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
             if not path.exists():
                 entry.cache.save(path)
@@ -190,7 +190,7 @@ class PrefixCache:
         if expert_vector is not ...:
             cache.set_expert_vector(expert_vector)
         weights = weights_stamp(self.model.base_model)
-        cache.provenance.in_force = Encoding(cache.provenance.in_force.expert_key, weights)
+        cache.provenance.in_force = Encoding(cache.provenance.in_force.expert_vector_key, weights)
         return cache
 
     def _lookup_ids(self, input_ids: Tensor, attention_mask: Tensor | None, cache: MambaFormerCache) -> Tensor | None:
@@ -239,7 +239,9 @@ class PrefixCache:
             return "the sequence branches where no state is stored"
         for other, tree in self._trees.items():
             if other != encoding and tree.match(ids).entry is not None:
-                return "other weights" if other.expert_key == encoding.expert_key else "other expert vector"
+                return (
+                    "other weights" if other.expert_vector_key == encoding.expert_vector_key else "other expert vector"
+                )
         return "no such prefix"
 
     def _encode(self, cache: MambaFormerCache, ids: Tensor) -> None:

@@ -139,7 +139,7 @@ class RecurrentMixer(MambaFormerMixer):
         return self.after(mixed, inputs, vectors)
 
     def _recur_in_cache(self, cache: MambaFormerCache, inputs: tuple[Tensor, ...], vectors: Any, lengths: Lengths):
-        store, states = cache.layers[self.layer_idx].recurrent, cache.recurrent_states(self.layer_idx, inputs[0])
+        store, states = cache.recurrent_store(self.layer_idx), cache.recurrent_states(self.layer_idx, inputs[0])
         outputs, segment, reach = [], None, cache.replay_reach
         for tokens, real in split_at_reach(inputs[0].shape[1], lengths, reach):
             part = tuple(each[:, tokens] for each in inputs)
@@ -153,5 +153,5 @@ class RecurrentMixer(MambaFormerMixer):
             outputs.append(mixed)
         for name, state in states.items():
             store.update(name, state)
-        store.record(segment, is_whole=len(outputs) == 1)
+        store.stage_segment(segment, is_complete=len(outputs) == 1)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
