@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .expert_bases_mambaformer import SingularBasis, at_least_float32
-from .ops_cpu_decode_mambaformer import few_rows_linear, is_only_a_product, packed_linear, rescaled
+from .ops_eligibility_mambaformer import is_plain_linear
+from .ops_mambaformer import linear, scale_singular_values
 from .weights_parallel_mambaformer import (
     base_linear,
     bias_beside,
@@ -26,7 +27,6 @@ from .weights_parallel_mambaformer import (
     sum_over_shards,
     used_by_shards,
 )
-from .weights_quantized_mambaformer import packed_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,30 +81,27 @@ def apply_expert_linear(module: nn.Module, hidden_states: Tensor, scaled: Scaled
     base = base_linear(module)
     if scaled.side == "input":
         if base is module:
-            return apply_linear(module, _changed(hidden_states, scaled))
+            return apply_linear(module, _scale(hidden_states, scaled))
         return module(hidden_states) + _without_bias(base(_change(hidden_states, scaled)), base)
     if base is module and getattr(module, "bias", None) is None:
-        return _changed(apply_linear(module, hidden_states), scaled)
+        return _scale(apply_linear(module, hidden_states), scaled)
     outputs = module(hidden_states)
     return outputs + _change(_without_bias(outputs if base is module else base(hidden_states), base), scaled)
 
 
 def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    """`module(hidden_states)`; by a faster product, where a product is all that would happen."""
-    if torch.compiler.is_compiling() or not is_only_a_product(module):
+    """`module(hidden_states)`; a kernel may compute it if a product is all that the call would do."""
+    if not is_plain_linear(module):
         return module(hidden_states)
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
-    if type(weight) is nn.Parameter:
-        outputs = few_rows_linear(hidden_states, weight, bias)
-    else:
-        packed = packed_weight(weight)
-        outputs = None if packed is None else packed_linear(hidden_states, packed, bias)
-    return module(hidden_states) if outputs is None else outputs
+    return linear(hidden_states, module._parameters["weight"], module._parameters["bias"])
 
 
-def _changed(states: Tensor, scaled: ScaledBasis) -> Tensor:
-    changed = None if scaled.mesh is not None else rescaled(states, scaled.vectors, scaled.delta)
-    return states + _change(states, scaled) if changed is None else changed
+def _scale(hidden_states: Tensor, scaled: ScaledBasis) -> Tensor:
+    """x + Q (delta * Q^T x)."""
+    if scaled.mesh is not None:
+        return hidden_states + _change(hidden_states, scaled)
+    _check_rows(hidden_states, scaled.delta)
+    return scale_singular_values(hidden_states, scaled.vectors, scaled.delta)
 
 
 def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
@@ -113,17 +110,22 @@ def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
     return outputs if bias is None else outputs - bias
 
 
-def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
-    delta = scaled.delta
+def _check_rows(states: Tensor, delta: Tensor) -> None:
     if delta.ndim == 3 and (states.ndim != 3 or delta.shape[0] != states.shape[0]):
         raise ValueError(
             f"There are expert vectors for {delta.shape[0]} rows, but the activations are {tuple(states.shape)}: make "
             "them (batch, length, channels) with as many rows."
         )
+
+
+def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
+    """Q (delta * Q^T x), where this process may have some of the channels."""
+    delta = scaled.delta
+    _check_rows(states, delta)
     basis = scaled.vectors.to(states.dtype)
     if states.shape[-1] == basis.shape[0]:
         return ((states @ basis) * delta).to(states.dtype) @ basis.mT
-    # This process has some of the channels: the coordinates (..., r) are sums over all processes.
+    # The coordinates (..., r) are sums over the channels of all processes.
     basis = part_of(basis, states.shape[-1], scaled.mesh)
     coordinates = sum_over_shards(states @ basis, scaled.mesh) * delta
     return used_by_shards(coordinates.to(states.dtype), scaled.mesh) @ basis.mT

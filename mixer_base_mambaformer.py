@@ -5,7 +5,7 @@ A mixer sees left-aligned rows: the real tokens of a row come first, padding fol
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from .cache_keys_mambaformer import StateSpec
 from .cache_mambaformer import MambaFormerCache
 from .cache_states_mambaformer import ReplaySegment, split_at_reach
 from .configuration_mambaformer import MambaFormerConfig
-from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis
-from .ops_cpu_decode_mambaformer import rms_normed
 from .ops_eligibility_mambaformer import replaceable_by_kernels
+from .ops_mambaformer import rms_norm
 from .weights_parallel_mambaformer import CountsReplacements
 
 
@@ -31,12 +30,7 @@ class MambaFormerRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = rms_normed(hidden_states, self.weight, self.variance_epsilon)
-        if normed is not None:
-            return normed
-        wide = hidden_states.to(at_least_float32(hidden_states.dtype))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class MambaFormerMixer(CountsReplacements):
@@ -99,7 +93,7 @@ class RecurrentMixer(MambaFormerMixer):
         """The recurrence over `inputs` from `states` ({} before the first token).
 
         Args:
-            lengths: a token behind a row's length must leave the row's states as they are.
+            lengths: real tokens of each row; padding after them must not change the row's states.
             positions: (rows, tokens), positions of tokens in their own sequences: states start from zeros at 0.
 
         Returns:
@@ -109,7 +103,7 @@ class RecurrentMixer(MambaFormerMixer):
 
     @abstractmethod
     def advance(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
-        """A pure function `(states, tape, lengths) -> states` that repeats the recurrence with today's weights."""
+        """A pure function `(states, tape, lengths) -> states` that repeats the recurrence with the present weights."""
 
     @abstractmethod
     def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
@@ -138,20 +132,31 @@ class RecurrentMixer(MambaFormerMixer):
             mixed = self._recur_in_cache(cache, inputs, vectors, lengths)
         return self.after(mixed, inputs, vectors)
 
-    def _recur_in_cache(self, cache: MambaFormerCache, inputs: tuple[Tensor, ...], vectors: Any, lengths: Lengths):
+    def _recur_in_cache(
+        self,
+        cache: MambaFormerCache,
+        inputs: tuple[Tensor, ...],
+        vectors: dict[str, ScaledBasis],
+        lengths: Lengths,
+    ) -> Tensor:
+        """`recur` from the states of a cache; stores the new states, and the replay segment of the tokens in reach."""
         store, states = cache.recurrent_store(self.layer_idx), cache.recurrent_states(self.layer_idx, inputs[0])
-        outputs, segment, reach = [], None, cache.replay_reach
-        for tokens, real in split_at_reach(inputs[0].shape[1], lengths, reach):
+        parts = split_at_reach(inputs[0].shape[1], lengths, cache.replay_reach)
+        outputs, segment = [], None
+        for number, (tokens, real) in enumerate(parts, start=1):
             part = tuple(each[:, tokens] for each in inputs)
             mixed, new_states, tape = self.recur(states, part, vectors, real)
-            segment = None
-            if reach and tape is not None:  # a view of the inputs would keep those of a whole prompt in memory
-                views = {id(each) for each in part}
-                tape = {name: each.clone() if id(each) in views else each for name, each in tape.items()}
-                segment = ReplaySegment(tape, self.advance(), states, real)
+            if number == len(parts) and cache.replay_reach and tape is not None:
+                segment = ReplaySegment(_copy_views(tape, part), self.advance(), states, real)
             states = new_states
             outputs.append(mixed)
         for name, state in states.items():
             store.update(name, state)
-        store.stage_segment(segment, is_complete=len(outputs) == 1)
+        store.stage_segment(segment, is_complete=len(parts) == 1)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _copy_views(tape: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The tape, with copies of its inputs: a view would keep the inputs of the prompt in memory."""
+    views = {id(each) for each in inputs}
+    return {name: each.clone() if id(each) in views else each for name, each in tape.items()}

@@ -2,10 +2,10 @@
 
 PyTorch's products of a few rows read weights at a third of the speed of memory, and each of its small operations
 costs more than its arithmetic. Here a product reads each weight once, attention reads each key once for all heads that
-share it, and norm, rotation, gate and the scaling of an expert are one call each. Weights may be stored in float32,
+share it, and norm, RoPE, gate and the scaling of singular values are one call each. Weights may be stored in float32,
 bfloat16, float64, or as torchao packs them (int8 by row, int4 by group).
 
-Each function says by `None` that it does not take what it is given; the caller then does it with PyTorch.
+Each backend of `ops_mambaformer` here returns `None` if it does not take its arguments.
 """
 
 import ctypes
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads, nn
 
-from .ops_cpu_build_mambaformer import are_readable, held
 from .ops_cpu_interface_mambaformer import (
     INT4,
     INT8,
@@ -25,39 +24,37 @@ from .ops_cpu_interface_mambaformer import (
     kernel_of,
     rows_of_block,
 )
-from .ops_eligibility_mambaformer import is_replaceable
+from .ops_eligibility_mambaformer import PLAIN_TENSORS, are_readable, has_parameters, hold_memory
+from .ops_eligibility_mambaformer import are_readable_without_graph as takes
 from .weights_quantized_mambaformer import PackedWeight, packed_weight
 
-# Rows up to which a product of our own is faster than PyTorch's, by what the activations are stored in.
+# Rows up to which our product is faster than PyTorch's, by the dtype of the activations.
 MOST_ROWS = {torch.float32: 16, torch.bfloat16: 8, torch.float64: 16}
-# Bytes of a vector, in numbers: heads whose width is no multiple of it are left to PyTorch.
+# Numbers in a vector: heads whose width is no multiple of it are left to PyTorch.
 LANES = {torch.float32: 16, torch.bfloat16: 16, torch.float64: 8}
 
 _Shape = as_integers(Shape)
 
 
-def takes(*tensors: Tensor | None) -> bool:
-    """Whether kernels without a backward may have these: all of one dtype."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    dtype, is_recording = tensors[0].dtype, torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (tensor.dtype is not dtype or (is_recording and tensor.requires_grad)):
-            return False
-    return are_readable(*tensors)
+def linear_on_cpu(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """`linear` of few rows; with int4 weights, of any number of rows."""
+    if type(weight) in PLAIN_TENSORS:
+        return plain_linear_on_cpu(states, weight, bias)
+    packed = packed_weight(weight)
+    return None if packed is None else packed_linear_on_cpu(states, packed, bias)
 
 
-def few_rows_linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def plain_linear_on_cpu(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a plain weight (out, in), for few rows."""
     if not takes(states, weight, bias):
         return None
-    weight, bias = held(weight), held(bias)
+    weight, bias = hold_memory(weight), hold_memory(bias)
     if weight.ndim != 2 or not weight.is_contiguous():
         return None
     if bias is not None and not _is_bias(bias, weight.shape[0]):
         return None
     if not weight.data_ptr():
-        return None  # its memory is freed, as PyTorch says
+        return None  # its memory is freed, and PyTorch raises
     address_of_bias = 0 if bias is None else bias.data_ptr()
     return _product(states, Weight(PLAIN, weight.data_ptr(), 0, address_of_bias, *weight.shape))
 
@@ -66,12 +63,12 @@ def _is_bias(bias: Tensor, outputs: int) -> bool:
     return bias.shape == (outputs,) and bias.is_contiguous()
 
 
-def packed_linear(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
+def packed_linear_on_cpu(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
     described = _describe_packed(packed, states.dtype) if takes(states, bias) else None
     if described is None or states.shape[-1] != described.inputs:
         return None
-    bias = held(bias)
+    bias = hold_memory(bias)
     if bias is not None and not _is_bias(bias, described.outputs):
         return None
     if described.kind == INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
@@ -112,8 +109,8 @@ def _has_our_blocks(packed: PackedWeight) -> bool:
     return packed.has_halves and packed.block_n == rows_of_block() and packed.shape[0] % packed.block_n == 0
 
 
-def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
-    """states (rows, tokens, n) + Q (delta * Q^T states) for few rows; `delta` (r,) or (rows, 1, r)."""
+def scale_singular_values_on_cpu(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
+    """`scale_singular_values` of few rows."""
     if not takes(states, basis):
         return None
     rows, width, kernel = states.numel() // states.shape[-1], states.shape[-1], kernel_of("rescale", states.dtype)
@@ -129,7 +126,7 @@ def rescaled(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
 
 
 def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[int, ...]) -> bool:
-    """Adds Q (n, r) and delta (r,) or (rows, 1, r) to `weight`, for states of this shape; false for other ones."""
+    """Adds Q (n, r) and delta (r,) or (rows, 1, r) to `weight`, for states of this shape; false if they do not fit."""
     (rows, tokens, _), (_, rank) = shape if len(shape) == 3 else (0, 0, 0), basis.shape
     is_shared = delta.shape == (rank,)
     fits = rank > 0 and (is_shared or (delta.shape == (rows, 1, rank) and tokens == 1))
@@ -141,12 +138,12 @@ def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[i
     return basis.stride(1) == 1 and delta.is_contiguous()
 
 
-def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-    """weight * states / sqrt(mean(states^2) + eps) over the last dimension."""
+def rms_norm_on_cpu(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """`rms_norm`."""
     kernel = kernel_of("rms_norm", states.dtype) if takes(states, weight) and states.numel() else None
     if kernel is None:
         return None
-    weight = held(weight)
+    weight = hold_memory(weight)
     if weight.shape != states.shape[-1:] or not weight.is_contiguous():
         return None
     states, width = states.contiguous(), states.shape[-1]
@@ -156,12 +153,14 @@ def rms_normed(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return outputs
 
 
-def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
+def apply_rope_on_cpu(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """`apply_rope`."""
     kernel = kernel_of("rotate", states.dtype) if takes(states, cos, sin) else None
+    if kernel is None:
+        return None
     rows, heads, tokens, width = states.shape
     fits = cos.shape == sin.shape and cos.shape in ((rows, tokens, width), (1, tokens, width)) and width % 2 == 0
-    if kernel is None or not fits or states.stride(3) != 1:
+    if not fits or states.stride(3) != 1:
         return None
     cos, sin, outputs = cos.contiguous(), sin.contiguous(), states.new_empty(states.shape)
     kernel(states.data_ptr(), rows, heads, tokens, width // 2, *states.stride()[:3], cos.data_ptr(), sin.data_ptr(),
@@ -169,8 +168,8 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     return outputs
 
 
-def gated(gates: Tensor, states: Tensor) -> Tensor | None:
-    """silu(gates) * states, of the same shape."""
+def silu_gate_on_cpu(gates: Tensor, states: Tensor) -> Tensor | None:
+    """`silu_gate`."""
     kernel = kernel_of("gate", states.dtype) if takes(states, gates) else None
     if kernel is None or gates.shape != states.shape:
         return None
@@ -179,10 +178,8 @@ def gated(gates: Tensor, states: Tensor) -> Tensor | None:
     return outputs
 
 
-def few_queries_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> Tensor | None:
-    """Attention of few queries (rows, heads, queries, width) on keys and values (rows, key heads, keys, width).
+def attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
+    """`attention` of few queries (rows, heads, queries, width) on keys and values (rows, key heads, keys, width).
 
     `mask` is boolean (rows or 1, 1, queries, keys), true where a query sees a key; `None` where a single query sees
     all. Returns (rows, queries, heads, width); a query that sees nothing gets zeros.
@@ -200,11 +197,13 @@ def few_queries_attention(
 
 
 def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
-    """The C structure `Shape`; `None` for what attention of few queries does not take."""
+    """The C structure `Shape`; `None` for shapes and layouts that the kernel does not take."""
+    if not takes(query, key, value):  # asked first: a comparison of sizes would fix them in a graph
+        return None
     rows, heads, queries, width = query.shape
     if mask is None and queries > 1:
-        return None  # which of them see which keys is left to who is asked
-    if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype] or not takes(query, key, value):
+        return None  # the mask of several queries is then the choice of the attention implementation
+    if queries > MOST_ROWS.get(query.dtype, 0) or width % LANES[query.dtype]:
         return None
     key_rows, key_heads, num_keys, key_width = key.shape
     fits = (key_rows, key_width) == (rows, width) and value.shape == key.shape
@@ -233,25 +232,15 @@ def takes_mask(mask: Tensor, rows: int, queries: int, keys: int) -> bool:
     return fits and are_readable(mask) and mask.stride(3) == 1
 
 
-# ------------------------------------------------------------------------------------------------------- modules
-
-
-def is_only_a_product(module: nn.Module) -> bool:
-    """Whether a product is all that happens when `module` is called: no hook and no wrapper does anything."""
-    return type(module) is nn.Linear and _has_parameters(module) and is_replaceable(module)
-
-
-def _has_parameters(module: nn.Linear) -> bool:
-    """Whether weight and bias are parameters: pruning, for one, makes masked attributes of them."""
-    return "weight" in module._parameters and "bias" in module._parameters
+# ---- descriptions of weights for kernels
 
 
 def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
-    """What kernels that record no graph have to know of a linear module; `None` if they cannot compute it.
+    """The weight and the bias of a linear module for kernels without a backward; `None` if they cannot compute it.
 
-    Whether it is hooked or patched is asked at every step, by who uses the description.
+    The caller asks at every step whether the module is hooked or patched.
     """
-    if type(module) is not nn.Linear or not _has_parameters(module):
+    if type(module) is not nn.Linear or not has_parameters(module):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if type(weight) is nn.Parameter:
@@ -267,25 +256,23 @@ def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
 
 
 def is_stored(parameter: nn.Parameter, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is where and how kernels read it, and has this shape."""
+    """Whether kernels can read a parameter in place, and it has this shape."""
     is_plain = type(parameter) is nn.Parameter and parameter.is_cpu and parameter.dtype is dtype
     is_like = is_plain and parameter.shape == shape and parameter.is_contiguous() and not parameter.is_neg()
     return is_like and has_memory(parameter)
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether all of a tensor is inside of its storage, which others may have shrunk or freed."""
+    """Whether a tensor lies inside of its storage, which others may have shrunk or freed."""
     end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     return tensor.untyped_storage().nbytes() >= end and tensor.data_ptr() != 0
 
 
 __all__ = [
-    "few_queries_attention",
-    "few_rows_linear",
-    "gated",
-    "is_only_a_product",
-    "packed_linear",
-    "rescaled",
-    "rms_normed",
-    "rotated",
+    "apply_rope_on_cpu",
+    "attention_on_cpu",
+    "linear_on_cpu",
+    "rms_norm_on_cpu",
+    "scale_singular_values_on_cpu",
+    "silu_gate_on_cpu",
 ]

@@ -1,17 +1,18 @@
-"""Causal convolution and selective scan on CPUs, as C++ that is compiled where it is first used; forward and backward.
+"""Causal convolution and selective scan on CPUs: calls of the C++ kernels, forward and backward.
 
-Letters are those of the table in `ops_mambaformer`. Activations are read where they lie, halves of a projection too,
-and a share of the work is some channels of one row. The scan goes over them in chunks of tokens: a vector holds the N
-numbers of one channel, so states, A, B and C are read as they are stored, and one token costs no more than its
-arithmetic. Training keeps the states before each chunk and computes those inside once more on the way back.
+Letters are defined by the table at the top of `ops_mambaformer`. Kernels read activations in place, halves of a
+projection too; a share of the work is some channels of one row. The scan runs over chunks of tokens: a vector holds
+the N components of one channel's state, so states, A, B and C are read as they are stored. Training keeps the states
+before each chunk, and the backward pass computes the states inside a chunk again.
 """
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from .ops_cpu_build_mambaformer import SWITCH, are_readable, held, is_differentiated
+from .ops_cpu_build_mambaformer import SWITCH
 from .ops_cpu_interface_mambaformer import (
     CHUNK,
     MOST_TAPS,
@@ -23,6 +24,8 @@ from .ops_cpu_interface_mambaformer import (
     kernel_of,
     kernels,
 )
+from .ops_eligibility_mambaformer import are_readable, hold_memory, is_differentiated
+from .ops_reference_mambaformer import arithmetic_dtype
 
 _ARGUMENTS = {
     "convolve": as_integers(Convolution),
@@ -30,14 +33,9 @@ _ARGUMENTS = {
     "scan": as_integers(Scan),
     "scan_back": as_integers(ScanGradient),
 }
-# So many exponentials are worth a second thread.
+# The number of exponentials that is worth a second thread.
 PARALLEL_WORK = 100_000
 SHARES_PER_THREAD = 4
-
-
-def takes_on_cpu(*tensors: Tensor | None) -> bool:
-    """Whether the functions below may be given these: plain CPU tensors, the first not empty."""
-    return are_readable(*tensors) and tensors[0].numel() > 0 and kernels() is not None
 
 
 def convolve_on_cpu(
@@ -46,19 +44,17 @@ def convolve_on_cpu(
     bias: Tensor | None,
     initial_state: Tensor | None,
     lengths: Tensor | None,
-    positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d` of plain CPU tensors."""
-    dtype = arithmetic_dtype(x, weight, bias)
-    (inputs,) = _stored(dtype, x)
-    weight, bias = _exactly(weight, dtype), _exactly(bias, dtype)
-    initial_state = _exactly(initial_state, inputs.dtype)
-    lengths, positions = _exactly(lengths, torch.int64), _exactly(positions, torch.int64)
-    arguments = (inputs, weight, bias, initial_state, lengths, positions)
-    if is_differentiated(*arguments):
-        y, final_state = CausalConvolution.apply(*_savable(*arguments))
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`causal_conv1d`; `None` where the kernel cannot run."""
+    arguments = (x, weight, bias, initial_state, lengths, positions)
+    if weight.shape[-1] > MOST_TAPS or not _may_run(*arguments):
+        return None
+    prepared = prepare_convolution(*arguments)
+    if is_differentiated(*prepared):
+        y, final_state = CausalConvolution.apply(*_savable(*prepared))
     else:
-        y, final_state = _convolve(*arguments)
+        y, final_state = run_convolution(*prepared)
     return _exactly(y, x.dtype), _exactly(final_state, x.dtype)
 
 
@@ -74,43 +70,91 @@ def scan_on_cpu(
     lengths: Tensor | None,
     dt_softplus: bool,
     A_is_log: bool,
-    positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`selective_scan` of plain CPU tensors."""
-    dtype, output_dtype = arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state), u.dtype
-    u, dt, B, C, gate = _stored(dtype, u, dt, B, C, gate)
-    A, D, initial_state = (_exactly(tensor, dtype) for tensor in (A, D, initial_state))
-    lengths, positions = _exactly(lengths, torch.int64), _exactly(positions, torch.int64)
-    arguments = (u, dt, A, B, C, D, gate, initial_state, lengths, positions)
-    is_trained = is_differentiated(*arguments)
-    if A_is_log and (is_trained or u.shape[1] > 1):  # a single token leaves it to the kernel, which is faster
-        A, A_is_log = -torch.exp(A), False
-        arguments = (u, dt, A, B, C, D, gate, initial_state, lengths, positions)
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """`selective_scan`; `None` where the kernel cannot run."""
+    if not _may_run(u, dt, A, B, C, D, gate, initial_state, lengths, positions):
+        return None
+    prepared = prepare_scan(u, dt, A, B, C, D, gate, initial_state, lengths, positions)
+    is_trained = is_differentiated(*prepared)
+    if A_is_log and (is_trained or u.shape[1] > 1):  # for a single token the kernel is faster than PyTorch
+        A_is_log = False
+        prepared = (*prepared[:2], -torch.exp(prepared[2]), *prepared[3:])
     if is_trained:
-        y, final_state = SelectiveScan.apply(*_savable(*arguments), dt_softplus, A_is_log)
+        y, final_state = SelectiveScan.apply(*_savable(*prepared), dt_softplus)
     else:
-        y, final_state = _scan(*arguments, dt_softplus, A_is_log)
-    return _exactly(y, output_dtype), final_state
+        y, final_state = run_scan(*prepared, dt_softplus, A_is_log)
+    return _exactly(y, u.dtype), final_state
 
 
-def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Float64 if any of them is, else float32."""
-    doubled = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if doubled else torch.float32
+def _may_run(first: Tensor, *others: Tensor | None) -> bool:
+    return are_readable(first, *others) and first.numel() > 0 and kernels() is not None
 
 
-def _stored(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Activations as the library reads them: as they are if all are bfloat16, else in `dtype`."""
-    found = {tensor.dtype for tensor in tensors if tensor is not None}
-    if found != {dtype} and (found != {torch.bfloat16} or dtype == torch.float64):
-        tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
-    tensors = [tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-    # Autograd gives gradients that nobody has asked `are_readable` about.
-    return [tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor for tensor in tensors]
+# The arguments of `run_convolution` and of `run_scan`, as `prepare_...` returns them.
+ConvolutionInputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+ScanInputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+]  # fmt: skip
 
 
+def prepare_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+) -> ConvolutionInputs:
+    """The arguments in dtypes and layouts that the kernel reads."""
+    dtype = arithmetic_dtype(x, weight, bias)
+    (inputs,) = _stored(dtype, x)
+    weight, bias = _exactly(weight, dtype), _exactly(bias, dtype)
+    initial_state = _exactly(initial_state, inputs.dtype)
+    return inputs, weight, bias, initial_state, _exactly(lengths, torch.int64), _exactly(positions, torch.int64)
+
+
+def prepare_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gate: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+) -> ScanInputs:
+    """The arguments in dtypes and layouts that the kernel reads."""
+    dtype = arithmetic_dtype(u, dt, A, B, C, D, gate, initial_state)
+    if gate is None:
+        u, dt, B, C = _stored(dtype, u, dt, B, C)
+    else:
+        u, dt, B, C, gate = _stored(dtype, u, dt, B, C, gate)
+    A, D, initial_state = _exactly(A, dtype), _exactly(D, dtype), _exactly(initial_state, dtype)
+    return u, dt, A, B, C, D, gate, initial_state, _exactly(lengths, torch.int64), _exactly(positions, torch.int64)
+
+
+def _stored(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Activations as the library reads them: unchanged if all are bfloat16, else in `dtype`."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if dtypes != {dtype} and (dtypes != {torch.bfloat16} or dtype == torch.float64):
+        tensors = tuple(tensor.to(dtype) for tensor in tensors)
+    adjoining = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+    # Gradients that autograd passes have not been checked by `are_readable`.
+    return [tensor.resolve_neg() if tensor.is_neg() else tensor for tensor in adjoining]
+
+
+@overload
+def _exactly(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _exactly(tensor: None, dtype: torch.dtype) -> None: ...
+@overload
+def _exactly(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
 def _exactly(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # Asked first: a method that does nothing is slower than both questions, and a token takes a dozen of them.
+    # The questions come first: a method that does nothing is slower, and a token needs a dozen of them.
     if tensor is None:
         return None
     if tensor.dtype == dtype and tensor.is_contiguous():
@@ -127,84 +171,95 @@ def _refuse_second_derivative() -> None:
 
 
 def _savable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies of those that were made in inference mode, which no graph may keep."""
+    """The same tensors, with copies of inference tensors, which no graph may keep."""
     return [tensor if tensor is None or not tensor.is_inference() else tensor.clone() for tensor in tensors]
 
 
 class CausalConvolution(torch.autograd.Function):
-    """`_convolve` with its gradients; keeps nothing but its arguments."""
+    """`run_convolution` with its gradients; saves nothing but its arguments."""
 
     @staticmethod
     def forward(ctx, *arguments):
         ctx.save_for_backward(*arguments)
         ctx.set_materialize_grads(False)
-        return _convolve(*arguments)
+        return run_convolution(*arguments)
 
     @staticmethod
     def backward(ctx, dy, dfinal_state):
         _refuse_second_derivative()
-        x, weight, bias, initial_state, lengths, positions = ctx.saved_tensors
-        (dy,), dfinal_state = _stored(weight.dtype, dy), _exactly(dfinal_state, x.dtype)
-        dx, dinitial_state = _new_like(x), _new_window(x, weight)
-        dweight, dbias = weight.new_zeros(len(x), *weight.shape), weight.new_zeros(len(x), len(weight))
-        _run(
-            "convolve_back",
-            x.dtype,
-            *_convolution_fields(x, weight, bias, initial_state, lengths, positions),
-            *_views(dy, dx),
-            *_addresses(dfinal_state, dweight, dbias, dinitial_state),
-        )
-        dbias, dinitial_state = _where_given(bias, dbias.sum(0)), _where_given(initial_state, dinitial_state)
-        return dx, dweight.sum(0), dbias, dinitial_state, None, None
+        return *run_convolution_back(dy, dfinal_state, ctx.saved_tensors), None, None
 
 
 class SelectiveScan(torch.autograd.Function):
-    """`_scan` with its gradients; keeps its arguments, and the states at every `CHUNK`-th token."""
+    """`run_scan` with its gradients; saves its arguments, and the states at every `CHUNK`-th token."""
 
     @staticmethod
-    def forward(ctx, u, dt, A, B, C, D, gate, initial_state, lengths, positions, dt_softplus, A_is_log):
-        checkpoints = A.new_empty(len(u), math.ceil(u.shape[1] / CHUNK), *A.shape)
-        ctx.save_for_backward(u, dt, A, B, C, D, gate, initial_state, lengths, positions, checkpoints)
+    def forward(ctx, *arguments):
+        *inputs, dt_softplus = arguments
+        checkpoints = new_checkpoints(inputs[0], inputs[2])
+        ctx.save_for_backward(*inputs, checkpoints)
         ctx.set_materialize_grads(False)
         ctx.dt_softplus = dt_softplus
-        return _scan(u, dt, A, B, C, D, gate, initial_state, lengths, positions, dt_softplus, A_is_log, checkpoints)
+        return run_scan(*inputs, dt_softplus=dt_softplus, checkpoints=checkpoints)
 
     @staticmethod
     def backward(ctx, dy, dfinal_state):
         _refuse_second_derivative()
-        u, dt, A, B, C, D, gate, initial_state, lengths, positions, checkpoints = ctx.saved_tensors
-        (dy,), dfinal_state = _stored(A.dtype, dy), _exactly(dfinal_state, A.dtype)
-        du, ddt, dgate = _new_like(u), _new_like(u), _where_given(gate, _new_like(u))
-        dA, dinitial_state = A.new_zeros(len(u), *A.shape), A.new_empty(len(u), *A.shape)
-        dD = A.new_zeros(len(u), len(A))
-        # A share has some of the channels, and B and C speak to all of them.
-        dB, dC = A.new_zeros(2, len(u), _splits(u, A.shape[1]), u.shape[1], A.shape[1])
-        _run(
-            "scan_back",
-            u.dtype,
-            *_scan_fields(
-                u, dt, A, B, C, D, gate, initial_state, lengths, positions, ctx.dt_softplus, False, checkpoints
-            ),
-            *_views(dy, du, ddt, dgate),
-            *_addresses(dfinal_state, dA, dB, dC, dD, dinitial_state),
-        )
-        dB, dC = dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype)
-        dD, dinitial_state = _where_given(D, dD.sum(0)), _where_given(initial_state, dinitial_state)
-        return du, ddt, dA.sum(0), dB, dC, dD, dgate, dinitial_state, None, None, None, None
+        *inputs, checkpoints = ctx.saved_tensors
+        return *run_scan_back(dy, dfinal_state, tuple(inputs), ctx.dt_softplus, checkpoints), None, None, None
 
 
-def _convolve(x, weight, bias, initial_state, lengths, positions) -> tuple[Tensor, Tensor]:
-    weight, bias = held(weight), held(bias)
+def run_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and final state of prepared arguments."""
+    weight, bias = hold_memory(weight), hold_memory(bias)
     y, final_state = _new_like(x), _new_window(x, weight)
     arguments = (x, weight, bias, initial_state, lengths, positions, y, final_state)
     _run("convolve", x.dtype, *_convolution_fields(*arguments))
     return y, final_state
 
 
-def _scan(
-    u, dt, A, B, C, D, gate, initial_state, lengths, positions, dt_softplus, A_is_log, checkpoints=None
+def run_convolution_back(
+    dy: Tensor | None, dfinal_state: Tensor | None, inputs: ConvolutionInputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, weight, bias and initial state."""
+    x, weight, bias, initial_state, lengths, positions = inputs
+    dy, dfinal_state = _gradient(dy, weight.dtype), _exactly(dfinal_state, x.dtype)
+    dx, dinitial_state = _new_like(x), _new_window(x, weight)
+    dweight, dbias = weight.new_zeros(len(x), *weight.shape), weight.new_zeros(len(x), len(weight))
+    _run(
+        "convolve_back",
+        x.dtype,
+        *_convolution_fields(x, weight, bias, initial_state, lengths, positions),
+        *_views(dy, dx),
+        *_addresses(dfinal_state, dweight, dbias, dinitial_state),
+    )
+    return dx, dweight.sum(0), _if_present(bias, dbias.sum(0)), _if_present(initial_state, dinitial_state)
+
+
+def run_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gate: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+    dt_softplus: bool,
+    A_is_log: bool = False,
+    checkpoints: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    A, D = held(A), held(D)
+    """Output and final state of prepared arguments; fills `checkpoints` with the states before each chunk."""
+    A, D = hold_memory(A), hold_memory(D)
     y, final_state = _new_like(u), A.new_empty(len(u), *A.shape)
     options, outputs = (dt_softplus, A_is_log), (checkpoints, y, final_state)
     inputs = (u, dt, A, B, C, D, gate, initial_state, lengths, positions)
@@ -212,8 +267,43 @@ def _scan(
     return y, final_state
 
 
+def run_scan_back(
+    dy: Tensor | None, dfinal_state: Tensor | None, inputs: ScanInputs, dt_softplus: bool, checkpoints: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of u, dt, A, B, C, D, gate and initial state."""
+    u, dt, A, B, C, D, gate, initial_state, lengths, positions = inputs
+    dy, dfinal_state = _gradient(dy, A.dtype), _exactly(dfinal_state, A.dtype)
+    du, ddt, dgate = _new_like(u), _new_like(u), _if_present(gate, _new_like(u))
+    dA, dinitial_state = A.new_zeros(len(u), *A.shape), A.new_empty(len(u), *A.shape)
+    dD = A.new_zeros(len(u), len(A))
+    # A share has some of the channels, and all channels contribute to the gradients of B and C.
+    dB, dC = A.new_zeros(2, len(u), _splits(u, A.shape[1]), u.shape[1], A.shape[1])
+    _run(
+        "scan_back",
+        u.dtype,
+        *_scan_fields(u, dt, A, B, C, D, gate, initial_state, lengths, positions, dt_softplus, False, checkpoints),
+        *_views(dy, du, ddt, dgate),
+        *_addresses(dfinal_state, dA, dB, dC, dD, dinitial_state),
+    )
+    dB, dC = dB.sum(1).to(B.dtype), dC.sum(1).to(C.dtype)
+    dD, dinitial_state = _if_present(D, dD.sum(0)), _if_present(initial_state, dinitial_state)
+    return du, ddt, dA.sum(0), dB, dC, dD, dgate, dinitial_state
+
+
+def new_checkpoints(u: Tensor, A: Tensor) -> Tensor:
+    """Memory for the states before each chunk, (B, chunks, D, N)."""
+    return A.new_empty(u.shape[0], (u.shape[1] + CHUNK - 1) // CHUNK, *A.shape)
+
+
 def _convolution_fields(
-    x, weight, bias, initial_state, lengths, positions, y=None, final_state=None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+    y: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[int, ...]:
     """The fields of the structure `Convolution`."""
     states = _addresses(weight, bias, initial_state, final_state)
@@ -221,21 +311,21 @@ def _convolution_fields(
 
 
 def _scan_fields(
-    u,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    gate,
-    initial_state,
-    lengths,
-    positions,
-    dt_softplus,
-    A_is_log,
-    checkpoints,
-    y=None,
-    final_state=None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gate: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+    dt_softplus: bool,
+    A_is_log: bool,
+    checkpoints: Tensor | None,
+    y: Tensor | None = None,
+    final_state: Tensor | None = None,
 ) -> tuple[int, ...]:
     """The fields of the structure `Scan`."""
     states = _addresses(A, D, initial_state, final_state, checkpoints)
@@ -243,19 +333,19 @@ def _scan_fields(
     return *views, *states, A.shape[1], dt_softplus, A_is_log, *sizes
 
 
-def _shares(tensor: Tensor, numbers: int, lengths: Tensor | None, positions: Tensor | None) -> tuple[int, ...]:
+def _shares(tensor: Tensor, state_size: int, lengths: Tensor | None, positions: Tensor | None) -> tuple[int, ...]:
     """The fields of the structure `Shares`."""
-    counts = (*tensor.shape, _splits(tensor, numbers), _threads(tensor, numbers))
+    counts = (*tensor.shape, _splits(tensor, state_size), _threads(tensor, state_size))
     return *_addresses(lengths), *counts, *_addresses(positions)
 
 
-def _threads(tensor: Tensor, numbers: int) -> int:
-    return torch.get_num_threads() if tensor.numel() * numbers >= PARALLEL_WORK else 1
+def _threads(tensor: Tensor, state_size: int) -> int:
+    return torch.get_num_threads() if tensor.numel() * state_size >= PARALLEL_WORK else 1
 
 
-def _splits(tensor: Tensor, numbers: int) -> int:
-    """Into how many shares each row is cut."""
-    threads = _threads(tensor, numbers)
+def _splits(tensor: Tensor, state_size: int) -> int:
+    """The number of shares of each row."""
+    threads = _threads(tensor, state_size)
     return 1 if threads == 1 else math.ceil(SHARES_PER_THREAD * threads / len(tensor))
 
 
@@ -284,8 +374,22 @@ def _new_window(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(len(x), weight.shape[1] - 1, x.shape[2])
 
 
-def _where_given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
+def _gradient(dy: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if dy is None else _stored(dtype, dy)[0]
+
+
+def _if_present(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
     return None if argument is None else gradient
 
 
-__all__ = ["MOST_TAPS", "arithmetic_dtype", "convolve_on_cpu", "scan_on_cpu", "takes_on_cpu"]
+__all__ = [
+    "convolve_on_cpu",
+    "new_checkpoints",
+    "prepare_convolution",
+    "prepare_scan",
+    "run_convolution",
+    "run_convolution_back",
+    "run_scan",
+    "run_scan_back",
+    "scan_on_cpu",
+]

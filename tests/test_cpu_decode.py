@@ -13,13 +13,13 @@ from mambaformer import decode_program_mambaformer as stack
 from mambaformer import expert_linear_mambaformer as expert_linear
 from mambaformer import ops_cpu_decode_mambaformer as kernels
 from mambaformer.ops_cpu_decode_mambaformer import (
-    few_queries_attention,
-    few_rows_linear,
-    gated,
-    packed_linear,
-    rescaled,
-    rms_normed,
-    rotated,
+    apply_rope_on_cpu,
+    attention_on_cpu,
+    packed_linear_on_cpu,
+    plain_linear_on_cpu,
+    rms_norm_on_cpu,
+    scale_singular_values_on_cpu,
+    silu_gate_on_cpu,
 )
 from mambaformer.weights_quantized_mambaformer import PackedWeight, packed_rows
 from oracle import assert_same_logits, expected
@@ -61,16 +61,16 @@ def assert_near(got, wanted):
 def test_a_product_of_few_rows(dtype, threads, rows, width, outputs):
     states, weight, bias = normal(rows, 1, width, dtype=dtype), normal(outputs, width, dtype=dtype), normal(outputs)
     wanted = F.linear(states.double(), weight.double())
-    assert_near(few_rows_linear(states, weight), wanted)
+    assert_near(plain_linear_on_cpu(states, weight), wanted)
     bias = bias.to(dtype)
-    assert_near(few_rows_linear(states, weight, bias), wanted + bias.double())
+    assert_near(plain_linear_on_cpu(states, weight, bias), wanted + bias.double())
 
 
 @every_dtype
 def test_a_row_gets_the_same_bits_in_any_batch(dtype):
     states, weight = normal(8, 1, 70, dtype=dtype), normal(33, 70, dtype=dtype)
     for rows in range(1, 9):
-        assert torch.equal(few_rows_linear(states[:rows], weight), few_rows_linear(states, weight)[:rows])
+        assert torch.equal(plain_linear_on_cpu(states[:rows], weight), plain_linear_on_cpu(states, weight)[:rows])
 
 
 @every_dtype
@@ -83,9 +83,11 @@ def test_an_expert_on_few_rows(dtype, threads, rank, width):
     for shape, delta in (((3, 2, width), normal(rank, dtype=wide)), ((3, 1, width), normal(3, 1, rank, dtype=wide))):
         states = normal(*shape, dtype=dtype)
         change = ((states.double() @ basis.double()) * delta.double()) @ basis.double().mT
-        assert_near(rescaled(states, basis, delta), states.double() + change)
+        assert_near(scale_singular_values_on_cpu(states, basis, delta), states.double() + change)
     still = torch.zeros(rank, dtype=wide)
-    assert torch.equal(rescaled(states, basis, still), states), "an expert of ones gives the base's own bits"
+    assert torch.equal(scale_singular_values_on_cpu(states, basis, still), states), (
+        "an expert of ones gives the base's own bits"
+    )
 
 
 @every_dtype
@@ -94,8 +96,8 @@ def test_norm_and_gate(dtype, width):
     states, gates = normal(3, 2, width, dtype=dtype), 5 * normal(3, 2, width, dtype=dtype)
     weight, wide = normal(width, dtype=dtype), states.double()
     wanted = weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
-    assert_near(rms_normed(states, weight, 1e-3), wanted)
-    assert_near(gated(gates, states), F.silu(gates.double()) * wide)
+    assert_near(rms_norm_on_cpu(states, weight, 1e-3), wanted)
+    assert_near(silu_gate_on_cpu(gates, states), F.silu(gates.double()) * wide)
 
 
 @every_dtype
@@ -104,8 +106,8 @@ def test_long_norms_and_gates_are_shared_by_threads(dtype, threads):
     states, weight = normal(700, 2, 100, dtype=dtype), normal(100, dtype=dtype)
     wide = states.double()
     wanted = weight.double() * wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
-    assert_near(rms_normed(states, weight, 1e-3), wanted)
-    assert_near(gated(states, states), F.silu(wide) * wide)
+    assert_near(rms_norm_on_cpu(states, weight, 1e-3), wanted)
+    assert_near(silu_gate_on_cpu(states, states), F.silu(wide) * wide)
 
 
 def test_what_is_not_a_number_stays_so():
@@ -113,12 +115,12 @@ def test_what_is_not_a_number_stays_so():
     for poison in (float("nan"), float("inf")):
         bad = states.clone()
         bad[0, 0, 32] = poison
-        assert not torch.isfinite(few_rows_linear(bad, weight)).any()
-        assert rms_normed(bad, weight[0], 1e-3).isnan().any()
-        assert not torch.isfinite(gated(bad, bad)[0, 0, 32])
-    assert gated(-states.new_full((1, 40), 200.0), states.new_ones(1, 40)).abs().max() < 1e-30
+        assert not torch.isfinite(plain_linear_on_cpu(bad, weight)).any()
+        assert rms_norm_on_cpu(bad, weight[0], 1e-3).isnan().any()
+        assert not torch.isfinite(silu_gate_on_cpu(bad, bad)[0, 0, 32])
+    assert silu_gate_on_cpu(-states.new_full((1, 40), 200.0), states.new_ones(1, 40)).abs().max() < 1e-30
     bad = torch.full((40,), float("nan"), dtype=torch.bfloat16)
-    assert gated(bad, bad).isnan().all()
+    assert silu_gate_on_cpu(bad, bad).isnan().all()
 
 
 @every_dtype
@@ -128,7 +130,7 @@ def test_rotation(dtype, rows):
         cos, sin = normal(rows, 3, 12, dtype=dtype), normal(rows, 3, 12, dtype=dtype).flip(0)
         first, second = states.double().chunk(2, dim=-1)
         wanted = states.double() * cos.double()[:, None] + torch.cat([-second, first], -1) * sin.double()[:, None]
-        assert_near(rotated(states, cos, sin), wanted)
+        assert_near(apply_rope_on_cpu(states, cos, sin), wanted)
 
 
 @every_dtype
@@ -147,19 +149,19 @@ def test_attention_of_few_queries(dtype, threads, num_keys, heads, key_heads):
         seen[..., num_keys // 2] = True
         for mask in (None, seen, seen[:1]):
             if mask is None and queries > 1:
-                assert few_queries_attention(query, keys, values, None, 0.3) is None, "no mask may mean a causal one"
+                assert attention_on_cpu(query, keys, values, None, 0.3) is None, "no mask may mean a causal one"
                 continue
             wanted = F.scaled_dot_product_attention(
                 query.double(), keys.double(), values.double(), attn_mask=mask, scale=0.3, enable_gqa=True
             )
-            assert_near(few_queries_attention(query, keys, values, mask, 0.3), wanted.transpose(1, 2))
+            assert_near(attention_on_cpu(query, keys, values, mask, 0.3), wanted.transpose(1, 2))
 
 
 def test_a_query_that_sees_nothing_gets_zeros():
     query, keys = normal(1, 2, 2, 16, dtype=torch.float32), normal(1, 2, 70, 16, dtype=torch.float32)
     mask = torch.zeros(1, 1, 2, 70, dtype=torch.bool)
     mask[:, :, 1] = True
-    found = few_queries_attention(query, keys, keys, mask, 0.3)
+    found = attention_on_cpu(query, keys, keys, mask, 0.3)
     assert found[:, 0].eq(0).all() and found[:, 1].ne(0).any()
 
 
@@ -179,11 +181,11 @@ def test_a_key_that_is_not_a_number_shows_where_it_is_seen(dtype, threads, num_k
             scores = 0.3 * query.double() @ bad.double().mT
             scores = scores if chosen is None else scores.masked_fill(~chosen, -float("inf"))
             wanted = scores.softmax(-1) @ keys.double()
-            found = few_queries_attention(query, bad, keys, chosen, 0.3).transpose(1, 2)
+            found = attention_on_cpu(query, bad, keys, chosen, 0.3).transpose(1, 2)
             assert torch.equal(found.isnan(), wanted.isnan())
     hidden = torch.ones(1, 1, 1, num_keys, dtype=torch.bool)
     hidden[..., place] = False
-    assert few_queries_attention(query, bad, keys, hidden, 0.3).isfinite().all()
+    assert attention_on_cpu(query, bad, keys, hidden, 0.3).isfinite().all()
 
 
 def packed_int4(outputs, width, group, dtype):
@@ -205,8 +207,8 @@ def test_products_with_int4_weights(dtype, scale_dtype, threads, rows):
         packed, weight = packed_int4(outputs, width, group, scale_dtype)
         states, bias = normal(rows, 1, width, dtype=dtype), normal(outputs, dtype=dtype)
         wanted = F.linear(states.double(), weight)
-        assert_near(packed_linear(states, packed), wanted)
-        assert_near(packed_linear(states, packed, bias), wanted + bias.double())
+        assert_near(packed_linear_on_cpu(states, packed), wanted)
+        assert_near(packed_linear_on_cpu(states, packed, bias), wanted + bias.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -217,44 +219,49 @@ def test_products_with_int8_weights(dtype, rows):
         packed = PackedWeight("int8", codes, scale=normal(outputs, dtype=torch.float32))
         states, bias = normal(rows, 1, width, dtype=dtype), normal(outputs, dtype=dtype)
         wanted = F.linear(states.double(), codes.double() * packed.scale.double()[:, None])
-        assert_near(packed_linear(states, packed, bias), wanted + bias.double())
+        assert_near(packed_linear_on_cpu(states, packed, bias), wanted + bias.double())
 
 
 def test_what_kernels_cannot_do_is_left_to_pytorch():
     states, weight = normal(1, 1, 16, dtype=torch.float32), normal(16, 16, dtype=torch.float32)
     trained = weight.clone().requires_grad_()
-    assert few_rows_linear(states, weight) is not None
-    assert few_rows_linear(states, weight.double()) is None
-    assert few_rows_linear(states.half(), weight.half()) is None
-    assert few_rows_linear(states, weight.t()) is None and few_rows_linear(states, weight, weight[:, 0]) is None
-    assert rms_normed(states, weight[:, 0], 1e-5) is None
-    assert few_rows_linear(states.expand(17, 1, 16), weight) is None
-    assert few_rows_linear(states, trained) is None
+    assert plain_linear_on_cpu(states, weight) is not None
+    assert plain_linear_on_cpu(states, weight.double()) is None
+    assert plain_linear_on_cpu(states.half(), weight.half()) is None
+    assert (
+        plain_linear_on_cpu(states, weight.t()) is None and plain_linear_on_cpu(states, weight, weight[:, 0]) is None
+    )
+    assert rms_norm_on_cpu(states, weight[:, 0], 1e-5) is None
+    assert plain_linear_on_cpu(states.expand(17, 1, 16), weight) is None
+    assert plain_linear_on_cpu(states, trained) is None
     with torch.no_grad():
-        assert few_rows_linear(states, trained) is not None
-    assert torch.func.vmap(lambda row: torch.tensor(few_rows_linear(row, weight) is None))(states).all()
-    assert few_rows_linear(states.to("meta"), weight.to("meta")) is None
-    assert few_queries_attention(*[normal(1, 1, 1, 12)] * 3, None, 1.0) is None
+        assert plain_linear_on_cpu(states, trained) is not None
+    assert torch.func.vmap(lambda row: torch.tensor(plain_linear_on_cpu(row, weight) is None))(states).all()
+    assert plain_linear_on_cpu(states.to("meta"), weight.to("meta")) is None
+    assert attention_on_cpu(*[normal(1, 1, 1, 12)] * 3, None, 1.0) is None
 
 
 def test_shapes_that_contradict_each_other_are_left_to_pytorch_which_says_so():
     states, weight = normal(2, 1, 16, dtype=torch.float32), normal(16, 16, dtype=torch.float32)
-    assert few_rows_linear(states[..., :8], weight) is None
-    assert packed_linear(states[..., :8], PackedWeight("int8", weight.to(torch.int8), scale=weight[0])) is None
-    assert rescaled(states, weight[:8], weight[0]) is None and rescaled(states, weight, weight[0, :8]) is None
-    assert rescaled(states, weight, weight[:3, None]) is None
-    assert rms_normed(states, weight[0, :8], 1e-5) is None and gated(states, states[:1]) is None
+    assert plain_linear_on_cpu(states[..., :8], weight) is None
+    assert packed_linear_on_cpu(states[..., :8], PackedWeight("int8", weight.to(torch.int8), scale=weight[0])) is None
+    assert (
+        scale_singular_values_on_cpu(states, weight[:8], weight[0]) is None
+        and scale_singular_values_on_cpu(states, weight, weight[0, :8]) is None
+    )
+    assert scale_singular_values_on_cpu(states, weight, weight[:3, None]) is None
+    assert rms_norm_on_cpu(states, weight[0, :8], 1e-5) is None and silu_gate_on_cpu(states, states[:1]) is None
     heads, angles = normal(2, 4, 1, 16, dtype=torch.float32), normal(1, 1, 16, dtype=torch.float32)
     assert (
-        rotated(heads, angles[..., :8], angles[..., :8]) is None
-        and rotated(heads, angles.repeat(3, 1, 1), angles) is None
+        apply_rope_on_cpu(heads, angles[..., :8], angles[..., :8]) is None
+        and apply_rope_on_cpu(heads, angles.repeat(3, 1, 1), angles) is None
     )
     keys, mask = normal(2, 2, 5, 16, dtype=torch.float32), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-    assert few_queries_attention(heads, keys, keys, mask, 1.0) is not None
-    assert few_queries_attention(heads, keys[:1], keys[:1], mask, 1.0) is None
-    assert few_queries_attention(heads, keys, keys[:, :, :4], mask, 1.0) is None
-    assert few_queries_attention(heads, keys, keys, mask[..., :4], 1.0) is None
-    assert few_queries_attention(heads, keys, keys, mask.float(), 1.0) is None
+    assert attention_on_cpu(heads, keys, keys, mask, 1.0) is not None
+    assert attention_on_cpu(heads, keys[:1], keys[:1], mask, 1.0) is None
+    assert attention_on_cpu(heads, keys, keys[:, :, :4], mask, 1.0) is None
+    assert attention_on_cpu(heads, keys, keys, mask[..., :4], 1.0) is None
+    assert attention_on_cpu(heads, keys, keys, mask.float(), 1.0) is None
     with pytest.raises(RuntimeError):
         expert_linear.apply_linear(nn.Linear(16, 8).requires_grad_(False), states[..., :8])
 

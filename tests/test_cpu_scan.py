@@ -15,8 +15,8 @@ from loops import (
     scan_arguments,
     with_pads,
 )
+from mambaformer import ops_backends_mambaformer as backends
 from mambaformer import ops_cpu_scan_mambaformer as cpu_scan
-from mambaformer import ops_mambaformer as ops
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 
 CHANNELS, NUMBERS = (1, 3, 17, 40), (1, 4, 5, 16, 64)
@@ -226,12 +226,12 @@ def test_a_second_derivative_is_refused_and_pytorch_has_it(monkeypatch, function
 
     with pytest.raises(RuntimeError, match="MAMBAFORMER_CPU_KERNELS=0"):
         second_derivative()
-    monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *tensors: False)
+    monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(backends.BACKENDS, ()))
     second_derivative()
 
 
 def test_the_switch_is_asked_for_every_call(monkeypatch, calls):
-    monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *tensors: False)
+    monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(backends.BACKENDS, ()))
     selective_scan(**scan_arguments())
     causal_conv1d(**conv_arguments())
     assert calls == []

@@ -21,13 +21,13 @@ from mambaformer import MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as stack
 from mambaformer.expert_linear_mambaformer import apply_linear
 from mambaformer.ops_cpu_decode_mambaformer import (
-    few_queries_attention,
-    few_rows_linear,
-    gated,
-    packed_linear,
-    rescaled,
-    rms_normed,
-    rotated,
+    apply_rope_on_cpu,
+    attention_on_cpu,
+    packed_linear_on_cpu,
+    plain_linear_on_cpu,
+    rms_norm_on_cpu,
+    scale_singular_values_on_cpu,
+    silu_gate_on_cpu,
 )
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 from mambaformer.weights_quantized_mambaformer import PackedWeight, packed_weight
@@ -198,8 +198,8 @@ def test_packed_weights_that_contradict_themselves_are_left_to_pytorch(name, row
     states = normal(rows, 1, 32)
     good = packed_int8() if name.startswith("int8") else packed_int4()
     if rows == 1 and (good.kind == "int8" or has_int4_kernels):
-        assert packed_linear(states, good) is not None
-    assert packed_linear(states, BAD_PACKED[name]()) is None
+        assert packed_linear_on_cpu(states, good) is not None
+    assert packed_linear_on_cpu(states, BAD_PACKED[name]()) is None
 
 
 CHANGED_WEIGHTS = {
@@ -235,14 +235,14 @@ def test_a_group_size_that_was_changed_in_memory_is_not_computed_with():
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 KERNELS = {
-    "linear": (few_rows_linear, lambda n: [n(2, 1, 16), n(8, 16), n(8)]),
-    "rescale": (rescaled, lambda n: [n(2, 1, 16), n(16, 3), n(3)]),
-    "norm": (lambda *args: rms_normed(*args, 1e-5), lambda n: [n(2, 1, 16), n(16)]),
-    "rotate": (rotated, lambda n: [n(2, 4, 1, 16), n(2, 1, 16), n(2, 1, 16)]),
-    "gate": (gated, lambda n: [n(2, 16), n(2, 16)]),
-    "attend": (lambda q, k, v: few_queries_attention(q, k, v, None, 0.3),
+    "linear": (plain_linear_on_cpu, lambda n: [n(2, 1, 16), n(8, 16), n(8)]),
+    "rescale": (scale_singular_values_on_cpu, lambda n: [n(2, 1, 16), n(16, 3), n(3)]),
+    "norm": (lambda *args: rms_norm_on_cpu(*args, 1e-5), lambda n: [n(2, 1, 16), n(16)]),
+    "rotate": (apply_rope_on_cpu, lambda n: [n(2, 4, 1, 16), n(2, 1, 16), n(2, 1, 16)]),
+    "gate": (silu_gate_on_cpu, lambda n: [n(2, 16), n(2, 16)]),
+    "attend": (lambda q, k, v: attention_on_cpu(q, k, v, None, 0.3),
                lambda n: [n(2, 4, 1, 16), n(2, 2, 5, 16), n(2, 2, 5, 16)]),
-    "int8": (lambda x, bias: packed_linear(x, packed_int8(), bias), lambda n: [n(2, 1, 32), n(64)]),
+    "int8": (lambda x, bias: packed_linear_on_cpu(x, packed_int8(), bias), lambda n: [n(2, 1, 32), n(64)]),
 }  # fmt: skip
 
 
@@ -285,8 +285,8 @@ BIASES = {"one number": lambda: normal(1), "one too few": lambda: normal(7), "a 
 def test_a_bias_of_another_shape_or_layout_is_left_to_pytorch(name):
     """A bias of shape (1,) was read as if it had one number for each output: 28 bytes of other memory."""
     states, weight, bias = normal(2, 1, 16), normal(8, 16), BIASES[name]()
-    assert few_rows_linear(states, weight, bias) is None
-    assert packed_linear(normal(2, 1, 32), packed_int8(), bias) is None
+    assert plain_linear_on_cpu(states, weight, bias) is None
+    assert packed_linear_on_cpu(normal(2, 1, 32), packed_int8(), bias) is None
     module = nn.Linear(16, 8)
     module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
     try:
@@ -314,20 +314,20 @@ def test_a_weight_in_another_layout_means_what_pytorch_says(name):
     module = nn.Linear(16, 8, bias=False)
     module.weight = nn.Parameter(weight)
     torch.testing.assert_close(apply_linear(module, states), F.linear(states, weight))
-    assert few_rows_linear(states, weight) is None
+    assert plain_linear_on_cpu(states, weight) is None
 
 
 def test_weights_of_other_dimensions_and_without_memory_are_left_to_pytorch():
     states, freed = normal(2, 1, 16), normal(8, 16)
     freed.untyped_storage().resize_(0)
-    assert few_rows_linear(states, freed) is None, "as sharded training frees its weights"
+    assert plain_linear_on_cpu(states, freed) is None, "as sharded training frees its weights"
     for weight in (normal(8, 16, 1), normal(8, 16)[None], normal(16), normal(8, 17)):
-        assert few_rows_linear(states, weight) is None
-    assert few_rows_linear(normal(2, 1, 0), normal(8, 0)) is None
-    assert few_rows_linear(normal(0, 1, 16), normal(8, 16)) is None
-    assert rms_normed(normal(2, 0), normal(0), 1e-5) is None
-    assert rescaled(states, normal(16, 0), normal(0)) is None, "nothing would have been written"
-    assert few_queries_attention(normal(1, 4, 1, 16), normal(1, 0, 3, 16), normal(1, 0, 3, 16), None, 1.0) is None
+        assert plain_linear_on_cpu(states, weight) is None
+    assert plain_linear_on_cpu(normal(2, 1, 0), normal(8, 0)) is None
+    assert plain_linear_on_cpu(normal(0, 1, 16), normal(8, 16)) is None
+    assert rms_norm_on_cpu(normal(2, 0), normal(0), 1e-5) is None
+    assert scale_singular_values_on_cpu(states, normal(16, 0), normal(0)) is None, "nothing would have been written"
+    assert attention_on_cpu(normal(1, 4, 1, 16), normal(1, 0, 3, 16), normal(1, 0, 3, 16), None, 1.0) is None
 
 
 # ------------------------------------------------------------------------------------------------ parts of a layer

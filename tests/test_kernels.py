@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers.dynamic_module_utils import get_imports
 
 from mambaformer import MambaFormerForCausalLM
-from mambaformer import ops_mambaformer as ops
+from mambaformer import ops_backends_mambaformer as backends
+from mambaformer import ops_gpu_mambaformer as ops_gpu
 from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 from patterns import CACHE_VARIANTS, PATTERNS, tiny_config
 from tiny_models import random_model
@@ -90,7 +91,8 @@ STAND_INS = {
 
 @pytest.fixture(autouse=True)
 def without_cpu_kernels(monkeypatch):
-    monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *tensors: False)
+    monkeypatch.setitem(backends.BACKENDS, "causal_conv1d", (ops_gpu.convolve_on_gpu,))
+    monkeypatch.setitem(backends.BACKENDS, "selective_scan", (ops_gpu.scan_on_gpu,))
 
 
 @pytest.fixture
@@ -101,8 +103,8 @@ def with_kernels(monkeypatch):
         calls = []
         spies = {k: lambda *a, k=k, f=f, **n: (calls.append(k), f(*a, **n))[1] for k, f in STAND_INS.items()}
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_use_kernels", lambda tensor: True)
-            patch.setattr(ops, "_load_kernels", lambda: ops.Kernels(**spies))
+            patch.setattr(ops_gpu, "may_run_on_gpu", lambda tensor: True)
+            patch.setattr(ops_gpu, "_load_kernels", lambda: ops_gpu.Kernels(**spies))
             return function(*arguments, **named), calls
 
     return run
@@ -231,14 +233,14 @@ def test_what_the_kernels_cannot_do_stays_in_pytorch(with_kernels, length):
 
 
 def test_cpu_tensors_never_ask_for_kernels(monkeypatch):
-    monkeypatch.setattr(ops, "_load_kernels", lambda: pytest.fail("kernels were looked for"))
+    monkeypatch.setattr(ops_gpu, "_load_kernels", lambda: pytest.fail("kernels were looked for"))
     for length in (1, 6):
         causal_conv1d(**conv_arguments(length))
         selective_scan(**scan_arguments(length))
 
 
 def test_remote_code_that_needs_the_ops_is_not_made_to_install_the_kernels():
-    assert not {"causal_conv1d", "mamba_ssm"} & set(get_imports(ops.__file__))
+    assert not {"causal_conv1d", "mamba_ssm"} & set(get_imports(ops_gpu.__file__))
 
 
 IN_TRITON = '''
@@ -246,10 +248,12 @@ import contextlib, sys, types
 sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")  # the CUDA half, which is not built here
 import torch
 torch.cuda.device = lambda index: contextlib.nullcontext()
+from mambaformer import ops_backends_mambaformer as backends
+from mambaformer import ops_gpu_mambaformer as ops_gpu
 from mambaformer import ops_mambaformer as ops
 from torch.nn import functional as F
 
-kernels = ops._load_kernels()
+kernels = ops_gpu._load_kernels()
 assert kernels.scan_token is not None, "mamba-ssm was found, but not its selective_state_update"
 assert kernels.scan_token.__module__ == "mamba_ssm.ops.triton.selective_state_update"
 calls = 0
@@ -259,8 +263,8 @@ def counted(*arguments, **named):
     calls += 1
     return kernels.scan_token(*arguments, **named)
 
-ops._use_cpu_kernels = lambda *tensors: False
-ops._load_kernels = lambda: ops.Kernels(scan_token=counted)
+backends.BACKENDS["selective_scan"] = (ops_gpu.scan_on_gpu,)
+ops_gpu._load_kernels = lambda: ops_gpu.Kernels(scan_token=counted)
 torch.manual_seed(0)
 
 def compare(rows, length, channels, numbers, dtype, tolerance, left_out=()):
@@ -274,9 +278,9 @@ def compare(rows, length, channels, numbers, dtype, tolerance, left_out=()):
     state = torch.randn(rows, channels, numbers)
     tokens, weights = ({k: v for k, v in d.items() if k not in left_out} for d in (tokens, weights))
     state = None if "initial_state" in left_out else state
-    ops._use_kernels = lambda tensor: False
+    ops_gpu.may_run_on_gpu = lambda tensor: False
     expected_y, expected_state = ops.selective_scan(**tokens, **weights, initial_state=state)
-    ops._use_kernels = lambda tensor: True
+    ops_gpu.may_run_on_gpu = lambda tensor: True
     before = calls
     for t in range(length):
         kept = None if state is None else state.clone()

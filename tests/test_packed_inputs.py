@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mambaformer import MambaFormerForSequenceClassification
-from mambaformer import ops_mambaformer as ops
+from mambaformer import ops_backends_mambaformer as backends
+from mambaformer.ops_mambaformer import causal_conv1d, selective_scan
 from oracle import assert_same_logits, expected
 from patterns import tiny_config
 from sequences import random_rows
@@ -36,10 +37,10 @@ def leaves_of(*shapes):
 @pytest.mark.parametrize("taps", [1, 2, 4])
 def test_a_convolution_meets_only_inputs_of_its_own_sequence(taps, with_kernels, monkeypatch):
     if not with_kernels:
-        monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *_: False)
+        monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(backends.BACKENDS, ()))
     leaves = x, weight, bias = leaves_of((1, 84, 6), (6, taps), (6,))
-    found = ops.causal_conv1d(x, weight, bias, positions=RESTARTS)[0]
-    wanted = torch.cat([ops.causal_conv1d(part[None], weight, bias)[0] for part in alone(x)], dim=1)
+    found = causal_conv1d(x, weight, bias, positions=RESTARTS)[0]
+    wanted = torch.cat([causal_conv1d(part[None], weight, bias)[0] for part in alone(x)], dim=1)
     assert_same_logits(found, wanted)
     for one, other in zip(gradients(found, leaves), gradients(wanted, leaves), strict=True):
         assert_same_logits(one, other)
@@ -48,14 +49,14 @@ def test_a_convolution_meets_only_inputs_of_its_own_sequence(taps, with_kernels,
 @pytest.mark.parametrize("with_kernels", [True, False])
 def test_a_scan_starts_from_zeros_at_every_sequence(with_kernels, monkeypatch):
     if not with_kernels:
-        monkeypatch.setattr(ops, "_use_cpu_kernels", lambda *_: False)
+        monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(backends.BACKENDS, ()))
     sizes = [(1, 84, 6)] * 2 + [(6, 4)] + [(1, 84, 4)] * 2 + [(6,), (1, 84, 6)]
     leaves = u, dt, A, B, C, D, gate = leaves_of(*sizes)
     options = {"dt_softplus": True, "A_is_log": True}
-    found = ops.selective_scan(u, dt, A, B, C, D, gate, positions=RESTARTS, **options)[0]
+    found = selective_scan(u, dt, A, B, C, D, gate, positions=RESTARTS, **options)[0]
     parts = zip(*(alone(tensor) for tensor in (u, dt, B, C, gate)), strict=True)
     wanted = [
-        ops.selective_scan(u[None], dt[None], A, B[None], C[None], D, gate[None], **options)[0]
+        selective_scan(u[None], dt[None], A, B[None], C[None], D, gate[None], **options)[0]
         for u, dt, B, C, gate in parts
     ]
     wanted = torch.cat(wanted, dim=1)

@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from mambaformer import mixer_base_mambaformer as mixer_base
+from mambaformer.cache_states_mambaformer import ReplaySegment
 from oracle import assert_same_logits, expected, uncached_logits
 from patterns import PATTERNS, VOCAB
 from sequences import draw_row, feed, feed_row, one_turn, padded_turn, random_ids, random_rows, rows_of
@@ -183,6 +185,21 @@ def test_a_text_of_two_experts_comes_back_within_the_reach():
         with pytest.raises(ValueError, match="rollback_reach"):
             cache.crop(-20)
     assert_same_logits(found, expected(model, [row], [[(0, None), (10, expert)]])[0][16:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [3, 20])
+def test_one_segment_is_recorded_per_layer_and_only_of_tokens_within_the_reach(num_tokens, monkeypatch):
+    """A segment of the tokens beyond the reach was recorded too, with a copy of their inputs, and dropped."""
+    model, segments = shared_model("mamba"), []
+
+    def counted(*fields):
+        segments.append(ReplaySegment(*fields))
+        return segments[-1]
+
+    monkeypatch.setattr(mixer_base, "ReplaySegment", counted)
+    model(torch.ones(2, num_tokens, dtype=torch.long), cache=model.make_cache(rollback_reach=REACH))
+    assert [segment.num_tokens for segment in segments] == [min(num_tokens, REACH)] * model.config.num_hidden_layers
 
 
 def test_a_window_that_is_widened_late_does_not_promise_what_it_lost():

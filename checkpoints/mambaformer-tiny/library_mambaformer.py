@@ -238,8 +238,13 @@ def preserve_versions(tensors: list[torch.Tensor]) -> AbstractContextManager:
 
 
 def has_global_hooks() -> bool:
-    """Whether a forward hook is registered for all modules of the process."""
-    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+    """Whether a hook is registered for all modules of the process."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def is_every_operation_seen() -> bool:
@@ -250,6 +255,12 @@ def is_every_operation_seen() -> bool:
         or forward_ad._current_level >= 0
         or _C._is_tracing()
     )
+
+
+@torch.compiler.assume_constant_result  # a graph is compiled for the transforms around it
+def is_transformed() -> bool:
+    """Whether a transform of functorch (`vmap`, `grad`, `jvp`) is in force, also while a graph is traced."""
+    return _C._functorch.peek_interpreter_stack() is not None
 
 
 # ---- uploads

@@ -13,18 +13,19 @@ from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
+from .inputs_packing_mambaformer import SequenceGrouping
 from .inputs_padding_mambaformer import LeftAlignment
-from .mixer_attention_masks_mambaformer import AttentionMasks
+from .mixer_attention_masks_mambaformer import AttentionMasks, QueryBlock
 from .mixer_base_mambaformer import MambaFormerMixer
-from .ops_cpu_decode_mambaformer import few_queries_attention, rotated
 from .ops_eligibility_mambaformer import is_own_attention, replaceable_by_kernels
+from .ops_mambaformer import apply_rope, attention
 
 
 class MambaFormerRotaryEmbedding(nn.Module):
     """Cosines and sines of RoPE (arXiv 2104.09864, equation 34) for given positions.
 
-    Keeps no buffer: the frequencies follow from the configuration, so there is nothing to go stale when a model is
-    built on the meta device or moved to another dtype.
+    It keeps no buffer: the frequencies follow from the configuration, so they stay right when a model is built on the
+    meta device or moved to another dtype.
     """
 
     def __init__(self, config: MambaFormerConfig):
@@ -49,21 +50,20 @@ class MambaFormerRotaryEmbedding(nn.Module):
         return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns (rows, heads, tokens, head_dim) by the angles of (rows or 1, tokens, head_dim)."""
-    turned = rotated(states, cos, sin)
-    if turned is not None:
-        return turned
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-
-
 def eager_attention_forward(
-    module, query, key, value, attention_mask, scaling, dropout=0.0, alignment: LeftAlignment | None = None, **kwargs
-):
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    alignment: LeftAlignment | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out; returns (rows, tokens, heads, head_dim) and the weights (rows, heads, tokens, keys).
 
-    With an `alignment`, the weights are returned in the order in which the tokens were given.
+    With an `alignment`, the weights are returned in the caller's order of tokens.
     """
     rows, heads, num_tokens, head_dim = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, head_dim)  # (rows, key heads, group * tokens, head_dim)
@@ -82,7 +82,7 @@ def eager_attention_forward(
 
 @replaceable_by_kernels
 class MambaFormerAttention(MambaFormerMixer):
-    """Multi-head attention with grouped keys and values (arXiv 2305.13245), rotated or without positions."""
+    """Multi-head attention with grouped keys and values (arXiv 2305.13245), with RoPE or without positions."""
 
     name, lowering = "self_attn", "attention"
     context = ("attention", "position_embeddings", "cache")
@@ -120,42 +120,59 @@ class MambaFormerAttention(MambaFormerMixer):
         key = apply_expert_linear(self.k_proj, hidden_states, vectors.get("k_proj")).view(heads).transpose(1, 2)
         value = apply_expert_linear(self.v_proj, hidden_states, vectors.get("v_proj")).view(heads).transpose(1, 2)
         if position_embeddings is not None:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+            query, key = apply_rope(query, *position_embeddings), apply_rope(key, *position_embeddings)
         if cache is not None:
             is_saved = any(states.requires_grad for states in (query, key, value))
             key, value = cache.update(key, value, self.layer_idx, is_saved=is_saved)
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return apply_expert_linear(self.o_proj, mixed.flatten(2), vectors.get("o_proj")), weights
 
-    def attend(self, query, key, value, attention: AttentionMasks, **kwargs):
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: AttentionMasks, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of (rows, heads, tokens, head_dim): (rows, tokens, heads, head_dim), and its weights."""
-        if attention.groups:
-            return self._attend_groups(query, key, value, attention, **kwargs), None
+        if masks.sequences is not None and masks.sequences.grouping is not None:
+            return self._attend_groups(query, key, value, masks.sequences.grouping, masks.groups, **kwargs), None
         dropout = self.attention_dropout if self.training else 0.0
-        if dropout == 0.0 and not torch.compiler.is_compiling() and is_own_attention(attention.implementation):
-            mixed = few_queries_attention(query, key, value, attention.mask, self.scaling)
-            if mixed is not None:
-                return mixed, None
-        if attention.alignment is not None:
-            kwargs["alignment"] = attention.alignment
-        forward: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(attention.implementation, eager_attention_forward)
-        forward = functools.partial(forward, self, dropout=dropout, scaling=self.scaling, **kwargs)
-        if not attention.blocks:
-            return forward(query, key, value, attention.mask)
-        mixed = [
-            forward(query[:, :, block.queries], block.select_keys(key), block.select_keys(value), block.mask)[0]
-            for block in attention.blocks
-        ]
-        return torch.cat(mixed, dim=1), None
+        if masks.alignment is not None:
+            kwargs["alignment"] = masks.alignment
+        function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(masks.implementation, eager_attention_forward)
+        function = functools.partial(function, self, dropout=dropout, scaling=self.scaling, **kwargs)
+        if masks.blocks:
+            return self._attend_blocks(query, key, value, masks.blocks, function), None
+        if dropout == 0.0 and is_own_attention(masks.implementation):
+            return attention(query, key, value, masks.mask, self.scaling, function)
+        return function(query, key, value, masks.mask)
 
-    def _attend_groups(self, query, key, value, attention: AttentionMasks, **kwargs) -> torch.Tensor:
+    def _attend_blocks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: tuple[QueryBlock, ...],
+        function: Callable,
+    ) -> torch.Tensor:
+        """`attend` of many tokens in a layer with a window."""
+        mixed = [
+            function(query[:, :, block.queries], block.select_keys(key), block.select_keys(value), block.mask)[0]
+            for block in blocks
+        ]
+        return torch.cat(mixed, dim=1)
+
+    def _attend_groups(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        grouping: SequenceGrouping,
+        groups: tuple[AttentionMasks, ...],
+        **kwargs,
+    ) -> torch.Tensor:
         """`attend` of packed rows: sequences of similar length are the rows of a batch."""
         shape = (query.shape[0], query.shape[2])
         flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-        grouping = attention.sequences.grouping
-        groups = zip(*(grouping.group(states) for states in flat), attention.groups, strict=True)
         mixed = [
             self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), masks, **kwargs)[0]
-            for q, k, v, masks in groups
+            for q, k, v, masks in zip(*(grouping.group(states) for states in flat), groups, strict=True)
         ]
         return grouping.ungroup(mixed).unflatten(0, shape)

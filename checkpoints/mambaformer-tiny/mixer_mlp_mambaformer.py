@@ -7,8 +7,8 @@ from transformers.activations import ACT2FN
 from .configuration_mambaformer import MambaFormerConfig
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import MambaFormerMixer
-from .ops_cpu_decode_mambaformer import gated
 from .ops_eligibility_mambaformer import is_silu, replaceable_by_kernels
+from .ops_mambaformer import silu_gate
 
 
 @replaceable_by_kernels
@@ -31,6 +31,5 @@ class MambaFormerMLP(MambaFormerMixer):
     def forward(self, hidden_states: torch.Tensor, vectors: dict[str, ScaledBasis]) -> torch.Tensor:
         gates = apply_expert_linear(self.gate_proj, hidden_states, vectors.get("gate_proj"))
         states = apply_expert_linear(self.up_proj, hidden_states, vectors.get("up_proj"))
-        inner = gated(gates, states) if is_silu(self.act_fn) else None
-        inner = self.act_fn(gates) * states if inner is None else inner
+        inner = silu_gate(gates, states) if is_silu(self.act_fn) else self.act_fn(gates) * states
         return apply_expert_linear(self.down_proj, inner, vectors.get("down_proj"))

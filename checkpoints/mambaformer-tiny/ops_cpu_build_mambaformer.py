@@ -19,13 +19,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import overload
 
 import torch
-from torch import nn
 
 from .files_mambaformer import cache_folder, check_private_file, private_folder, temporary_beside
-from .library_mambaformer import is_every_operation_seen
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +41,6 @@ CAPABILITIES = {
 THREADING = (("-fopenmp",), ())
 SECONDS_TO_COMPILE, SECONDS_TO_ANSWER = 300, 30
 USUAL_SECONDS = "10 to 30"  # for all kernels, on machines of 2 to 8 cores
-
-PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 _lock = threading.Lock()
 _libraries: dict[str, ctypes.CDLL | None] = {}
@@ -71,33 +66,6 @@ def cpu_library(
             if source not in _libraries:
                 _libraries[source] = _load_or_compile(source, functions, values or {})
     return _libraries[source]
-
-
-def are_readable(*tensors: torch.Tensor | None) -> bool:
-    """Whether a kernel may read these: plain tensors on the CPU, and nobody who has to see every operation."""
-    if torch.compiler.is_compiling():
-        return False
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        # A tensor with the negative bit has the memory of another one with the opposite sign.
-        if not (type(tensor) in PLAIN_TENSORS and tensor.is_cpu) or tensor.is_neg():
-            return False
-    return not is_every_operation_seen()
-
-
-@overload
-def held(tensor: torch.Tensor) -> torch.Tensor: ...
-@overload
-def held(tensor: None) -> None: ...
-def held(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The same numbers, whose memory lives as long as the result: another thread may give a weight other memory."""
-    return None if tensor is None else tensor.detach()
-
-
-def is_differentiated(*tensors: torch.Tensor | None) -> bool:
-    """Whether a graph is recorded through any of these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _load_or_compile(source: str, functions: Sequence[str], values: Mapping[str, int]) -> ctypes.CDLL | None:
@@ -321,4 +289,4 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-__all__ = ["SWITCH", "are_readable", "cpu_library", "held", "is_differentiated"]
+__all__ = ["SWITCH", "cpu_library"]
