@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .cache_mambaformer import MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
-from .convert import convert, save_blocks  # the name `convert` now means the function, no longer the package
+from .convert import convert, save_mamba_delta  # from here on `convert` is the function, not the package
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLibrary
 from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
 from .modeling_mambaformer import (
@@ -34,5 +34,5 @@ __all__ = [
     "MambaFormerPreTrainedModel",
     "PrefixCache",
     "convert",
-    "save_blocks",
+    "save_mamba_delta",
 ]

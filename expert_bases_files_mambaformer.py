@@ -1,7 +1,7 @@
-"""The folder of singular bases on disk: data that can be computed again, checked when it is read, bounded in size.
+"""The folder of singular bases on disk: a cache of bounded size, whose files are checked when they are read.
 
-Unlike the folder of compiled kernels it may be shared: a file holds numbers, not code, and is used only if it is shown
-to be the basis of the weight at hand, whoever wrote it.
+Unlike the folder of compiled kernels it may be shared between users: a file holds numbers, not code, and is used only
+if it passes a test of being the basis of the weight.
 """
 
 import logging
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files_mambaformer import is_sealed, read_tensors, remove_abandoned, sealed, write_tensors
+from .files_mambaformer import has_valid_checksum, read_tensors, remove_abandoned, with_checksum, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ USUAL_LIMIT = "4"
 MOST_HEADER_BYTES = 1024
 # After this part of the limit has been written the folder is measured again, for other processes write there too.
 PART_BETWEEN_MEASUREMENTS = 1 / 16
-NAME = re.compile(r"[0-9a-f]{64}\.safetensors")  # the folder may hold files of other kinds, which stay
+NAME = re.compile(r"[0-9a-f]{64}\.safetensors")  # other files in the folder stay
 
 PROBES = 4
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-10}  # float32 vectors are rounded by up to 6e-8
@@ -35,10 +35,10 @@ ROWS_AT_A_TIME = 8192
 
 
 def limit_in_bytes() -> int:
-    """What `$MAMBAFORMER_BASES_GB` (default 4) allows singular bases on disk; 0 keeps them off the disk.
+    """The size that `$MAMBAFORMER_BASES_GB` (default 4) allows for singular bases on disk; 0 writes none.
 
     Raises:
-        ValueError: it is no number, or below 0.
+        ValueError: the variable is not a number of at least 0.
     """
     text = os.environ.get(LIMIT) or USUAL_LIMIT
     try:
@@ -46,17 +46,19 @@ def limit_in_bytes() -> int:
     except ValueError:
         gigabytes = math.nan
     if not 0 <= gigabytes < math.inf:
-        raise ValueError(f"{LIMIT}={text!r} is no size in gigabytes: set it to a number such as {USUAL_LIMIT}, or 0.")
+        raise ValueError(
+            f"{LIMIT}={text!r} is not a size in gigabytes: set it to a number such as {USUAL_LIMIT}, or 0."
+        )
     return int(gigabytes * 1e9)
 
 
 class BasisFolder:
-    """Singular bases by the digest of their weight; the least recently used go first when the limit is reached.
+    """Singular bases by the digest of their weight; at the limit, the least recently used files are removed.
 
     Args:
-        path: the folder. One that cannot be written only costs time.
-        limit: bytes that all files may have together, by default `limit_in_bytes()`. Each process that writes may
-            exceed it by a sixteenth before it notices.
+        path: the folder. If it cannot be written, bases are computed again in each process.
+        limit: total size of all files in bytes, by default `limit_in_bytes()`. Each process that writes may exceed it
+            by a sixteenth.
     """
 
     def __init__(self, path: Path, limit: int | None = None):
@@ -69,7 +71,7 @@ class BasisFolder:
         return self.path / f"{digest}.safetensors"
 
     def read(self, digest: str, weight: Tensor) -> dict[str, Tensor] | None:
-        """`vectors` (n, n) and `values` (n,) of a `weight` (out, in); `None` if there is no valid file of them."""
+        """`vectors` (n, n) and `values` (n,) of a `weight` (out, in); `None` if there is no valid file."""
         path = self.path_of(digest)
         try:
             if not _may_be_read(path, weight):
@@ -77,15 +79,17 @@ class BasisFolder:
             tensors, header = read_tensors(path, BASIS_FORMAT, FORMAT_VERSION, "`prepare_expert_vectors`")
         except (OSError, ValueError):
             return None
-        # The weight is named inside too, so that a renamed file is not used.
-        if header.get("weight") != digest or not is_sealed(header, tensors) or not is_basis_of(tensors, weight):
+        # The header names the weight too, so that a renamed file is not used.
+        if header.get("weight") != digest or not has_valid_checksum(header, tensors):
             return None
-        with suppress(OSError):  # another user's file
-            os.utime(path)  # times of access are not kept by every file system
+        if not is_basis_of(tensors, weight):
+            return None
+        with suppress(OSError):  # the file may belong to another user
+            os.utime(path)  # not every file system keeps times of access
         return tensors
 
     def write(self, digest: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the basis is on disk now."""
+        """Writes a basis; returns whether it is on disk."""
         size = sum(tensor.nbytes for tensor in tensors.values()) + MOST_HEADER_BYTES
         if not self._is_writable or size > self.limit:
             return False
@@ -94,7 +98,7 @@ class BasisFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._room < size:
                 self._make_room(size)
-            write_tensors(self.path_of(digest), tensors, sealed(header, tensors))
+            write_tensors(self.path_of(digest), tensors, with_checksum(header, tensors))
             self._room -= size
         except OSError as error:
             self._is_writable = False
@@ -113,21 +117,21 @@ class BasisFolder:
         for _, each_size, path in files:
             if total + size <= self.limit:
                 break
-            path.unlink(missing_ok=True)  # another process may have removed it
+            path.unlink(missing_ok=True)  # another process may remove files too
             total -= each_size
         self._room = max(size, min(self.limit - total, int(self.limit * PART_BETWEEN_MEASUREMENTS)))
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
+        files = []
         for entry in os.scandir(self.path):
             if NAME.fullmatch(entry.name):
                 with suppress(FileNotFoundError):
-                    found.append((Path(entry.path), entry.stat(follow_symlinks=False)))
-        return found
+                    files.append((Path(entry.path), entry.stat(follow_symlinks=False)))
+        return files
 
 
 def _may_be_read(path: Path, weight: Tensor) -> bool:
-    """A file of the size that the basis of `weight` has: others could fill the memory, and a pipe blocks forever."""
+    """Whether this is a regular file of the size of the basis of `weight`: others could fill the memory, or block."""
     about, narrow = path.stat(), min(weight.shape)
     data = narrow * (narrow + 1) * _dtype_of_basis(weight).itemsize
     return stat.S_ISREG(about.st_mode) and data < about.st_size <= data + MOST_HEADER_BYTES
@@ -141,27 +145,27 @@ def is_basis_of(tensors: Mapping[str, Tensor], weight: Tensor) -> bool:
     """Whether these are `vectors` (n, n) and `values` (n,), descending, on the narrow side of `weight`.
 
     Orthonormality and the equation of singular vectors, W^T W Q = Q S^2, are tested on random vectors (Freivalds,
-    1977), so a check reads the weight and the basis once, and nobody can prepare a wrong file for it. Directions whose
-    singular values are below a thousandth of the largest may turn into each other unnoticed.
+    1977): the test reads the weight and the basis once, and no wrong file can be prepared for it. It does not notice
+    rotations among directions whose singular values are below a thousandth of the largest.
     """
     narrow, dtype = min(weight.shape), _dtype_of_basis(weight)
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if shapes != {"vectors": ((narrow, narrow), dtype), "values": ((narrow,), dtype)}:
         return False
-    # In float64: products in float32 have as few bits as `torch.set_float32_matmul_precision` says.
+    # In float64, because `torch.set_float32_matmul_precision` may reduce the precision of products in float32.
     vectors, values = tensors["vectors"].double(), tensors["values"].double()
     if not (vectors.isfinite().all() and values.isfinite().all() and values[-1] >= 0 and (values.diff() <= 0).all()):
         return False
-    seed = int.from_bytes(os.urandom(7))
+    seed = int.from_bytes(os.urandom(7), "little")
     probes = torch.randn(
         narrow, PROBES, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(seed)
     )
     probes /= probes.norm(dim=0)
     turned = vectors @ probes
     largest = values[0] if values[0] > 0 else 1.0
-    found = _gram_times(weight, turned, largest)
+    product = _gram_times(weight, turned, largest)
     expected = vectors @ ((values / largest).square()[:, None] * probes)
-    errors = torch.cat([vectors.mT @ turned - probes, found - expected], dim=1).norm(dim=0)
+    errors = torch.cat([vectors.mT @ turned - probes, product - expected], dim=1).norm(dim=0)
     return bool((errors <= TOLERANCE[dtype]).all())
 
 

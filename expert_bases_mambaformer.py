@@ -1,6 +1,6 @@
 """Singular bases of weights: the singular vectors on a weight's narrow side, computed once for each content.
 
-`expert_linear_mambaformer` computes linear modules with them; here they are computed, kept in memory and on disk.
+They are kept in memory and on disk. `expert_linear_mambaformer` computes linear modules with them.
 """
 
 import logging
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -30,10 +30,12 @@ from .weights_version_mambaformer import stamp_of
 
 logger = logging.getLogger(__name__)
 
-# Matrices up to this size are computed side by side, one thread each; larger ones one by one on all threads.
+Weight: TypeAlias = Tensor | QuantizedMatrix
+
+# Bases of weights up to this size are computed in parallel, one thread each; larger ones in turn on all threads.
 SIDE_BY_SIDE = 2048
 MOST_WORKERS = 8
-# Narrow sides cubed, added up: less takes about a second at most, and is done without a line in the log or a bar.
+# Narrow sides cubed, added up: less work takes about a second at most, and gets neither a line in the log nor a bar.
 WORTH_TELLING = 2e9
 # Rows of a tall matrix that are reduced at a time: bounds the memory that the basis of a vocabulary matrix needs.
 REDUCTION_ROWS = 8192
@@ -60,29 +62,36 @@ class SingularBasis:
         return self.values.numel()
 
     def cut(self, rank: int) -> "SingularBasis":
-        """The first `rank` directions, as views. Errors: ValueError for a rank that the basis does not have."""
+        """The first `rank` directions, as views.
+
+        Raises:
+            ValueError: the basis has fewer directions.
+        """
         if _checked_rank(rank, self.rank) == self.rank:
             return self
         return SingularBasis(self.vectors[:, :rank], self.values[:rank], self.side)
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> "SingularBasis":
-        """The vectors in `dtype`; compact, so that what comes back does not keep a larger basis alive."""
+        """The basis with vectors in `dtype`; contiguous, so that the result does not keep a larger basis in memory."""
         values = self.values.to(device).contiguous()
         return SingularBasis(self.vectors.to(device, dtype).contiguous(), values, self.side)
 
 
 def side_of(out_features: int, in_features: int) -> str:
-    """The narrow side of a weight (out, in), on which its basis lives; square weights count as "input"."""
+    """The narrow side of a weight (out, in), which its basis spans; "input" for square weights."""
     return "input" if out_features >= in_features else "output"
 
 
 def compute_basis(weight: Tensor, rank: int | None = None) -> SingularBasis:
-    """The singular basis of a weight (out, in), in float32 (float64 for float64), all of it or the first `rank`.
+    """The singular basis of a weight (out, in), in float32 (float64 for float64): all directions or the first `rank`.
 
-    Up to float32 it is the eigenvectors of W^T W in float64, where squares of float32 singular values keep more digits
-    than an SVD in float32 has, in less time. For float64 the long side is first reduced to a triangle with the same
-    singular values and narrow-side vectors (QR, block by block: TSQR, Demmel et al., UCB/EECS-2008-74). Either way
-    memory stays near that of an n x n decomposition. Errors: ValueError for a weight or rank that has no basis.
+    Up to float32 the eigenvectors of W^T W are computed in float64, where squares of float32 singular values keep more
+    digits than an SVD in float32 has, in less time. For float64 the long side is first reduced to a triangle with the
+    same singular values and narrow-side vectors (QR by blocks of rows: TSQR, Demmel et al., UCB/EECS-2008-74). Both
+    need about the memory of an n x n decomposition.
+
+    Raises:
+        ValueError: the weight or the rank has no basis.
     """
     _check_weight(weight)
     side = side_of(*weight.shape)
@@ -90,7 +99,7 @@ def compute_basis(weight: Tensor, rank: int | None = None) -> SingularBasis:
     rank = _checked_rank(rank, tall.shape[1])
     values, vectors = (_of_triangle if tall.dtype == torch.float64 else _of_gram)(tall)
     dtype = at_least_float32(weight.dtype)
-    # By columns first: a cut and a whole basis then hold the same numbers.
+    # Columns are selected before the cast, so that a cut basis has the same numbers as the full one.
     return SingularBasis(
         vectors[:, :rank].to(weight.device, dtype).contiguous(), values[:rank].to(weight.device, dtype), side
     )
@@ -130,12 +139,12 @@ def _triangle(tall: Tensor) -> Tensor:
     return triangle
 
 
-def _check_weight(weight: Tensor):
+def _check_weight(weight: Weight):
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point() or weight.is_meta:
         raise ValueError(
             f"A singular basis needs a floating-point weight (out, in), got {weight.dtype} of shape "
-            f"{tuple(weight.shape)} on {weight.device}: load the model without quantization, or "
-            "quantized by torchao, bitsandbytes or quanto."
+            f"{tuple(weight.shape)} on {weight.device}: load the model without quantization, or quantize it by "
+            "torchao, bitsandbytes or quanto."
         )
 
 
@@ -147,12 +156,12 @@ def _checked_rank(rank: int | None, most: int) -> int:
 
 
 class _NoBasis(ValueError):
-    """Names the module, and why its weight has no singular basis."""
+    """A weight has no singular basis; the message names its module."""
 
 
 @contextmanager
-def _undisturbed(name: str):
-    """Errors name the module, and bases made while only inferring can still be trained through later."""
+def _computing_basis_of(name: str):
+    """Context whose errors name the module, and outside of inference mode, so that autograd can use the bases."""
     with torch.inference_mode(False), torch.no_grad():
         try:
             yield
@@ -164,26 +173,25 @@ def _undisturbed(name: str):
 
 @dataclass
 class _Entry:
-    """What is known of one weight: its content's digest and the bases in memory."""
+    """One weight: the digest of its content, and its bases in memory."""
 
     digest: str
     form: tuple  # shape and dtype
     stamp: tuple = ()
-    weight: Callable[[], Tensor | None] = field(default=lambda: None)
+    weight: Callable[[], Weight | None] = field(default=lambda: None)
     casts: dict[tuple, SingularBasis] = field(default_factory=dict)
-    unsaved: SingularBasis | None = None  # the whole basis, only where it is not on disk
-    is_changed: bool = False  # it had other numbers before: it is being trained
+    unsaved: SingularBasis | None = None  # the full basis, if it is not on disk
+    is_changed: bool = False  # the weight had other values before: it is being trained
 
 
 @dataclass
 class _Request:
-    """A basis that was asked for: of which content, how much of it, and in which form."""
+    """A request for the first `rank` directions of a weight's basis, in a dtype on a device."""
 
     name: str
     entry: _Entry
     rank: int
     cast_to: tuple[torch.dtype, torch.device]
-    whole: Future | None = None  # of the whole basis and whether it was computed
 
     @property
     def is_in_memory(self) -> bool:
@@ -196,31 +204,31 @@ class _Request:
             return basis.cut(self.rank)
         return None if self.entry.unsaved is None else self.keep(self.entry.unsaved)
 
-    def keep(self, whole: SingularBasis) -> SingularBasis:
-        basis = self.entry.casts[self.cast_to] = whole.cut(self.rank).to(*self.cast_to)
+    def keep(self, full: SingularBasis) -> SingularBasis:
+        basis = self.entry.casts[self.cast_to] = full.cut(self.rank).to(*self.cast_to)
         return basis
 
 
 class _Progress:
-    """One line in the log and a bar, from the first basis on that has to be computed.
+    """One line in the log and a progress bar, which start at the first basis that has to be computed.
 
-    `is_shown`: of the bar; `None` shows it where the line is written, if the work may take more than about a second.
+    `is_shown` switches the bar; `None` shows it together with the line, if the work may take more than a second.
     """
 
     def __init__(self, total: int, kept: str, is_shown: bool | None):
         self.total, self.done, self.kept, self.is_shown = total, 0, kept, is_shown
-        self.is_told = False
-        self.bar: Any = None
+        self.is_logged = False
+        self.bar: tqdm | None = None
         self.lock = threading.Lock()
 
     def begin(self, size: int, is_changed: bool) -> None:
-        """Called before a basis (`size`, `size`) is computed; `is_changed`: not for the first time in this process."""
+        """Called before a basis (`size`, `size`) is computed; `is_changed`: of a weight that had another basis."""
         with self.lock:
             most = self.total - self.done
-            # Asked each time: the first weights may be small ones.
+            # Tested for each basis, because the first weights may be small.
             is_long = most * size**3 > WORTH_TELLING and not is_changed
-            if is_long and not self.is_told:
-                self.is_told = True
+            if is_long and not self.is_logged:
+                self.is_logged = True
                 logger.warning(
                     "Computing the singular bases of up to %d weights for expert vectors, once for these weights: "
                     "they are %s.",
@@ -229,7 +237,7 @@ class _Progress:
                 )
             if self.bar is None and (is_long if self.is_shown is None else self.is_shown):
                 is_terminal = sys.stderr is not None and sys.stderr.isatty()
-                interval = 0.1 if is_terminal else 5.0  # seconds; in a file every step would be a line
+                interval = 0.1 if is_terminal else 5.0  # seconds; in a file each update is a line
                 self.bar = tqdm(total=most, desc="Singular bases", mininterval=interval)
 
     def step(self) -> None:
@@ -249,13 +257,13 @@ class _Progress:
 class SingularBases:
     """The bases of a model's weights, computed once per content: kept in memory by name and on disk by digest.
 
-    A weight that is changed in place or replaced gets a new basis at the next `get`; a change through `weight.data`
-    leaves no trace, and is seen after `look_again`. Bases of changed weights stay off the disk unless `prepare` asks
-    for them: training changes all of them at each step. Safe to share between threads.
+    A weight that is changed in place or replaced gets a new basis at the next `get`. A write through `weight.data`
+    leaves no trace, and takes effect after `look_again`. Bases of changed weights are not written to disk, because
+    training changes all weights in each step; `prepare` writes them. Threads may share it.
 
     Args:
-        cache_dir: folder of the disk cache, by default `cache_folder("singular_bases")`. A folder that cannot be
-            written only costs time. `$MAMBAFORMER_BASES_GB` limits its size.
+        cache_dir: folder of the disk cache, by default `cache_folder("singular_bases")`. If it cannot be written,
+            each process computes the bases itself. `$MAMBAFORMER_BASES_GB` limits its size.
     """
 
     def __init__(self, cache_dir: str | os.PathLike | None = None):
@@ -263,10 +271,10 @@ class SingularBases:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
         self._disk = BasisFolder(self.cache_dir)
-        self._writes: Any = None
+        self._writes: int | None = None
 
-    def look_again(self, writes: Any):
-        """Has every weight's content looked at again if `writes`, a stamp of writes that leave no trace, changed."""
+    def look_again(self, writes: int):
+        """Compares the content of every weight again if `writes`, a stamp of writes that leave no trace, changed."""
         with self._lock:
             if writes != self._writes:
                 self._writes = writes
@@ -289,27 +297,31 @@ class SingularBases:
     ) -> SingularBasis:
         """The basis of `weight` (the module's own parameter), cut to `rank`, in `dtype` on `device`.
 
-        Default: all of it, in float32 (float64 for float64), on the weight's device. Errors: ValueError.
+        Default: all directions, in float32 (float64 for float64), on the weight's device.
+
+        Raises:
+            ValueError: the weight or the rank has no basis.
         """
-        with self._lock, _undisturbed(name):
+        with self._lock, _computing_basis_of(name):
             request = self._request(name, weight, rank, dtype, device)
             basis = request.from_memory()
             if basis is None:
                 with self._progress(1, False) as progress:
-                    basis = request.keep(self._finish(request, *self._find(request, weight, progress)))
+                    basis = request.keep(self._finish(request, *self._read_or_compute(request, weight, progress)))
             return basis
 
     def get_all(
         self,
-        weights: Mapping[str, Callable[[], Tensor]],
+        weights: Mapping[str, Callable[[], Weight]],
         ranks: Mapping[str, int] | None = None,
         in_weights_dtype: bool = False,
     ) -> dict[str, SingularBasis]:
-        """All of `get`; what is missing is computed side by side, and long work is told in the log and by a bar.
+        """`get` for many weights; missing bases are computed in parallel, and long work shows a progress bar.
 
         Args:
-            weights: gives a weight when it is called: once, in order, so that not all have to be in memory.
-            ranks: how many directions of each; default: all.
+            weights: functions that return a weight. Each is called once, in order, so that not all weights have to be
+                in memory.
+            ranks: the number of directions of each basis; default: all.
             in_weights_dtype: bases in the dtype of their weights instead of float32.
         """
         bases: dict[str, SingularBasis] = {}
@@ -318,30 +330,31 @@ class SingularBases:
 
     def visit_all(
         self,
-        weights: Mapping[str, Callable[[], Tensor]],
+        weights: Mapping[str, Callable[[], Weight]],
         visit: Callable[[str, SingularBasis], None],
         ranks: Mapping[str, int] | None = None,
         in_weights_dtype: bool = False,
     ) -> None:
-        """`get_all` for a function of name and basis, called while the processor's caches still hold the weight."""
+        """Calls `visit` with the name and the basis of each weight, while the processor's caches hold the weight."""
 
-        def use(request: _Request, whole: SingularBasis | None) -> None:
-            with _undisturbed(request.name):
-                basis = request.from_memory() if whole is None else request.keep(whole)
-            visit(request.name, basis)
+        def use(request: _Request, full: SingularBasis | None) -> None:
+            with _computing_basis_of(request.name):
+                basis = request.from_memory() if full is None else request.keep(full)
+            if basis is not None:
+                visit(request.name, basis)
 
         self._each(weights, use, ranks or {}, in_weights_dtype)
 
-    def prepare(self, named_weights: Mapping[str, Tensor | Callable[[], Tensor]], progress: bool | None = None):
-        """Compute the bases that are neither on disk nor in memory, and keep them on disk, so that `get` is quick.
+    def prepare(self, named_weights: Mapping[str, Weight | Callable[[], Weight]], progress: bool | None = None):
+        """Computes the bases that are neither on disk nor in memory, and writes them to disk, so that `get` is quick.
 
-        `progress`: a bar; default: only if something is to be computed.
+        `progress` shows a bar; default: if a basis has to be computed.
         """
-        weights = {name: given if callable(given) else partial(_same, given) for name, given in named_weights.items()}
+        weights = {name: each if callable(each) else partial(_same, each) for name, each in named_weights.items()}
 
-        def use(request: _Request, whole: SingularBasis | None) -> None:
+        def use(request: _Request, full: SingularBasis | None) -> None:
             entry = request.entry
-            with _undisturbed(request.name):
+            with _computing_basis_of(request.name):
                 if entry.unsaved is not None and self._save(entry.digest, entry.unsaved):
                     entry.unsaved = None
 
@@ -349,26 +362,26 @@ class SingularBases:
 
     def _each(
         self,
-        weights: Mapping[str, Callable[[], Tensor]],
+        weights: Mapping[str, Callable[[], Weight]],
         use: Callable[[_Request, SingularBasis | None], None],
         ranks: Mapping[str, int],
         in_weights_dtype: bool = False,
         is_shown: bool | None = None,
     ) -> None:
-        """Calls `use` with each request, and with the basis if it was not in memory."""
-        waiting: deque[_Request] = deque()
+        """Calls `use` with each request, and with the full basis if none was in memory."""
+        waiting: deque[tuple[_Request, Future]] = deque()
 
         def finish() -> None:
-            request = waiting.popleft()
-            with _undisturbed(request.name):
-                whole = self._finish(request, *request.whole.result())
-            use(request, whole)
+            request, result = waiting.popleft()
+            with _computing_basis_of(request.name):
+                full = self._finish(request, *result.result())
+            use(request, full)
 
         workers = min(torch.get_num_threads(), MOST_WORKERS, len(weights))
         progress = self._progress(len(weights), is_shown)
         with self._lock, progress, SideBySide(workers) as threads:
             for name, weight_of in weights.items():
-                with _undisturbed(name):
+                with _computing_basis_of(name):
                     weight = weight_of()
                     dtype = weight.dtype if in_weights_dtype else None
                     request = self._request(name, weight, ranks.get(name), dtype)
@@ -377,8 +390,8 @@ class SingularBases:
                     progress.step()
                     continue
                 is_small = weight.device.type == "cpu" and min(weight.shape) <= SIDE_BY_SIDE
-                request.whole = (threads.submit if is_small else completed)(self._find, request, weight, progress)
-                waiting.append(request)
+                submit = threads.submit if is_small else completed
+                waiting.append((request, submit(self._read_or_compute, request, weight, progress)))
                 if len(waiting) > 2 * workers:
                     finish()
             while waiting:
@@ -391,7 +404,7 @@ class SingularBases:
     def _request(
         self,
         name: str,
-        weight: Tensor,
+        weight: Weight,
         rank: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -401,11 +414,11 @@ class SingularBases:
         cast_to = (dtype or at_least_float32(weight.dtype), torch.device(device or weight.device))
         return _Request(name, self._entry(name, weight), rank, cast_to)
 
-    def _find(self, request: _Request, weight: Tensor, progress: _Progress) -> tuple[SingularBasis, bool]:
-        """The whole basis, on the CPU, and whether it was computed; runs in any thread."""
-        with _undisturbed(request.name):
-            is_of_module = isinstance(weight, QuantizedMatrix)
-            matrix, entry = weight.values() if is_of_module else dequantized(weight), request.entry
+    def _read_or_compute(self, request: _Request, weight: Weight, progress: _Progress) -> tuple[SingularBasis, bool]:
+        """The full basis, on the CPU, and whether it was computed; runs in any thread."""
+        with _computing_basis_of(request.name):
+            matrix = weight.values() if isinstance(weight, QuantizedMatrix) else dequantized(weight)
+            entry = request.entry
             tensors = self._disk.read(entry.digest, matrix)
             if tensors is not None:
                 basis = SingularBasis(tensors["vectors"], tensors["values"], side_of(*matrix.shape))
@@ -415,19 +428,19 @@ class SingularBases:
             progress.step()
             return basis, tensors is None
 
-    def _finish(self, request: _Request, whole: SingularBasis, is_computed: bool) -> SingularBasis:
+    def _finish(self, request: _Request, full: SingularBasis, is_computed: bool) -> SingularBasis:
         entry = request.entry
-        if is_computed and (entry.is_changed or not self._save(entry.digest, whole)):
-            entry.unsaved = whole
-        return whole
+        if is_computed and (entry.is_changed or not self._save(entry.digest, full)):
+            entry.unsaved = full
+        return full
 
     def _save(self, digest: str, basis: SingularBasis) -> bool:
         return self._disk.write(digest, {"vectors": basis.vectors, "values": basis.values})
 
-    def _entry(self, name: str, weight: Tensor) -> _Entry:
+    def _entry(self, name: str, weight: Weight) -> _Entry:
         entry = self._entries.get(name)
         stamp = (stamp_of(weight), weight.shape, weight.dtype, weight.device)
-        # The stamp alone could come back: a new tensor may be put where a freed one was.
+        # A new tensor in the memory of a freed one may have the same stamp.
         if entry is not None and entry.stamp == stamp and entry.weight() is weight:
             return entry
         content = weight.values() if isinstance(weight, QuantizedMatrix) else portable(weight)
@@ -437,12 +450,12 @@ class SingularBases:
             is_changed = entry is not None and entry.form == form
             entry = self._entries[name] = _Entry(digest, form, is_changed=is_changed)
         elif entry.stamp and entry.stamp[-1] != weight.device:
-            entry.casts.clear()  # the model has moved, and takes its bases along
+            entry.casts.clear()  # the model has moved to another device
         entry.stamp, entry.weight = stamp, weakref.ref(weight)
         return entry
 
 
-def _same(weight: Tensor) -> Tensor:
+def _same(weight: Weight) -> Weight:
     return weight
 
 

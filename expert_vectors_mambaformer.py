@@ -1,4 +1,4 @@
-"""Expert vectors: one scale per singular value of a frozen weight, their files, and the library of a model.
+"""Expert vectors: one scale per singular value of a frozen weight; a file of one; the library of a model.
 
 For a weight `W = U diag(s) V^T`, a vector `z` means `W' = U diag(s * z) V^T` (SVF, Transformer-squared,
 arXiv 2501.06252); `z = 1` is the base. `expert_linear_mambaformer` computes with it.
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeGuard, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ EXPERT_FORMAT = "mambaformer.expert_vector"
 FORMAT_VERSION = 1
 SPECTRUM_LENGTH = 4
 SPECTRUM_TOLERANCE = 0.05
-MOST_MISSPELT = 5  # with more unknown modules it belongs to another model
+MOST_MISSPELT = 5  # an expert vector with more unknown modules belongs to another model
 # A gated MLP multiplies three scaled modules and the next norm squares the result: MAX_SCALE**6 = 1e24, times weights
 # and activations, stays within the 3.4e38 of float32.
 MAX_SCALE = 1e4
 
+VectorLike: TypeAlias = Tensor | np.ndarray | Sequence[float]
 ExpertKey: TypeAlias = str | tuple[str, ...] | None
 
 
@@ -41,8 +42,8 @@ def _copy_of_vector(vector: Tensor) -> Tensor:
     return vector.detach().to("cpu", at_least_float32(vector.dtype), copy=True).contiguous()
 
 
-def _as_tensor(name: Any, value: Any) -> Tensor:
-    """A tensor as it is; numbers in a list or an array as a tensor."""
+def _as_tensor(name: object, value: object) -> Tensor:
+    """A tensor is returned as it is; a list or an array becomes a tensor."""
     try:
         if isinstance(value, (list, tuple)):
             return torch.tensor(value, dtype=torch.float64, device="cpu").float()
@@ -56,9 +57,9 @@ def _as_tensor(name: Any, value: Any) -> Tensor:
     return value
 
 
-def _check_vector(name: Any, vector: Tensor):
+def _check_vector(name: object, vector: Tensor):
     if not isinstance(name, str) or not name:
-        raise ValueError(f"An expert vector's keys are names of linear modules, got {name!r}.")
+        raise ValueError(f"Keys of an expert vector must be names of linear modules, got {name!r}.")
     if vector.ndim != 1 or not vector.numel() or not vector.is_floating_point():
         raise ValueError(
             f"The vector of `{name}` must be floating point, of shape (rank,) with rank >= 1, got {vector.dtype} of "
@@ -69,8 +70,8 @@ def _check_vector(name: Any, vector: Tensor):
         raise ValueError(f"The vector of `{name}` has NaN or infinite entries: it cannot scale a weight.")
     if (values.abs() > MAX_SCALE).any():
         raise ValueError(
-            f"The vector of `{name}` has the scale {values.abs().max():.3g}, and {MAX_SCALE:.0e} is the largest whose "
-            "products stay finite: 1 leaves a singular value as it is."
+            f"The vector of `{name}` has the scale {values.abs().max():.3g}, and {MAX_SCALE:.0e} is the largest "
+            "scale whose products stay finite: give scales near 1, which leaves a singular value as it is."
         )
 
 
@@ -91,31 +92,31 @@ BASE_FINGERPRINT = _fingerprint({})
 
 
 class ExpertVector:
-    """A re-tuning of a model: the vector `z` of each linear module that it changes, 1 being the base.
+    """Re-tunes a model by a vector `z` for each linear module that it scales; a scale of 1 is the base.
 
-    Source: SVF (arXiv 2501.06252). Its identity is its content: see `fingerprint`.
+    Source: SVF (arXiv 2501.06252). Two expert vectors are equal if their content is: see `fingerprint`.
 
     Args:
         vectors: module name (`"model.layers.0.self_attn.q_proj"`) -> `z` of shape (rank,), a tensor, array or list,
-            for the singular values in descending order; those beyond `rank` keep scale 1, as do the modules that are
-            left out. Stored as float32 (float64 if given as a tensor or array) copies on the CPU; tensors that
-            require grad are kept as they are.
-        name, metadata: labels (`metadata` as JSON can hold it), no part of the identity.
+            for the singular values in descending order. Singular values beyond `rank` and modules that are left out
+            keep scale 1. Stored as copies on the CPU, in float32 (float64 if passed as a tensor or array of float64);
+            tensors that require grad are stored as they are.
+        name, metadata: labels, which equality ignores; `metadata` must fit into JSON.
 
     Raises:
         TypeError, ValueError: a vector that is not finite, floating-point and of shape (rank,), rank >= 1.
     """
 
-    def __init__(self, vectors: Mapping[str, Tensor], name: str | None = None, metadata: dict | None = None):
+    def __init__(self, vectors: Mapping[str, VectorLike], name: str | None = None, metadata: dict | None = None):
         if not isinstance(vectors, Mapping):
             raise TypeError(f"`vectors` must map module names to tensors, got {type(vectors).__name__}.")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"`name` must be a string, got {type(name).__name__}.")
-        vectors = {key: _as_tensor(key, vector) for key, vector in vectors.items()}
-        for key, vector in vectors.items():
+        tensors = {key: _as_tensor(key, vector) for key, vector in vectors.items()}
+        for key, vector in tensors.items():
             _check_vector(key, vector)
-        self._vectors = {key: z if z.requires_grad else _copy_of_vector(z) for key, z in vectors.items()}
-        self._fingerprint: tuple[list[int], str] | None = None
+        self._vectors = {key: z if z.requires_grad else _copy_of_vector(z) for key, z in tensors.items()}
+        self._fingerprint: tuple[list[int | torch.SymInt], str] | None = None
         self.name = name
         self.metadata = _checked_metadata(metadata)
 
@@ -126,14 +127,14 @@ class ExpertVector:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether some vector is being trained, so that the content may change at any time."""
+        """Whether a vector is being trained, so that the content may change at any time."""
         return any(vector.requires_grad for vector in self._vectors.values())
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the effect: equal for equal effect, `BASE_FINGERPRINT` for the base.
+        """Hex SHA-256 of the scales that differ from 1; `BASE_FINGERPRINT` for the base.
 
-        Names, metadata, the float type, the order of modules, trailing ones and all-one vectors do not count.
+        Names, metadata, dtype, the order of modules, trailing ones and vectors of ones do not change it.
         """
         versions = [version_of(vector) for vector in self._vectors.values()]
         if self._fingerprint is None or self._fingerprint[0] != versions or self.requires_grad:
@@ -158,7 +159,7 @@ class ExpertVector:
         return len(self._vectors)
 
     def __bool__(self) -> bool:
-        return True  # without vectors it is the base
+        return True  # `len` is 0 for the base
 
     def __eq__(self, other: object) -> bool:
         if not is_expert_vector(other):
@@ -176,7 +177,7 @@ class ExpertVector:
         )
 
     def save(self, path: str | os.PathLike):
-        """Write a safetensors file, whole or not at all; a file that was there stays if writing fails."""
+        """Writes a safetensors file, atomically: if writing fails, an older file stays as it was."""
         header = {
             "format": EXPERT_FORMAT,
             "version": str(FORMAT_VERSION),
@@ -190,12 +191,12 @@ class ExpertVector:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExpertVector":
-        """Read what `save` wrote; nothing is ever unpickled.
+        """Reads a file that `save` wrote, without unpickling.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a pickle, a damaged or cut file, another kind of safetensors file, a newer version, or
-                vectors that are not what the header's fingerprint says.
+            ValueError: the file is a pickle, damaged, cut, of another kind or of a newer version, or its vectors do
+                not have the fingerprint in its header.
         """
         path = Path(path)
         if path.is_dir():
@@ -207,47 +208,52 @@ class ExpertVector:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid expert vector: {error}") from error
         if expert_vector.fingerprint != expected:
-            raise ValueError(f"{path} holds other vectors than were saved (fingerprint mismatch): it is damaged.")
+            raise ValueError(
+                f"{path} holds other vectors than were saved (fingerprint mismatch): fetch or save it again."
+            )
         labels = _digest_of_labels(header)
         if header.get("labels", labels) != labels:
-            raise ValueError(f"{path} holds another name or other metadata than were saved: it is damaged.")
+            raise ValueError(f"{path} holds another name or other metadata than were saved: save it again.")
         return expert_vector
 
     @classmethod
     def blend(cls, parts: Iterable[tuple[float, "ExpertVector"]], name: str | None = None) -> "ExpertVector":
-        """Mix expert vectors: `z = 1 + sum of weight * (z_e - 1)`, modules that one leaves out being 1.
+        """Mixes expert vectors: `z = 1 + sum of weight * (z_e - 1)`, with 1 for modules that one leaves out.
 
-        Source: the linear mixing of Transformer-squared (arXiv 2501.06252), taken around the base; it is the
-        paper's own wherever the weights add up to 1.
+        Source: the linear mixing of Transformer-squared (arXiv 2501.06252), taken around the base; both are the same
+        if the weights add up to 1.
         """
-        parts = _checked_parts(parts)
-        for _, expert_vector in parts:
+        terms: list[tuple[float, ExpertVector]] = []
+        for weight, expert_vector in _checked_parts(parts):
             if isinstance(expert_vector, str):
                 raise TypeError(f"{expert_vector!r} is a name: blend by name with `model.expert_vectors.blend`.")
             if not is_expert_vector(expert_vector):
                 raise TypeError(
-                    f"`blend` takes pairs (weight, expert vector), got {type(expert_vector).__name__} for the latter."
+                    "`blend` takes pairs (weight, expert vector), got "
+                    f"{type(expert_vector).__name__} for an expert vector."
                 )
-        parts = [(weight, expert_vector) for weight, expert_vector in parts if weight != 0]
-        if [weight for weight, _ in parts] == [1]:
-            return cls(parts[0][1].vectors, name)  # exact, where 1 + (z - 1) would round
-        keys = dict.fromkeys(key for _, expert_vector in parts for key in expert_vector.vectors)
-        return cls({key: _blend([(w, e.vectors[key]) for w, e in parts if key in e.vectors]) for key in keys}, name)
+            if weight != 0:
+                terms.append((weight, expert_vector))
+        if [weight for weight, _ in terms] == [1]:
+            return cls(terms[0][1].vectors, name)  # exact, where 1 + (z - 1) would round
+        keys = dict.fromkeys(key for _, expert_vector in terms for key in expert_vector.vectors)
+        return cls({key: _blend([(w, e.vectors[key]) for w, e in terms if key in e.vectors]) for key in keys}, name)
 
 
 # One expert vector as users pass it; `None` is the base.
-ExpertVectorLike: TypeAlias = ExpertVector | Mapping[str, Tensor] | str | None
+ExpertVectorLike: TypeAlias = ExpertVector | Mapping[str, VectorLike] | str | None
 ExpertVectorsLike: TypeAlias = ExpertVectorLike | list[ExpertVectorLike] | tuple[ExpertVectorLike, ...]
 # After names are looked up: one expert vector for all rows, or one for each row.
 ResolvedExpertVector: TypeAlias = ExpertVector | list[ExpertVector | None] | None
+T = TypeVar("T")
 
 
-def _checked_parts(parts: Iterable[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """The pairs of a blend, with weights that are finite numbers."""
-    parts = list(parts)
-    if not parts:
+def _checked_parts(parts: Iterable[tuple[float, T]]) -> list[tuple[float, T]]:
+    """The pairs of a blend, whose weights must be finite numbers."""
+    pairs = list(parts)
+    if not pairs:
         raise ValueError("There is nothing to blend: give a list of (weight, expert vector).")
-    for part in parts:
+    for part in pairs:
         if not isinstance(part, (tuple, list)) or len(part) != 2:
             raise TypeError(f"`blend` takes pairs (weight, expert vector), got {part!r}.")
         try:
@@ -256,7 +262,7 @@ def _checked_parts(parts: Iterable[tuple[float, Any]]) -> list[tuple[float, Any]
             raise TypeError(f"`blend` takes pairs (weight, expert vector), got {part[0]!r} for a weight.") from error
         if not is_finite:
             raise ValueError(f"Weights of a blend must be finite, got {part[0]}.")
-    return [tuple(part) for part in parts]
+    return [(weight, value) for weight, value in pairs]
 
 
 def _digest_of_labels(header: Mapping[str, str]) -> str:
@@ -269,22 +275,22 @@ def _checked_metadata(metadata: dict | None) -> dict:
     try:
         copy = json_of(json.dumps(metadata or {}, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`metadata` must be what JSON can hold: {error}.") from error
+        raise ValueError(f"`metadata` must fit into JSON: {error}.") from error
     _check_spectra(copy.get("spectrum", {}))
     return copy
 
 
-def _check_spectra(spectra: Any):
-    is_map = isinstance(spectra, dict)
-    if not is_map or not all(isinstance(values, list) and all(map(_is_size, values)) for values in spectra.values()):
+def _check_spectra(spectra: object):
+    lists = list(spectra.values()) if isinstance(spectra, dict) else [None]
+    if not all(isinstance(values, list) and all(map(_is_size, values)) for values in lists):
         raise ValueError(
             "`metadata['spectrum']` must map names of modules to lists of their first singular values (finite numbers "
             "of at least 0), as `model.spectrum(names)` returns them: leave it out, or use another key."
         )
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e300
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < 1e300
 
 
 def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
@@ -299,7 +305,7 @@ def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 def check_expert_vector(expert_vector: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
-    """Refuse an expert vector that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
+    """Refuses an expert vector that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
     unknown = [name for name in expert_vector.vectors if name not in sizes]
     if len(unknown) > MOST_MISSPELT:
         raise ValueError(
@@ -308,10 +314,10 @@ def check_expert_vector(expert_vector: ExpertVector, sizes: Mapping[str, tuple[i
         )
     if unknown:
         close = sorted({hint for name in unknown for hint in difflib.get_close_matches(name, sizes, n=2)})
-        hint = f" Did you mean {close}?" if close else f" Some that exist: {list(sizes)[:3]}."
+        hint = f" Did you mean {close}?" if close else f" The model has {list(sizes)[:3]} and others."
         raise ValueError(
-            f"{_named(expert_vector)} has vectors for modules that this model does not have: {unknown}.{hint} It may "
-            "belong to another model."
+            f"{_named(expert_vector)} has vectors for modules that this model does not have: {unknown}.{hint} The "
+            "expert vector may belong to another model."
         )
     for name, vector in expert_vector.vectors.items():
         if vector.numel() > min(sizes[name]):
@@ -326,40 +332,40 @@ def _named(expert_vector: ExpertVector) -> str:
 
 
 def spectrum_of(bases: Mapping[str, SingularBasis]) -> dict[str, list[float]]:
-    """The first singular values of each module: what training stores in `metadata["spectrum"]`."""
+    """The first singular values of each module, for `metadata["spectrum"]`."""
     return {name: basis.values[:SPECTRUM_LENGTH].tolist() for name, basis in bases.items()}
 
 
 def check_spectrum(expert_vector: ExpertVector, name: str, values: Tensor):
-    """Refuse an expert vector that was trained on other weights than module `name` has, as its spectrum tells.
+    """Refuses an expert vector whose spectrum shows that it was trained on other weights than module `name` has.
 
-    `values` are the module's singular values, and `metadata["spectrum"]` has the ones at training. A relative
-    deviation of more than 5% in the first values counts as other weights. Without a spectrum, nothing is checked.
+    `values` are the module's singular values; `metadata["spectrum"]` has its singular values at training. A deviation
+    of more than 5% in one of the first values is refused. Without a spectrum, nothing is checked.
     """
     spectra = expert_vector.metadata.get("spectrum", {})
-    _check_spectra(spectra)  # metadata may have been written since they were checked
+    _check_spectra(spectra)  # `metadata` is mutable
     expected = spectra.get(name)
     if not expected:
         return
-    found = values[:SPECTRUM_LENGTH].tolist()
-    # Values that are noise beside the first one say nothing about the weights.
+    first = values[:SPECTRUM_LENGTH].tolist()
+    # Much smaller values than the first one are noise.
     floor = 1e-3 * abs(expected[0])
-    if any(not abs(a - b) <= max(SPECTRUM_TOLERANCE * abs(b), floor) for a, b in zip(found, expected, strict=False)):
+    if any(not abs(a - b) <= max(SPECTRUM_TOLERANCE * abs(b), floor) for a, b in zip(first, expected, strict=False)):
         raise ValueError(
             f"{_named(expert_vector)} was trained on other weights: the singular values of `{name}` start with "
-            f"{found}, those it was trained on with {expected}. Use it with the model that it was trained on."
+            f"{first}, and with {expected} in the weights of its training. Use it with the model of its training."
         )
 
 
-def is_expert_vector(value: Any) -> bool:
-    """Whether `value` is an expert vector, be it of another copy of this module (remote code may load two)."""
+def is_expert_vector(value: object) -> TypeGuard[ExpertVector]:
+    """Whether `value` is an expert vector, also one of another copy of this module (remote code may load two)."""
     return hasattr(value, "vectors") and hasattr(value, "fingerprint")
 
 
 class ExpertVectorLibrary:
-    """Expert vectors by name. Safe to share between threads.
+    """Expert vectors by name. Threads may share it.
 
-    Names are file names too: letters, digits, `-`, `_` and `.`, not starting with a dot.
+    Names become file names: letters, digits, `-`, `_` and `.`, not starting with a dot.
     """
 
     def __init__(self):
@@ -369,31 +375,30 @@ class ExpertVectorLibrary:
     def names(self) -> list[str]:
         return list(self._entries)
 
-    def add(self, name: str | ExpertVector, expert_vector: ExpertVector | Mapping[str, Any] | None = None):
-        """Keeps an expert vector under a name, replacing the one that had it, and returns it.
+    def add(
+        self, name: str | ExpertVector, expert_vector: ExpertVector | Mapping[str, VectorLike] | None = None
+    ) -> ExpertVector:
+        """Stores an expert vector under a name, where it replaces an older one, and returns it.
 
-        `add("bold", {"model.layers.0.mlp.down_proj": [1.5, 0.5]})` with the vectors of some modules, as a dict or an
-        `ExpertVector`; `add(expert_vector)` under the expert vector's own name.
+        `add("bold", {"model.layers.0.mlp.down_proj": [1.5, 0.5]})` takes a dict or an `ExpertVector`;
+        `add(expert_vector)` uses the expert vector's own name.
         """
         if isinstance(expert_vector, str):
             raise TypeError(f"The name comes first: `add({expert_vector!r}, ...)`.")
-        if expert_vector is None:
-            name, expert_vector = getattr(name, "name", None), name
-        if isinstance(expert_vector, Mapping):
-            expert_vector = ExpertVector(expert_vector)
-        if not is_expert_vector(expert_vector):
-            raise TypeError(f"An `ExpertVector` or a dict is needed, got {type(expert_vector).__name__}.")
-        name = checked_name(name)
-        expert_vector = expert_vector if expert_vector.name == name else _with_name(expert_vector, name)
-        self._entries[name] = expert_vector
-        return expert_vector
+        value = name if expert_vector is None else expert_vector
+        added = ExpertVector(value) if isinstance(value, Mapping) else value
+        if not is_expert_vector(added):
+            raise TypeError(f"An `ExpertVector` or a dict is needed, got {type(added).__name__}.")
+        key = checked_name(added.name if expert_vector is None else name)
+        self._entries[key] = added = added if added.name == key else _with_name(added, key)
+        return added
 
-    def blend(self, parts: Iterable[tuple[float, Any]], name: str | None = None) -> ExpertVector:
-        """`ExpertVector.blend` of whatever `expert_vector=` takes for a row: names too, dicts, None for the base."""
+    def blend(self, parts: Iterable[tuple[float, ExpertVectorLike]], name: str | None = None) -> ExpertVector:
+        """`ExpertVector.blend` of values that `expert_vector=` takes for a row: also names, dicts, None (the base)."""
         expert_vectors = [(weight, self._vectors_of(value)) for weight, value in _checked_parts(parts)]
         return ExpertVector.blend(expert_vectors, name)
 
-    def _vectors_of(self, value: Any) -> ExpertVector:
+    def _vectors_of(self, value: ExpertVectorLike) -> ExpertVector:
         if value is None:
             return ExpertVector({})
         if isinstance(value, str):
@@ -401,13 +406,13 @@ class ExpertVectorLibrary:
         return ExpertVector(value) if isinstance(value, Mapping) else value
 
     def load(self, path: str | os.PathLike, name: str | None = None) -> list[str]:
-        """Add a file, or every `*.safetensors` of a folder, all or none. Returns their names.
+        """Adds a file, or every `*.safetensors` of a folder, all or none. Returns their names.
 
-        `name` (for a file) defaults to the stored one, and that to the file's.
+        `name`, for a file, defaults to the stored name; without a stored name the file's name is used.
         """
         path = Path(path)
         if path.is_dir() and name is not None:
-            raise ValueError(f"{path} is a folder and its files have names: pass `name` only with one file.")
+            raise ValueError(f"{path} is a folder, whose files have names: pass `name` only with a file.")
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise ValueError(f"{path} holds no *.safetensors file: pass a folder of saved expert vectors.")
@@ -425,7 +430,8 @@ class ExpertVectorLibrary:
     def save(self, folder: str | os.PathLike):
         """Writes every expert vector as `{name}.safetensors`.
 
-        Errors: ValueError for names that some file systems take for one.
+        Raises:
+            ValueError: two names differ in case alone, so that some file systems would mix up their files.
         """
         folder, names = Path(folder), self.names
         twins = [name for name in names if [other.lower() for other in names].count(name.lower()) > 1]
@@ -461,18 +467,22 @@ class ExpertVectorLibrary:
         return f"{type(self).__name__}({self.names})"
 
     def _unknown(self, name: str) -> ValueError:
-        known = f"known are {sorted(self._entries)}" if self._entries else "there are none yet"
-        return ValueError(f"There is no expert vector named {name!r}; {known}. Add it with `load` or `add`.")
+        others = f"the library has {sorted(self._entries)}" if self._entries else "the library is empty"
+        return ValueError(f"There is no expert vector named {name!r}; {others}. Add it with `load` or `add`.")
 
 
-def checked_name(name: str | None) -> str:
-    """`name`, if it can name an expert vector and its file. Errors: ValueError."""
+def checked_name(name: object) -> str:
+    """Returns `name` if it can name an expert vector and its file.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if name is None:
         raise ValueError("The expert vector has no name: give one, as in `add(name, expert_vector)`.")
     if not isinstance(name, str) or not re.fullmatch(FILE_NAME, name):
         raise ValueError(
             f"{name!r} cannot name an expert vector, as it becomes a file name: use letters, digits, '-', '_' and '.' "
-            "(not at the start). `load(file, name=...)` gives a file another one."
+            "(not at the start). `load(file, name=...)` loads a file under another name."
         )
     return name
 
@@ -482,12 +492,15 @@ def _with_name(expert_vector: ExpertVector, name: str) -> ExpertVector:
 
 
 def resolve_expert_vector(
-    expert_vector: Any, library: ExpertVectorLibrary | None = None
-) -> ExpertVector | list | None:
-    """Resolves what a user passes as `expert_vector`: an expert vector, None for the base, or a list of one per row.
+    expert_vector: ExpertVectorsLike, library: ExpertVectorLibrary | None = None
+) -> ResolvedExpertVector:
+    """Resolves a user's `expert_vector`: an expert vector, `None` for the base, or a list with one of these per row.
 
-    Takes None, a name in `library`, an `ExpertVector`, a dict of tensors, or a list of these. One that scales nothing
-    is the base, unless it is being trained. Errors: TypeError, ValueError.
+    Takes None, a name in `library`, an `ExpertVector`, a dict of tensors, or a list of these. An expert vector of ones
+    becomes `None`, unless it is being trained.
+
+    Raises:
+        TypeError, ValueError: a value of another type, an empty list, or a name that the library does not have.
     """
     if isinstance(expert_vector, (list, tuple)):
         if not expert_vector:
@@ -496,16 +509,16 @@ def resolve_expert_vector(
     return _resolve_one(expert_vector, library)
 
 
-def _resolve_one(value: Any, library: ExpertVectorLibrary | None) -> ExpertVector | None:
+def _resolve_one(value: ExpertVectorLike, library: ExpertVectorLibrary | None) -> ExpertVector | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        if library is None:
-            raise ValueError(f"The expert vector {value!r} is given by name, but there is no library to find it in.")
+    if isinstance(value, str) and library is None:
+        raise ValueError(f"The expert vector {value!r} is passed by name, but there is no library to look it up in.")
+    if isinstance(value, str) and library is not None:
         value = library[value]
     elif isinstance(value, Mapping):
         value = ExpertVector(value)
-    elif not is_expert_vector(value):
+    if not is_expert_vector(value):
         raise TypeError(
             "`expert_vector` takes None, a name, an ExpertVector, a dict of tensors, or a list with one of these per "
             f"row, got {type(value).__name__}."
@@ -514,10 +527,19 @@ def _resolve_one(value: Any, library: ExpertVectorLibrary | None) -> ExpertVecto
     return value if is_trained or value.fingerprint != BASE_FINGERPRINT else None
 
 
-def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) -> str | tuple[str, ...]:
-    """Hashable identity of a resolved expert vector: a fingerprint, or a tuple of them if the rows differ.
+@overload
+def expert_key(resolved: ExpertVector | None, rows: int | None = None) -> str: ...
 
-    Errors: ValueError if `resolved` is a list that has not one entry for each of `rows`.
+
+@overload
+def expert_key(resolved: ResolvedExpertVector, rows: int | None = None) -> str | tuple[str, ...]: ...
+
+
+def expert_key(resolved: ResolvedExpertVector, rows: int | None = None) -> str | tuple[str, ...]:
+    """Hashable identity of a resolved expert vector: a fingerprint, or a tuple with one per row if the rows differ.
+
+    Raises:
+        ValueError: `resolved` is a list of another length than `rows`.
     """
     if not isinstance(resolved, list):
         return BASE_FINGERPRINT if resolved is None else resolved.fingerprint
@@ -529,9 +551,11 @@ def expert_key(resolved: ExpertVector | list | None, rows: int | None = None) ->
     return keys[0] if len(set(keys)) == 1 else keys
 
 
-def collapsed_key(keys: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    """The key of rows with these keys: `None` (base) or one key if all are the same, else a tuple."""
-    rows = [keys] if keys is None or isinstance(keys, str) else list(keys)
+def collapsed_key(keys: str | Sequence[str] | None) -> ExpertKey:
+    """The key of rows with these keys: `None` (base) or one key if all are equal, else a tuple."""
+    if keys is None:
+        return None
+    rows = [keys] if isinstance(keys, str) else list(keys)
     if len(set(rows)) > 1:
         return tuple(rows)
     return None if rows[0] == BASE_FINGERPRINT else rows[0]
@@ -539,8 +563,13 @@ def collapsed_key(keys: str | Sequence[str] | None) -> str | tuple[str, ...] | N
 
 __all__ = [
     "BASE_FINGERPRINT",
+    "ExpertKey",
     "ExpertVector",
     "ExpertVectorLibrary",
+    "ExpertVectorLike",
+    "ExpertVectorsLike",
+    "ResolvedExpertVector",
+    "VectorLike",
     "check_expert_vector",
     "check_spectrum",
     "checked_name",

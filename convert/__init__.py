@@ -2,15 +2,15 @@
 
 `conversion` has `convert`, `cli` the command `mambaformer-convert`. A source is a model or a folder (`sources`), or
 GGUF files (`gguf`, `rope`). A row of `families.FAMILIES` describes a family: the origin of each configuration field,
-the type of each layer, and the source's names of our tensors. `mamba_delta` stores trained Mamba weights without the
-model that they were trained in.
+the type of each layer, and the source's names of our tensors. `mamba_delta` stores the trained Mamba
+weights of a hybrid without the weights of its source.
 
 Model folders get no copy of this package. The attribute `mambaformer.convert` is the function `convert`; modules of
 this package are imported by name, as in `from mambaformer.convert.families import FAMILIES`.
 """
 
 from .conversion import convert
-from .mamba_delta import MambaBlocks, load_blocks, save_blocks
+from .mamba_delta import MambaDelta, load_mamba_delta, save_mamba_delta
 from .sources import find_smollm2
 
-__all__ = ["MambaBlocks", "convert", "find_smollm2", "load_blocks", "save_blocks"]
+__all__ = ["MambaDelta", "convert", "find_smollm2", "load_mamba_delta", "save_mamba_delta"]

@@ -10,12 +10,14 @@ from safetensors import SafetensorError
 from ..modeling_mambaformer import MambaFormerForCausalLM
 from .conversion import convert
 
+MAMBA_FIELDS = ("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank")
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `mambaformer-convert`; returns 0. An invalid argument or source exits with code 2 and one line of text."""
+    """Runs `mambaformer-convert`; returns 0. An invalid argument or source exits with code 2 and one line."""
     parser = _parser()
     args = parser.parse_args(argv)
-    mamba = {name: value for name, value in vars(args).items() if name.startswith("mamba_") and value is not None}
+    mamba = {name: getattr(args, name) for name in MAMBA_FIELDS if getattr(args, name) is not None}
     try:
         model = convert(
             args.source,
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
             output_dir=args.output,
             dtype=args.dtype,
             mamba=mamba,
-            blocks=args.blocks,
+            mamba_delta=args.mamba_delta,
             gguf_file=args.gguf_file,
             seed=args.seed,
         )
@@ -44,19 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("output", help="directory to write to")
     parser.add_argument("--gguf-file", help="name of the GGUF file inside the directory SOURCE")
     parser.add_argument(
-        "--upcycle", type=_upcycle, metavar="all|0,2,5", help="attention layers that get a Mamba block"
+        "--upcycle", type=_upcycle, metavar="all|0,2,5", help="attention layers that get a Mamba mixer"
     )
     parser.add_argument("--window", type=int, metavar="TOKENS", help="attention window of these layers")
     parser.add_argument(
-        "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that it always sees"
+        "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that every query sees"
     )
-    parser.add_argument("--blocks", metavar="FILE", help="trained Mamba blocks, instead of new ones")
+    parser.add_argument("--mamba-delta", metavar="FILE", help="trained Mamba weights, instead of new mixers")
     parser.add_argument("--dtype", help="dtype of the result, e.g. bfloat16; default: the source's")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new blocks' initial weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new mixers' initial weights")
     for name, meaning in (("state", "N"), ("conv", "K")):
-        parser.add_argument(f"--mamba-d-{name}", type=int, metavar=meaning, help=f"{meaning} of the new blocks")
-    parser.add_argument("--mamba-expand", type=_whole_or_not, metavar="E", help="E of the new blocks")
-    parser.add_argument("--mamba-dt-rank", type=int, metavar="R", help="R of the new blocks")
+        parser.add_argument(f"--mamba-d-{name}", type=int, metavar=meaning, help=f"{meaning} of the new mixers")
+    parser.add_argument("--mamba-expand", type=_number, metavar="E", help="E of the new mixers")
+    parser.add_argument("--mamba-dt-rank", type=int, metavar="R", help="R of the new mixers")
     return parser
 
 
@@ -68,7 +70,7 @@ def _upcycle(text: str) -> str | list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _whole_or_not(text: str) -> int | float:
+def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 

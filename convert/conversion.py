@@ -1,8 +1,10 @@
-"""`convert(source, ...)`: opens a source, builds the model that its configuration describes, copies the weights."""
+"""`convert(source, ...)`: opens a source, builds the model of its configuration, copies the weights."""
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,23 +15,23 @@ from ..files_folders_mambaformer import staged_folder
 from ..modeling_mambaformer import MambaFormerForCausalLM
 from .families import Family, check_rope
 from .gguf import source_of_gguf
-from .mamba_delta import MambaBlocks, block_fields, is_block, load_blocks
-from .sources import Source, Weights, check_output_dir, source_of_folder, source_of_model
+from .mamba_delta import MambaDelta, config_of, is_delta_tensor, load_mamba_delta, mamba_fields
+from .sources import Source, Tokenizer, Weights, check_output_dir, source_of_folder, source_of_model
 
-# The layer that an attention layer becomes when it is given a Mamba block.
+# The type of an attention layer after a Mamba mixer was added to it.
 UPCYCLED = {"full_attention": "hybrid", "sliding_attention": "hybrid_sliding"}
 
 
 def convert(
     source: nn.Module | str | os.PathLike,
     *,
-    upcycle: str | list[int] | None = None,
+    upcycle: str | Sequence[int] | None = None,
     window: int | None = None,
     num_sink_tokens: int = 0,
     output_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | str | None = None,
     mamba: dict[str, object] | None = None,
-    blocks: str | os.PathLike | None = None,
+    mamba_delta: str | os.PathLike | None = None,
     gguf_file: str | None = None,
     seed: int = 0,
 ) -> MambaFormerForCausalLM:
@@ -42,49 +44,51 @@ def convert(
         source: a Llama, Mistral, Qwen2, Mamba or dense Jamba model for causal language modeling, a directory that
             `from_pretrained` reads, or a `*.gguf` file with the architecture llama, qwen2, mamba or jamba; of a split
             model (`...-00001-of-00003.gguf`), any of its files.
-        upcycle: attention layers that get a Mamba block, `"all"` or their indices. The new block's output projection
-            starts at zero, so the hybrid computes what the source computes until it is trained.
-        window: attention window of these layers, besides the first `num_sink_tokens` tokens. The result no longer
-            computes the source's logits: train its Mamba blocks to recover what the window removes.
+        upcycle: attention layers that get a Mamba mixer, `"all"` or their indices. The new output projections start
+            at zero, so the logits are the source's until the model is trained.
+        window: attention window of these layers; the first `num_sink_tokens` tokens stay visible. The logits are no
+            longer the source's: train the new Mamba mixers to recover the tokens that the window removes.
         output_dir: where to save the result, with the tokenizer when `source` is a directory or a file.
         dtype: of the result, by default the source's.
-        mamba: `mamba_*` and `time_step_*` fields of the configuration for the new blocks.
-        blocks: a file of Mamba blocks that were trained with this source's weights (`save_blocks`). The file defines
-            the layers and the window, so `upcycle`, `window` and `mamba` must not be passed.
+        mamba: `mamba_*` and `time_step_*` fields of the configuration for the new mixers.
+        mamba_delta: a file of Mamba weights that were trained with this source's weights (`save_mamba_delta`). The
+            file defines the layers and the window, so `upcycle`, `window` and `mamba` must not be passed.
         gguf_file: name of the GGUF file inside the directory `source`.
-        seed: of the new blocks' initial weights.
+        seed: of the new mixers' initial weights.
 
     Raises:
-        ValueError: a family, field, tensor or argument that cannot be converted; the message names it.
+        ValueError: a family, field, tensor or argument cannot be converted; the message names it.
         TypeError: `source` is neither a model nor a path.
     """
-    found = _open(source, gguf_file)
-    check_output_dir(output_dir, found.folder)
+    opened = _open(source, gguf_file)
+    check_output_dir(output_dir, opened.folder)
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"`seed` must be an integer of 64 bits, got {seed!r}.")
-    trained = None if blocks is None else _trained(blocks, upcycle, window, num_sink_tokens, mamba)
-    if trained is not None:
-        upcycle, window, num_sink_tokens, mamba = _as_arguments(trained, found.family.layer_types(found.config))
-    config, new_layers = _target_config(found.family, found.config, upcycle, mamba, window, num_sink_tokens)
+    delta = None
+    if mamba_delta is not None:
+        delta = _load_delta(mamba_delta, upcycle, window, num_sink_tokens, mamba)
+        upcycle, window, num_sink_tokens, mamba = _as_arguments(delta, opened.family.layer_types(opened.config))
+    config, new_layers = _target_config(opened.family, opened.config, upcycle, mamba, window, num_sink_tokens)
     dtype = _resolve_dtype(dtype)
-    tokenizer = found.tokenizer() if output_dir is not None and found.tokenizer is not None else None
-    weights = found.weights()
+    tokenizer = opened.tokenizer() if output_dir is not None and opened.tokenizer is not None else None
+    weights = opened.weights()
     with torch.device("meta"):
         target = MambaFormerForCausalLM(config)
-    origin = _match_tensors(target, weights, found.family, new_layers)
-    target = _build(target, new_layers, dtype or weights.dtype, seed).to(weights.device)
+    origin = _match_tensors(target, weights, opened.family, new_layers)
+    target = _build(target, new_layers, dtype or weights.dtype, seed)
+    nn.Module.to(target, weights.device)
     _copy_weights(target, weights, origin)
-    if trained is None:
+    if delta is None:
         _start_as_identity(target, new_layers)
     else:
-        _put_on(trained, target)
-    target.generation_config = copy.deepcopy(weights.generation_config)
+        _apply_delta(delta, target)
+    vars(target)["generation_config"] = copy.deepcopy(weights.generation_config)
     if output_dir is not None:
         _save(target, Path(output_dir), tokenizer)
     return target.eval()
 
 
-def _open(source, gguf_file: str | None) -> Source:
+def _open(source: object, gguf_file: str | None) -> Source:
     if isinstance(source, nn.Module):
         if gguf_file is not None:
             raise ValueError("`gguf_file` names a file in a directory but `source` is a model: leave `gguf_file` out.")
@@ -104,78 +108,82 @@ def _open(source, gguf_file: str | None) -> Source:
     )
 
 
-def _trained(path, upcycle, window: int | None, num_sink_tokens: int, mamba) -> MambaBlocks:
-    given = {"upcycle": upcycle, "window": window, "num_sink_tokens": num_sink_tokens, "mamba": mamba}
-    needless = [name for name, value in given.items() if value]
+def _load_delta(path: str | os.PathLike, upcycle: object, window: object, sinks: object, mamba: object) -> MambaDelta:
+    arguments = {"upcycle": upcycle, "window": window, "num_sink_tokens": sinks, "mamba": mamba}
+    needless = [name for name, value in arguments.items() if value]
     if needless:
         raise ValueError(
-            f"`blocks` says by itself what {needless} would say: leave {'it' if len(needless) == 1 else 'them'} out."
+            f"The file of `mamba_delta` defines {needless} too: leave {'it' if len(needless) == 1 else 'them'} out."
         )
-    return load_blocks(path)
+    return load_mamba_delta(path)
 
 
-def _as_arguments(blocks: MambaBlocks, layer_types: list[str]) -> tuple[list[int], int | None, int, dict[str, object]]:
-    """Arguments of `convert` that create the layers which the blocks fill."""
-    fields = blocks.fields
-    layers = [idx for idx, kind in enumerate(fields["layer_types"]) if kind in UPCYCLED.values()]
-    mamba = {name: fields[name] for name in block_fields()}
+def _as_arguments(delta: MambaDelta, layer_types: list[str]) -> tuple[list[int], int | None, int, dict[str, object]]:
+    """Arguments of `convert` that create the layers of the delta."""
+    layers = [idx for idx, kind in enumerate(delta.layer_types) if kind in UPCYCLED.values()]
+    mamba = {name: delta.fields[name] for name in mamba_fields()}
     if "sliding_attention" in layer_types:  # the window is the source's own
         return layers, None, 0, mamba
-    return layers, fields["sliding_window"], fields["num_sink_tokens"], mamba
+    window, sinks = (delta.fields[name] for name in ("sliding_window", "num_sink_tokens"))
+    return layers, cast("int | None", window), cast(int, sinks), mamba
 
 
 @torch.no_grad()
-def _put_on(blocks: MambaBlocks, target: MambaFormerForCausalLM):
-    """Replaces the new blocks of `target` by trained ones.
+def _apply_delta(delta: MambaDelta, target: MambaFormerForCausalLM) -> None:
+    """Writes the trained Mamba weights into `target`.
 
     Raises:
-        ValueError: the blocks were trained with another model.
+        ValueError: they were trained with another model.
     """
-    own = {name: tensor for name, tensor in target.state_dict().items() if is_block(name)}
-    differ = [name for name, value in blocks.fields.items() if getattr(target.config, name) != value]
-    differ += sorted(name for name in own.keys() ^ blocks.tensors.keys())
-    differ += [name for name in own.keys() & blocks.tensors.keys() if own[name].shape != blocks.tensors[name].shape]
+    own = {name: tensor for name, tensor in target.state_dict().items() if is_delta_tensor(name)}
+    differ = [name for name, value in delta.fields.items() if getattr(target.config, name) != value]
+    differ += sorted(name for name in own.keys() ^ delta.tensors.keys())
+    differ += [name for name in own.keys() & delta.tensors.keys() if own[name].shape != delta.tensors[name].shape]
     if differ:
         raise ValueError(
-            f"The blocks do not fit the source, in {differ[:5]}: use the model that they were trained on."
+            f"The Mamba weights do not fit the source, in {differ[:5]}: use the source that they were trained with."
         )
-    blocks.check_source(target)
+    delta.check_source(target)
     for name, tensor in own.items():
-        tensor.copy_(blocks.tensors[name])
+        tensor.copy_(delta.tensors[name])
 
 
 def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """None means the dtype of the source."""
     if dtype in (None, "auto"):
         return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"`dtype` must be a floating-point dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
-    return found
+    return resolved
 
 
 def _target_config(
-    family: Family, source: PreTrainedConfig, upcycle, mamba, window: int | None, num_sink_tokens: int
+    family: Family,
+    source: PreTrainedConfig,
+    upcycle: str | Sequence[int] | None,
+    mamba: dict[str, object] | None,
+    window: int | None,
+    num_sink_tokens: int,
 ) -> tuple[MambaFormerConfig, list[int]]:
-    """The result's configuration, and the layers that get a new Mamba block."""
-    fields = family.config_fields(source)
+    """The result's configuration, and the layers that get a new Mamba mixer."""
+    fields, layer_types = family.config_fields(source), family.layer_types(source)
     check_rope(fields.get("rope_parameters"))
-    new_layers = _layers_to_upcycle(upcycle, fields["layer_types"])
-    fields |= _new_block_fields(mamba, new_layers, fields["layer_types"])
-    fields |= _window_fields(window, num_sink_tokens, new_layers, fields["layer_types"])
+    new_layers = _layers_to_upcycle(upcycle, layer_types)
+    fields |= _new_mamba_fields(mamba, new_layers, layer_types)
+    fields |= _window_fields(window, num_sink_tokens, new_layers, layer_types)
     for layer_idx in new_layers:
-        kind = fields["layer_types"][layer_idx]
-        fields["layer_types"][layer_idx] = UPCYCLED[kind if window is None else "sliding_attention"]
-    is_recurrent = any("recurrent" in LAYER_MIXERS[kind] for kind in fields["layer_types"])
+        layer_types[layer_idx] = UPCYCLED[layer_types[layer_idx] if window is None else "sliding_attention"]
+    is_recurrent = any("recurrent" in LAYER_MIXERS[kind] for kind in layer_types)
     if is_recurrent and fields["hidden_act"] != "silu":
         raise ValueError(
-            f"`hidden_act` is {fields['hidden_act']!r} in the source but Mamba blocks compute with 'silu': "
+            f"`hidden_act` is {fields['hidden_act']!r} in the source but Mamba mixers compute with 'silu': "
             "only a source without Mamba layers can keep it, converted without `upcycle`."
         )
-    return MambaFormerConfig(**fields), new_layers
+    return config_of(fields | {"layer_types": layer_types}), new_layers
 
 
-def _layers_to_upcycle(upcycle, layer_types: list[str]) -> list[int]:
+def _layers_to_upcycle(upcycle: object, layer_types: list[str]) -> list[int]:
     if upcycle is None:
         return []
     able = [layer_idx for layer_idx, kind in enumerate(layer_types) if kind in UPCYCLED]
@@ -195,51 +203,52 @@ def _window_fields(
 ) -> dict[str, object]:
     if window is None:
         if num_sink_tokens:
-            raise ValueError("`num_sink_tokens` goes with a `window`: without one, attention forgets nothing.")
+            raise ValueError("`num_sink_tokens` needs a `window`: without one, attention sees all tokens.")
         return {}
     if not new_layers:
-        raise ValueError("`window` is for layers that get a Mamba block: say which layers to `upcycle`.")
+        raise ValueError("`window` is for layers that get a Mamba mixer: pass the layers as `upcycle`.")
     if "sliding_attention" in layer_types:
         raise ValueError("The source has sliding layers, and a model has one window: leave `window` out.")
     return {"sliding_window": window, "num_sink_tokens": num_sink_tokens}
 
 
-def _new_block_fields(mamba: dict | None, new_layers: list[int], layer_types: list[str]) -> dict[str, object]:
+def _new_mamba_fields(
+    mamba: dict[str, object] | None, new_layers: list[int], layer_types: list[str]
+) -> dict[str, object]:
     if not mamba:
         return {}
-    known = block_fields()
-    unknown = sorted(set(mamba) - set(known))
+    unknown = sorted(set(mamba) - set(mamba_fields()))
     if unknown:
-        raise ValueError(f"`mamba` has unknown fields {unknown}: choose from {sorted(known)}.")
+        raise ValueError(f"`mamba` has unknown fields {unknown}: choose from {sorted(mamba_fields())}.")
     if not new_layers:
-        raise ValueError("`mamba` describes new Mamba blocks but there are none: say which layers to `upcycle`.")
+        raise ValueError("`mamba` describes new Mamba mixers but there are none: pass the layers as `upcycle`.")
     if "linear_attention" in layer_types:
-        raise ValueError("The source's own Mamba layers fix the sizes of the new blocks: leave `mamba` out.")
+        raise ValueError("The source's own Mamba layers fix the sizes of the new mixers: leave `mamba` out.")
     return mamba
 
 
 def _match_tensors(
     shell: MambaFormerForCausalLM, weights: Weights, family: Family, new_layers: list[int]
 ) -> dict[str, str]:
-    """The source's name of each tensor of `shell`, a model on the meta device, outside the new blocks.
+    """The source's name of each tensor of `shell`, a model on the meta device, except those of new mixers.
 
     Raises:
-        ValueError: a tensor of either that the other lacks or has in another shape.
+        ValueError: one of the two lacks a tensor or has it in another shape.
     """
     new = tuple(f"model.layers.{layer_idx}.mamba{end}" for layer_idx in new_layers for end in (".", "_layernorm."))
     ours = {name: tensor.shape for name, tensor in shell.state_dict().items() if not name.startswith(new)}
     origin = {name: family.source_name(name) or name for name in ours}
-    found, used = weights.shapes, set(origin.values())
-    differ = [name for name, theirs in origin.items() if theirs in found and found[theirs] != ours[name]]
+    shapes, used = weights.shapes, set(origin.values())
+    differ = [(theirs, ours[name]) for name, theirs in origin.items() if shapes.get(theirs, ours[name]) != ours[name]]
     problems = {
-        "missing in the source": sorted(used - found.keys()),
-        "not used": sorted(found.keys() - used),
-        "of another shape": sorted(f"{origin[name]} {[*found[origin[name]]]}, not {[*ours[name]]}" for name in differ),
+        "missing in the source": sorted(used - shapes.keys()),
+        "not used": sorted(shapes.keys() - used),
+        "of another shape": sorted(f"{theirs} {[*shapes[theirs]]}, not {[*shape]}" for theirs, shape in differ),
     }
     problems = {problem: names for problem, names in problems.items() if names}
     if problems:
         raise ValueError(
-            f"The source's tensors do not match its configuration: {problems}. Is it a whole model, a ...ForCausalLM?"
+            f"The source's tensors do not match its configuration: {problems}. Pass a complete ...ForCausalLM."
         )
     return origin
 
@@ -247,19 +256,20 @@ def _match_tensors(
 def _build(
     shell: MambaFormerForCausalLM, new_layers: list[int], dtype: torch.dtype, seed: int
 ) -> MambaFormerForCausalLM:
-    """Moves `shell` to the CPU and initializes its new blocks; the other tensors are uninitialized memory."""
-    model = shell.to(dtype).to_empty(device="cpu")
-    model.tie_weights()
-    # Only the CPU's generator is seeded, then restored: `torch.manual_seed` would also seed those of other devices.
+    """Moves `shell` to the CPU and initializes its new mixers; the other tensors are uninitialized memory."""
+    nn.Module.to(shell, dtype)
+    shell.to_empty(device="cpu")
+    shell.tie_weights()
+    # Only the CPU's generator is seeded, then restored; `torch.manual_seed` would also seed those of other devices.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for layer_idx in new_layers:
-            model.model.layers[layer_idx].mamba.apply(model._init_weights)
-    return model
+            shell.get_submodule(f"model.layers.{layer_idx}.mamba").apply(shell._init_weights)
+    return shell
 
 
 @torch.no_grad()
-def _copy_weights(target: MambaFormerForCausalLM, weights: Weights, origin: dict[str, str]):
+def _copy_weights(target: MambaFormerForCausalLM, weights: Weights, origin: dict[str, str]) -> None:
     """Fills each tensor of `target` that `origin` names."""
     tensors = target.state_dict()
     for name, theirs in origin.items():
@@ -274,16 +284,16 @@ def _copy_weights(target: MambaFormerForCausalLM, weights: Weights, origin: dict
 
 
 @torch.no_grad()
-def _start_as_identity(target: MambaFormerForCausalLM, new_layers: list[int]):
-    """Zeroes the output of each new block and copies the norm of the attention in the same layer."""
-    for layer_idx in new_layers:
-        layer = target.model.layers[layer_idx]
-        for parameter in layer.mamba.out_proj.parameters():
+def _start_as_identity(target: MambaFormerForCausalLM, new_layers: list[int]) -> None:
+    """Zeroes the output of each new mixer and copies the norm of the attention in the same layer."""
+    tensors = target.state_dict()
+    for prefix in (f"model.layers.{layer_idx}" for layer_idx in new_layers):
+        for parameter in target.get_submodule(f"{prefix}.mamba.out_proj").parameters():
             parameter.zero_()
-        layer.mamba_layernorm.weight.copy_(layer.self_attn_layernorm.weight)
+        tensors[f"{prefix}.mamba_layernorm.weight"].copy_(tensors[f"{prefix}.self_attn_layernorm.weight"])
 
 
-def _save(target: MambaFormerForCausalLM, output_dir: Path, tokenizer) -> None:
+def _save(target: MambaFormerForCausalLM, output_dir: Path, tokenizer: Tokenizer | None) -> None:
     """Writes the model and its tokenizer atomically: an interrupted save leaves the folder unchanged."""
     with staged_folder(output_dir) as folder:
         target.save_pretrained(folder.path)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from transformers.configuration_utils import PreTrainedConfig
 
-# Types whose rotation of a position never changes. "dynamic" and "longrope" rotate by the length seen so far, so a
-# cached key would depend on when it was cached.
+# Types whose rotation of a position never changes. The angles of "dynamic" and "longrope" depend on the length of the
+# sequence, so a cached key would depend on the time of its caching.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_KEYS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
@@ -18,7 +18,9 @@ ROPE_KEYS = {
 # Fields that change the computation of other models, with their neutral values. Transformers drops a field that the
 # class of the family does not have; a checkpoint that sets such a field was not made for that class.
 _OFF, _ONE, _DENSE = (None, False, 0), (None, 1), (None, 0, 1)
-OPTIONS = dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), _OFF)
+OPTIONS: dict[str, tuple[object, ...]] = dict.fromkeys(
+    ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"), _OFF
+)
 OPTIONS |= dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "use_qk_norm", "qk_layernorm"), _OFF)
 OPTIONS |= dict.fromkeys(("alibi", "use_parallel_residual", "rope_interleaved", "rotary_interleaved"), _OFF)
 OPTIONS |= dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "no_rope_layer_interval"), _OFF)
@@ -78,14 +80,14 @@ _JAMBA_NAMES = {
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of Transformers models is written as a MambaFormer.
+    """The rules by which a family of Transformers models becomes a MambaFormer.
 
     Args:
-        fields: our configuration field -> the source's; one that the source lacks or has as None keeps our default.
-        names: start of our tensors' names -> start of the source's, `*` standing for the layer's index.
+        fields: our configuration field -> the source's; a field that is missing or None there keeps our default.
+        names: start of our tensors' names -> start of the source's; `*` is the layer's index.
         layer_types: the source's configuration -> our `layer_types`.
-        constants: configuration fields that are the same for the whole family.
-        refuse: raises ValueError for a configuration that cannot be expressed.
+        constants: configuration fields with the same value in all models of the family.
+        refuse: raises `ValueError` for a configuration that cannot be expressed.
     """
 
     fields: dict[str, str]
@@ -94,13 +96,12 @@ class Family:
     constants: dict[str, object] = field(default_factory=dict)
     refuse: Callable[[PreTrainedConfig], None] = lambda config: None
 
-    def config_fields(self, source: PreTrainedConfig) -> dict[str, object]:
-        """Arguments of the `MambaFormerConfig` that computes what `source` describes."""
+    def config_fields(self, source: PreTrainedConfig) -> dict:
+        """Arguments of the `MambaFormerConfig` of the same computation, without `layer_types`."""
         self.refuse(source)
         self._refuse_options(source)
         values = {ours: copy.deepcopy(getattr(source, theirs, None)) for ours, theirs in self.fields.items()}
-        given = {ours: value for ours, value in values.items() if value is not None}
-        return self.constants | given | {"layer_types": self.layer_types(source)}
+        return self.constants | {ours: value for ours, value in values.items() if value is not None}
 
     def _refuse_options(self, source: PreTrainedConfig):
         read = {*self.fields.values(), *self.constants}
@@ -118,33 +119,33 @@ class Family:
         pattern = name if index is None else name[: index.start()] + "*" + name[index.end() :]
         for ours, theirs in self.names.items():
             if pattern.startswith(ours):
-                found = theirs + pattern.removeprefix(ours)
-                return found if index is None else found.replace("*", index.group())
+                source_name = theirs + pattern.removeprefix(ours)
+                return source_name if index is None else source_name.replace("*", index.group())
         return None
 
 
-def _all_full(config) -> list[str]:
+def _all_full(config: PreTrainedConfig) -> list[str]:
     return ["full_attention"] * config.num_hidden_layers
 
 
-def _all_mamba(config) -> list[str]:
+def _all_mamba(config: PreTrainedConfig) -> list[str]:
     return ["linear_attention"] * config.num_hidden_layers
 
 
-def _mistral_layers(config) -> list[str]:
+def _mistral_layers(config: PreTrainedConfig) -> list[str]:
     kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     return [kind] * config.num_hidden_layers
 
 
-def _jamba_layers(config) -> list[str]:
+def _jamba_layers(config: PreTrainedConfig) -> list[str]:
     return ["full_attention" if kind == "attention" else "linear_attention" for kind in config.layers_block_type]
 
 
-def _refuse_mixture_of_experts(config):
+def _refuse_mixture_of_experts(config: PreTrainedConfig) -> None:
     if max(config.layers_num_experts) > 1:
         raise ValueError(
-            f"`num_experts` is {config.num_experts} in the source: a MambaFormer has dense MLPs only, so just Jamba "
-            "checkpoints with `num_experts=1` can be converted."
+            f"`num_experts` is {config.num_experts} in the source: a MambaFormer has dense MLPs only, so only "
+            "Jamba checkpoints with `num_experts=1` can be converted."
         )
 
 
@@ -176,23 +177,27 @@ def find_family(model_type: str | None) -> Family:
         ValueError: there is none.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"`model_type` is {model_type!r} in the source: can convert {', '.join(sorted(FAMILIES))}.")
+        raise ValueError(
+            f"`model_type` is {model_type!r} in the source: convert one of {', '.join(sorted(FAMILIES))}."
+        )
     return FAMILIES[model_type]
 
 
 def check_rope(rope_parameters: dict | None) -> None:
-    """Raises a ValueError for a position encoding that a MambaFormer cannot compute."""
+    """Raises a `ValueError` for a position encoding that a MambaFormer cannot compute."""
     if rope_parameters is None:
         return
     rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"`rope_parameters` has rope_type {rope_type!r} in the source: can convert {ROPE_TYPES}.")
+        raise ValueError(f"`rope_parameters` has rope_type {rope_type!r} in the source: use one of {ROPE_TYPES}.")
     if rope_parameters.get("partial_rotary_factor") not in (None, 1.0):
-        raise ValueError("`rope_parameters` has a `partial_rotary_factor` in the source: a MambaFormer rotates all.")
+        raise ValueError(
+            "`rope_parameters` has a `partial_rotary_factor` in the source: a MambaFormer rotates all channels."
+        )
     unknown = sorted(rope_parameters.keys() - ROPE_KEYS)
     if unknown:
         raise ValueError(
-            f"`rope_parameters` has unknown keys {unknown} in the source: can convert one RoPE for all layers, "
+            f"`rope_parameters` has unknown keys {unknown} in the source: all layers must share one RoPE, "
             f"with keys out of {sorted(ROPE_KEYS)}."
         )
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from .families import FAMILIES
 from .rope import rope_from_gguf
 from .sources import Source, Weights, read_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderField
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 ROPE_FACTORS = "rope_freqs.weight"
@@ -47,8 +51,8 @@ NAMES = {
     "model.layers.*.mlp.up_proj.": "blk.*.ffn_up.",
     "model.layers.*.mlp.down_proj.": "blk.*.ffn_down.",
 }
-# Keys that a family reads, and neutral keys. Any other key of the architecture is refused when it is set, so that no
-# statement of a file about its model is ignored.
+# Keys that a family reads, and neutral keys. Any other key of the architecture is refused when it is set, so that
+# nothing in a file about its model is ignored.
 _SIZES = {"block_count", "embedding_length", "context_length", "vocab_size", "attention.layer_norm_rms_epsilon"}
 _ATTENTION = {"feed_forward_length", "attention.head_count", "attention.head_count_kv"}
 _HEADS = {"attention.key_length", "attention.value_length", "rope.dimension_count"}
@@ -64,12 +68,12 @@ NEUTRAL = {"logit_scale": (0, 1), "residual_scale": (0, 1), "embedding_scale": (
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the files of one `general.architecture` are read.
+    """The rules for files of one `general.architecture`.
 
     Args:
-        keys: that are read, without the architecture's name.
-        fields: the file -> fields of Transformers' configuration, apart from the sizes that all have.
-        neighbours_rotate: whether RoPE turns neighbouring elements of a head in the file, not its halves.
+        keys: the keys that are read, without the architecture's name.
+        fields: the file -> fields of Transformers' configuration, without the sizes that all architectures have.
+        neighbours_rotate: whether RoPE rotates neighbouring elements of a head in the file, not its halves.
     """
 
     keys: set[str]
@@ -78,14 +82,14 @@ class Architecture:
 
 
 class GGUFFile:
-    """The metadata and tensors of a GGUF file, or of all files of a split one.
+    """The metadata and tensors of a GGUF file, or of all files of a split model.
 
     Args:
         path: the file, or any file of the split model.
 
     Raises:
-        ValueError: it is no GGUF file, damaged, or a file of the split model is missing.
-        OSError: it may not be read.
+        ValueError: the file is not a GGUF file, damaged, or a file of the split model is missing.
+        OSError: the file may not be read.
         ImportError: the package `gguf` is not installed.
     """
 
@@ -93,46 +97,51 @@ class GGUFFile:
         readers = _read_parts(path)
         first = next(iter(readers.values()))
         self.path = next(iter(readers))
-        everything = {name: _value(name, entry) for name, entry in first.fields.items()}
-        self.architecture = everything.get("general.architecture")
+        values = {name: _value(name, entry) for name, entry in first.fields.items()}
+        self.architecture = values.get("general.architecture")
         prefix = f"{self.architecture}."
-        self.metadata = {name.removeprefix(prefix): v for name, v in everything.items() if name.startswith(prefix)}
-        self.general = {name: value for name, value in everything.items() if not name.startswith(prefix)}
-        self.has_tokenizer = "tokenizer.ggml.tokens" in everything
+        # Values of any type: each is checked where it is read.
+        self.metadata: dict = {
+            key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)
+        }
+        self.general: dict = {key: value for key, value in values.items() if not key.startswith(prefix)}
+        self.has_tokenizer = "tokenizer.ggml.tokens" in values
         self.tensors = {tensor.name: tensor for reader in readers.values() for tensor in reader.tensors}
         count = sum(len(reader.tensors) for reader in readers.values())
         if len(self.tensors) != count:
-            raise ValueError(f"{self.path}: the files of the split model hold tensors twice: fetch them again.")
+            raise ValueError(f"{self.path}: two files of the split model hold the same tensor: fetch them again.")
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A positive whole number of the metadata; an array must hold one number for all layers."""
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive integer of the metadata; an array must hold the same number for all layers."""
         value = self.metadata.get(key, default)
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
         if isinstance(value, list):
-            raise ValueError(f"`{key}` in {self.path} differs by layer: can convert a model whose layers are equal.")
+            raise ValueError(
+                f"`{key}` in {self.path} differs by layer: only a model with equal layers can be converted."
+            )
         return self._checked(key, value, int)
 
     def number(self, key: str) -> float:
         """A positive number of the metadata."""
         return self._checked(key, self.metadata.get(key), (int, float))
 
-    def _checked(self, key: str, value, kind):
+    def _checked(self, key: str, value, kind: type | tuple[type, ...]):
         if value is None:
-            raise ValueError(f"{self.path} has no `{self.architecture}.{key}`: the file is incomplete, make it anew.")
+            raise ValueError(f"{self.path} has no `{self.architecture}.{key}`: the file is incomplete, make it again.")
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"`{self.architecture}.{key}` in {self.path} is {value!r} but must be positive.")
         return value
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of a tensor as PyTorch counts it: GGUF names the fastest dimension first."""
+        """Shape of a tensor in PyTorch's order; GGUF stores the fastest dimension first."""
         shape = [int(size) for size in reversed(self.tensors[name].shape.tolist())]
         if name.endswith("ssm_conv1d.weight"):
             shape.insert(1, 1)
         return torch.Size(shape)
 
     def read(self, name: str) -> Tensor:
-        """A tensor in float32, or as wide as it is stored."""
+        """A tensor, dequantized to float32; unquantized tensors keep their dtype."""
         from_gguf = _package().dequantize
         tensor = self.tensors[name]
         try:
@@ -149,21 +158,21 @@ def source_of_gguf(path: Path) -> Source:
     """A GGUF file as a source; for a split model, the path of any of its files. No tensor is read yet.
 
     Raises:
-        ValueError: a file that cannot be read or converted; the message names the key or the tensor.
-        OSError: it may not be read.
+        ValueError: the file cannot be read or converted; the message names the key or the tensor.
+        OSError: the file may not be read.
         ImportError: the package `gguf` is not installed.
     """
     file = GGUFFile(path)
-    is_known = isinstance(file.architecture, str) and file.architecture in ARCHITECTURES
-    if not is_known or file.general.get("general.type", "model") != "model":
+    name = str(file.architecture)
+    if name not in ARCHITECTURES or file.general.get("general.type", "model") != "model":
         raise ValueError(
             f"{file.path} holds a {file.general.get('general.type', 'model')!r} with `general.architecture` "
-            f"{file.architecture!r}: can convert models with {', '.join(sorted(ARCHITECTURES))}."
+            f"{file.architecture!r}: convert a model with one of {', '.join(sorted(ARCHITECTURES))}."
         )
-    architecture = ARCHITECTURES[file.architecture]
+    architecture = ARCHITECTURES[name]
     _refuse_other_keys(file, architecture)
     config = _config(file, architecture)
-    family = replace(FAMILIES[file.architecture], names=NAMES)
+    family = replace(FAMILIES[name], names=NAMES)
     tokenizer = read_tokenizer(file.path.parent, gguf_file=file.path.name) if file.has_tokenizer else None
     return Source(family, config, lambda: _weights(file, architecture, config), tokenizer)
 
@@ -193,8 +202,8 @@ def _weights(file: GGUFFile, architecture: Architecture, config: PreTrainedConfi
 
 
 def _refuse_other_keys(file: GGUFFile, architecture: Architecture) -> None:
-    known = architecture.keys | HARMLESS
-    other = {key: value for key, value in file.metadata.items() if key not in known}
+    read_or_harmless = architecture.keys | HARMLESS
+    other = {key: value for key, value in file.metadata.items() if key not in read_or_harmless}
     used = {key: value for key, value in other.items() if not _is_neutral(key, value)}
     for key, value in file.metadata.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -213,12 +222,12 @@ def _is_neutral(key: str, value: object) -> bool:
 
 def _config(file: GGUFFile, architecture: Architecture) -> PreTrainedConfig:
     """Transformers' configuration of the file's model."""
-    layers = file.whole("block_count")
+    layers = file.integer("block_count")
     if layers > len(file.tensors):
         raise ValueError(f"{file.path} has {len(file.tensors)} tensors for {layers} blocks: tensors are missing.")
     fields = {
         "num_hidden_layers": layers,
-        "hidden_size": file.whole("embedding_length"),
+        "hidden_size": file.integer("embedding_length"),
         "vocab_size": _vocab_size(file),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
@@ -226,27 +235,26 @@ def _config(file: GGUFFile, architecture: Architecture) -> PreTrainedConfig:
     fields |= {name: file.general.get(f"tokenizer.ggml.{key}_token_id") for name, key in ids.items()}
     fields |= architecture.fields(file)
     try:
-        return AutoConfig.for_model(file.architecture, **fields)
+        return AutoConfig.for_model(str(file.architecture), **fields)
     except Exception as error:  # its checks raise errors of several kinds
         raise ValueError(f"The sizes in {file.path} fit no {file.architecture} of Transformers: {error}") from error
 
 
 def _vocab_size(file: GGUFFile) -> int:
     if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path} lacks the tensor `token_embd.weight`: give a file that holds a whole model.")
+        raise ValueError(f"{file.path} lacks the tensor `token_embd.weight`: give a file that holds a complete model.")
     rows = file.shape("token_embd.weight")[0]
-    size = file.whole("vocab_size", rows)
+    size = file.integer("vocab_size", rows)
     if size != rows:
         raise ValueError(f"`{file.architecture}.vocab_size` in {file.path} is {size} but the embedding has {rows}.")
     return size
 
 
 def _attention_fields(file: GGUFFile) -> dict[str, object]:
-    heads = file.whole("attention.head_count")
     return {
-        "intermediate_size": file.whole("feed_forward_length"),
-        "num_attention_heads": heads,
-        "max_position_embeddings": file.whole("context_length"),
+        "intermediate_size": file.integer("feed_forward_length"),
+        "num_attention_heads": file.integer("attention.head_count"),
+        "max_position_embeddings": file.integer("context_length"),
         "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
     }
 
@@ -258,12 +266,11 @@ def _llama_fields(file: GGUFFile) -> dict[str, object]:
 
 
 def _qwen2_fields(file: GGUFFile) -> dict[str, object]:
-    fields = _attention_fields(file)
-    heads = fields["num_attention_heads"]
+    heads = file.integer("attention.head_count")
     head_dim = _head_dim(file, heads)
     factors = file.read(ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
-    return fields | {
-        "num_key_value_heads": file.whole("attention.head_count_kv", heads),
+    return _attention_fields(file) | {
+        "num_key_value_heads": file.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rope_parameters": rope_from_gguf(file.metadata, head_dim, factors),
     }
@@ -272,30 +279,30 @@ def _qwen2_fields(file: GGUFFile) -> dict[str, object]:
 def _head_dim(file: GGUFFile, heads: int) -> int:
     """Width of a head: from the metadata, or from the number of rows of the query projection."""
     rows = file.shape("blk.0.attn_q.weight")[0] if "blk.0.attn_q.weight" in file.tensors else 0
-    usual = rows // heads or file.whole("embedding_length") // heads
-    sizes = {key: file.whole(key, usual) for key in ("attention.key_length", "attention.value_length")}
-    sizes["rope.dimension_count"] = file.whole("rope.dimension_count", sizes["attention.key_length"])
+    usual = rows // heads or file.integer("embedding_length") // heads
+    sizes = {key: file.integer(key, usual) for key in ("attention.key_length", "attention.value_length")}
+    sizes["rope.dimension_count"] = file.integer("rope.dimension_count", sizes["attention.key_length"])
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"{file.path} has heads of {sizes}: a MambaFormer's queries, keys and values have one size, and RoPE "
-            "turns all of it."
+            "rotates all channels of a head."
         )
     return sizes["attention.key_length"]
 
 
 def _ssm_fields(file: GGUFFile) -> dict[str, object]:
-    """Fields of a Jamba's Mamba layers, in Jamba's words."""
-    inner, hidden = file.whole("ssm.inner_size"), file.whole("embedding_length")
+    """Fields of Mamba layers, by their names in Jamba's configuration."""
+    inner, hidden = file.integer("ssm.inner_size"), file.integer("embedding_length")
     if inner % hidden:
-        raise ValueError(f"`ssm.inner_size` in {file.path} is {inner}: must be a multiple of {hidden}, the width.")
-    found = next((re.sub("ssm_in.*", "", name) for name in file.tensors if name.endswith("ssm_in.weight")), "")
+        raise ValueError(f"`ssm.inner_size` in {file.path} is {inner}: it must be a multiple of {hidden}, the width.")
+    prefix = next((re.sub("ssm_in.*", "", name) for name in file.tensors if name.endswith("ssm_in.weight")), "")
     return {
-        "mamba_d_state": file.whole("ssm.state_size"),
-        "mamba_d_conv": file.whole("ssm.conv_kernel"),
+        "mamba_d_state": file.integer("ssm.state_size"),
+        "mamba_d_conv": file.integer("ssm.conv_kernel"),
         "mamba_expand": inner // hidden,
-        "mamba_dt_rank": file.whole("ssm.time_step_rank"),
-        "mamba_conv_bias": f"{found}ssm_conv1d.bias" in file.tensors,
-        "mamba_proj_bias": f"{found}ssm_in.bias" in file.tensors,
+        "mamba_dt_rank": file.integer("ssm.time_step_rank"),
+        "mamba_conv_bias": f"{prefix}ssm_conv1d.bias" in file.tensors,
+        "mamba_proj_bias": f"{prefix}ssm_in.bias" in file.tensors,
     }
 
 
@@ -307,13 +314,13 @@ def _mamba_fields(file: GGUFFile) -> dict[str, object]:
 
 def _jamba_fields(file: GGUFFile) -> dict[str, object]:
     counts = file.metadata.get("attention.head_count_kv")
-    layers = file.whole("block_count")
-    heads = sorted(set(counts) - {0}) if isinstance(counts, list) and len(counts) == layers else []
-    places = [idx for idx, count in enumerate(counts) if count] if heads else []
+    layers = file.integer("block_count")
+    by_layer = counts if isinstance(counts, list) and len(counts) == layers else []
+    heads, places = sorted(set(by_layer) - {0}), [idx for idx, count in enumerate(by_layer) if count]
     period = places[1] - places[0] if len(places) > 1 else layers
     if len(heads) != 1 or places != list(range(places[0], layers, period)) or places[0] >= period:
         raise ValueError(
-            f"`attention.head_count_kv` in {file.path} is {counts}: must be a list of one number for each layer, 0 "
+            f"`attention.head_count_kv` in {file.path} is {counts}: it must be a list with a number for each layer, 0 "
             "for Mamba, with attention layers at equal distances."
         )
     return {
@@ -334,42 +341,44 @@ ARCHITECTURES = {
 }
 
 
-def _read_parts(path: Path) -> dict[Path, object]:
-    """The file, or all files of the split model that it belongs to, in order: path -> reader."""
+def _read_parts(path: Path) -> dict[Path, "GGUFReader"]:
+    """The file, or all files of its split model in order: path -> reader."""
     reader = _reader(path)
-    count = _split(reader, "count", 1)
+    count = _split(reader, "count") or 1
     if count <= 1:
         return {path: reader}
     name = SPLIT_NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
         raise ValueError(
-            f"{path} is one of {count} files of a split model but is not named ...-00001-of-{count:05}.gguf: give it "
-            "back its name, and put the other files beside it."
+            f"{path} is one of {count} files of a split model but is not named ...-00001-of-{count:05}.gguf: restore "
+            "its name, and put all files into one folder."
         )
     paths = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [str(part.name) for part in paths if not part.is_file()]
     if missing:
         raise ValueError(f"{path} is one of {count} files of a split model: fetch the others, {missing}.")
     readers = {part: reader if part == path else _reader(part) for part in paths}
-    for number, (part, found) in enumerate(readers.items()):
-        if (_split(found, "count", 1), _split(found, "no", -1)) != (count, number):
-            raise ValueError(f"{part} does not say that it is file {number + 1} of {count}: fetch it again.")
-    promised = _split(reader, "tensors.count", None)
-    held = sum(len(found.tensors) for found in readers.values())
-    if promised not in (None, held):
-        raise ValueError(f"The {count} files of {path} hold {held} tensors but promise {promised}: fetch them again.")
+    for number, (part, of_part) in enumerate(readers.items()):
+        if (_split(of_part, "count"), _split(of_part, "no")) != (count, number):
+            raise ValueError(f"{part} is not file {number + 1} of {count} by its own header: fetch it again.")
+    announced = _split(reader, "tensors.count")
+    held = sum(len(of_part.tensors) for of_part in readers.values())
+    if announced not in (None, held):
+        raise ValueError(
+            f"The {count} files of {path} hold {held} tensors and announce {announced}: fetch them again."
+        )
     return readers
 
 
-def _split(reader, key: str, default: int | None) -> int | None:
+def _split(reader: "GGUFReader", key: str) -> int | None:
     entry = reader.fields.get(f"split.{key}")
-    value = default if entry is None else entry.contents()
+    value = None if entry is None else entry.contents()
     if value is not None and not isinstance(value, int):
         raise ValueError(f"`split.{key}` in the GGUF file is {value!r} but must be a number: fetch the file again.")
     return value
 
 
-def _reader(path: Path):
+def _reader(path: Path) -> "GGUFReader":
     with path.open("rb") as file:  # errors of a missing file or of permissions reach the user
         start = file.read(4)
     if start != b"GGUF":
@@ -378,7 +387,7 @@ def _reader(path: Path):
         return _package().GGUFReader(path)
     except ImportError:
         raise
-    except Exception as error:  # the package has no error class: a truncated file raises any of six kinds
+    except Exception as error:  # the package has no error class: a truncated file raises any of six classes
         raise ValueError(
             f"{path} is damaged or cut short, or of an unknown version of GGUF ({type(error).__name__}: {error}): "
             "fetch it again."
@@ -389,12 +398,12 @@ def _package():
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files are read by the package gguf: run `pip install mambaformer[demo]`.") from error
+        raise ImportError("GGUF files need the package gguf: run `pip install mambaformer[demo]`.") from error
     return gguf
 
 
-def _value(name: str, entry) -> object:
-    """The Python value of a key; long lists of the tokenizer are left out."""
+def _value(name: str, entry: "ReaderField") -> object:
+    """The Python value of a key; `None` for long lists of the tokenizer."""
     if name.startswith("tokenizer.") and len(entry.data) > 1:
         return None
     value = entry.contents()

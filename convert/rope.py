@@ -1,7 +1,7 @@
 """The RoPE scaling of a GGUF file, as Transformers' `rope_parameters`.
 
-A GGUF file names linear and YaRN scaling in its metadata. Llama 3.1's scaling is not named: its effect on each
-frequency is stored as the tensor `rope_freqs.weight`, and its parameters are recovered from there.
+A GGUF file names linear and YaRN scaling in its metadata. It stores the effect of Llama
+3.1's scaling on each frequency as the tensor `rope_freqs.weight`, from which the parameters are recovered.
 """
 
 import math
@@ -16,16 +16,16 @@ FACTOR_TOLERANCE = 1e-6
 YARN_KEYS = {"yarn_attn_factor": "attention_factor", "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-def rope_from_gguf(metadata: Mapping[str, object], head_dim: int, factors: Tensor | None) -> dict[str, object]:
-    """Transformers' `rope_parameters` for the metadata of a GGUF file, its keys without the architecture's name.
+def rope_from_gguf(metadata: Mapping, head_dim: int, factors: Tensor | None) -> dict[str, object]:
+    """Transformers' `rope_parameters` for the metadata of a GGUF file.
 
     Args:
-        metadata: the file's keys and values.
+        metadata: the file's keys, without the architecture's name, and values, which are numbers or strings.
         head_dim: width of one head.
-        factors: `rope_freqs.weight` (head_dim / 2,), which divides the frequencies; None if the file has none.
+        factors: `rope_freqs.weight` (head_dim / 2,), which divides the frequencies; `None` if the file has none.
 
     Raises:
-        ValueError: a scaling that these parameters cannot express.
+        ValueError: these parameters cannot express the scaling.
     """
     theta = metadata.get("rope.freq_base", 10000.0)
     if not theta > 0:
@@ -42,7 +42,7 @@ def rope_from_gguf(metadata: Mapping[str, object], head_dim: int, factors: Tenso
     return {"rope_theta": theta} | scaling
 
 
-def _named_scaling(metadata: Mapping[str, object]) -> dict[str, object]:
+def _named_scaling(metadata: Mapping) -> dict[str, object]:
     factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear")
     # A factor without a type means linear scaling, as in files that are older than the key of the type.
     kind = metadata.get("rope.scaling.type", "none" if factor is None else "linear")
@@ -50,8 +50,8 @@ def _named_scaling(metadata: Mapping[str, object]) -> dict[str, object]:
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
         raise ValueError(
-            f"`rope.scaling.type` is {kind!r} in the GGUF file: can convert 'none', 'linear' and 'yarn', and Llama "
-            "3.1's `rope_freqs.weight`."
+            f"`rope.scaling.type` is {kind!r} in the GGUF file: only 'none', 'linear', 'yarn' and Llama 3.1's "
+            "`rope_freqs.weight` can be converted."
         )
     if factor is None or not factor > 0:
         raise ValueError(f"`rope.scaling.type` is {kind!r} in the GGUF file but `rope.scaling.factor` is {factor}.")
@@ -62,28 +62,30 @@ def _named_scaling(metadata: Mapping[str, object]) -> dict[str, object]:
     return {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
 
 
-def _yarn(metadata: Mapping[str, object], factor: float) -> dict[str, object]:
+def _yarn(metadata: Mapping, factor: float) -> dict[str, object]:
     if metadata.get("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # negative: not set
-        raise ValueError("`rope.scaling.yarn_ext_factor` in the GGUF file is not 1, the only value of YaRN here.")
+        raise ValueError(
+            "`rope.scaling.yarn_ext_factor` in the GGUF file is not 1, the only value that Transformers' YaRN has."
+        )
     if metadata.get("rope.scaling.yarn_log_multiplier", 0.0) != 0.0:
         raise ValueError("`rope.scaling.yarn_log_multiplier` in the GGUF file cannot be converted: it must be 0.")
     length = metadata.get("rope.scaling.original_context_length") or metadata["context_length"]
-    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+    scaling: dict = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
     values = {ours: metadata.get(f"rope.scaling.{theirs}") for theirs, ours in YARN_KEYS.items()}
-    found |= {ours: value for ours, value in values.items() if value is not None and value > 0}
+    scaling |= {ours: value for ours, value in values.items() if value is not None and value > 0}
     # This factor multiplies YaRN's own (arXiv 2309.00071, equation 22).
     extra = metadata.get("rope.scaling.attn_factor", 1.0)
     if extra != 1.0:
-        found["attention_factor"] = extra * found.get("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
-    return found
+        scaling["attention_factor"] = extra * scaling.get("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
+    return scaling
 
 
 def recover_scaling(factors: Tensor, theta: float, head_dim: int) -> dict[str, object]:
     """The scaling that divides the frequencies of RoPE by `factors` (head_dim / 2,).
 
     Llama 3.1 divides a frequency by 1 where it is high, by `factor` where it is low, and between these bands by
-    1 / (smooth + (1 - smooth) / factor), with `smooth` a linear function of the frequency. So the line through the
-    points between the bands says all.
+    1 / (smooth + (1 - smooth) / factor), with `smooth` a linear function of the frequency. The line through the points
+    between the bands determines the parameters.
 
     Raises:
         ValueError: no parameters give these factors.
@@ -111,8 +113,8 @@ def recover_scaling(factors: Tensor, theta: float, head_dim: int) -> dict[str, o
                 if _gives(scaling, rates, factors):
                     return scaling
     raise ValueError(
-        "`rope_freqs.weight` in the GGUF file is not the scaling of Llama 3.1: can convert a file whose factors have "
-        "its three bands of frequencies."
+        "`rope_freqs.weight` in the GGUF file is not the scaling of Llama 3.1: its factors must have three bands "
+        "of frequencies."
     )
 
 
@@ -140,10 +142,10 @@ def _lines(rates: Tensor, smooth: Tensor) -> Iterator[tuple[float, float]]:
         yield slope, slope * highest_below
 
 
-def _scalings(slope: float, offset: float, factor: float) -> Iterator[dict[str, object]]:
+def _scalings(slope: float, offset: float, factor: float) -> Iterator[dict]:
     """Parameters of Llama 3.1's scaling for a line: round ones first, then ones that fit the line exactly.
 
-    Only ratios count: the original length and both bands' borders may be multiplied by one number.
+    Only ratios matter: the original length and the borders of both bands may be multiplied by the same number.
     """
     if not (slope > 0 and offset > 0):
         return
@@ -154,7 +156,7 @@ def _scalings(slope: float, offset: float, factor: float) -> Iterator[dict[str, 
     yield _llama3(factor, offset * length / slope, (offset + 1) * length / slope, length)
 
 
-def _llama3(factor: float, low: float, high: float, length: int) -> dict[str, object]:
+def _llama3(factor: float, low: float, high: float, length: int) -> dict:
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -164,13 +166,13 @@ def _llama3(factor: float, low: float, high: float, length: int) -> dict[str, ob
     }
 
 
-def _gives(scaling: Mapping[str, object], rates: Tensor, factors: Tensor) -> bool:
+def _gives(scaling: Mapping, rates: Tensor, factors: Tensor) -> bool:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     if not high > low:
         return False
     smooth = ((scaling["original_max_position_embeddings"] * rates - low) / (high - low)).clamp(0, 1)
-    found = smooth + (1 - smooth) / scaling["factor"]
-    return bool(((found - 1 / factors).abs() <= FACTOR_TOLERANCE).all())
+    inverse = smooth + (1 - smooth) / scaling["factor"]
+    return bool(((inverse - 1 / factors).abs() <= FACTOR_TOLERANCE).all())
 
 
 __all__ = ["recover_scaling", "rope_from_gguf"]

@@ -3,17 +3,23 @@
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .families import Family, check_rope, find_family
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
+T = TypeVar("T")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # names of safetensors
@@ -27,9 +33,9 @@ class Weights:
     Args:
         shapes: of each tensor.
         read: the tensor of a name.
-        dtype: that the result has by default.
-        device: that the result is put on.
-        generation_config: that the result gets.
+        dtype: the result's default.
+        device: the result's.
+        generation_config: the result's.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -41,20 +47,20 @@ class Weights:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint with a configuration that is read and tensors that are not yet read.
+    """A checkpoint whose configuration has been read and whose tensors have not.
 
     Args:
-        family: how it is written as a MambaFormer.
-        config: Transformers' configuration of it.
-        weights: reads the tensors; raises a ValueError if there are none that can be read.
-        tokenizer: reads the tokenizer; None if there is none.
-        folder: the folder that must not be written to; None if no file of it could be overwritten.
+        family: the rules of its conversion.
+        config: Transformers' configuration.
+        weights: reads the tensors; raises a `ValueError` if they cannot be read.
+        tokenizer: reads the tokenizer; `None` if there is none.
+        folder: the folder that must not be overwritten; `None` if there is none.
     """
 
     family: Family
     config: PreTrainedConfig
     weights: Callable[[], Weights]
-    tokenizer: Callable[[], object] | None = None
+    tokenizer: Callable[[], Tokenizer] | None = None
     folder: Path | None = None
 
 
@@ -62,12 +68,12 @@ def source_of_model(model: nn.Module) -> Source:
     """A model object of Transformers as a source.
 
     Raises:
-        ValueError: a family or a quantization that cannot be converted.
+        ValueError: the family or the quantization cannot be converted.
     """
     config = getattr(model, "config", None)
     family = find_family(getattr(config, "model_type", None))
     check_quantization(getattr(config, "quantization_config", None))
-    return Source(family, config, lambda: _weights_of_model(model))
+    return Source(family, cast(PreTrainedConfig, config), lambda: _weights_of_model(model))
 
 
 def _weights_of_model(model: nn.Module) -> Weights:
@@ -77,17 +83,18 @@ def _weights_of_model(model: nn.Module) -> Weights:
         raise ValueError(f"The source's tensors are without data (on the meta device): {empty[:5]}. Load it first.")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     generation_config = getattr(model, "generation_config", None)  # a model without a head fails the check of tensors
-    return Weights(shapes, tensors.__getitem__, model.dtype, model.device, generation_config)
+    dtype, device = cast(torch.dtype, model.dtype), cast(torch.device, model.device)
+    return Weights(shapes, tensors.__getitem__, dtype, device, generation_config)
 
 
 def check_quantization(quantization: object) -> None:
-    """Raises a ValueError for weights that are stored as codes; `quantization` is a configuration's field."""
+    """Raises a `ValueError` for quantized weights; `quantization` is a configuration's field."""
     if quantization is None:
         return
     if isinstance(quantization, (str, int, float, list)):
         raise ValueError(f"`quantization_config` is {quantization!r} in the source but must be an object.")
-    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    # Transformers turns a GGUF file's blocks into plain weights while loading.
+    fields = quantization if isinstance(quantization, dict) else cast(QuantizationConfigMixin, quantization).to_dict()
+    # Transformers dequantizes a GGUF file while loading.
     if fields.get("quant_method") != "gguf":
         raise ValueError(
             f"`quantization_config` has quant_method {fields.get('quant_method')!r} in the source: convert the "
@@ -99,15 +106,17 @@ def source_of_folder(folder: Path) -> Source:
     """A folder that Transformers' `from_pretrained` reads as a source; no weight is read yet.
 
     Raises:
-        ValueError: a configuration that cannot be read or converted, or weights that are not there or are codes.
+        ValueError: the configuration cannot be read or converted, or weights are missing or quantized.
     """
-    # Checked before loading: a checkpoint of an unknown family may take minutes to load, or run its own code.
+    # Checked before loading, because other checkpoints may take minutes to load or run their own code.
     fields = _read_json(folder / "config.json")
     family = find_family(fields.get("model_type"))
     check_quantization(fields.get("quantization_config") or fields.get("compression_config"))
     _check_rope_fields(fields)
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{str(folder)!r} holds an adapter (adapter_config.json): merge it, save, convert that.")
+        raise ValueError(
+            f"{str(folder)!r} holds an adapter (adapter_config.json): merge it into its base model, and convert that."
+        )
     config = _reading(folder, "config.json", AutoConfig.from_pretrained, folder)
     _check_files(folder)
     tokenizer = None
@@ -116,7 +125,7 @@ def source_of_folder(folder: Path) -> Source:
     return Source(family, config, lambda: _weights_of_folder(folder), tokenizer, folder)
 
 
-def read_tokenizer(folder: Path, **options: str) -> Callable[[], object]:
+def read_tokenizer(folder: Path, **options: str) -> Callable[[], Tokenizer]:
     """Reads the tokenizer in `folder` when called."""
     return lambda: _reading(folder, "the tokenizer", AutoTokenizer.from_pretrained, folder, **options)
 
@@ -131,7 +140,7 @@ def _check_rope_fields(fields: dict) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuses weights whose files are missing, damaged, or hold codes instead of weights."""
+    """Refuses weights whose files are missing, damaged or quantized."""
     paths = [folder / WEIGHTS]
     if not paths[0].is_file():
         if not (folder / INDEX).is_file():
@@ -162,14 +171,9 @@ def _dtypes(path: Path) -> dict[str, str]:
 
 
 def _weights_of_folder(folder: Path) -> Weights:
-    model, loading = _reading(
-        folder,
-        "the weights",
-        AutoModelForCausalLM.from_pretrained,
-        folder,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: object = _reading(folder, "the weights", AutoModelForCausalLM.from_pretrained, folder, **options)
+    model, loading = cast(tuple[nn.Module, dict[str, Collection]], loaded)
     wrong = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if wrong:
         raise ValueError(f"The weights in {str(folder)!r} do not fit its config.json: {wrong}.")
@@ -183,8 +187,8 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _reading(folder: Path, part: str, read: Callable, *args, **options) -> object:
-    """Calls a library's reader and raises its errors, which have many types, as ValueError."""
+def _reading(folder: Path, part: str, read: Callable[..., T], *args: object, **options: object) -> T:
+    """Calls a library's reader and raises its errors, which have many types, as `ValueError`."""
     try:
         return read(*args, **options)
     except (OSError, ImportError):

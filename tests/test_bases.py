@@ -16,7 +16,7 @@ import mambaformer.ops_cpu_threads_mambaformer as threads
 from loops import normal
 from mambaformer.expert_bases_mambaformer import SingularBases, compute_basis
 from mambaformer.expert_linear_mambaformer import merged_weight
-from mambaformer.files_mambaformer import digest_of, sealed
+from mambaformer.files_mambaformer import digest_of, with_checksum
 from tiny_models import new_model
 
 
@@ -24,7 +24,7 @@ def plant(folder, weight, tensors, **changes):
     """A file as this project writes it, checksum and all, for `weight`."""
     digest = digest_of({"weight": weight})
     header = {"format": svd_files.BASIS_FORMAT, "version": str(svd_files.FORMAT_VERSION), "weight": digest} | changes
-    save_file(tensors, folder / f"{digest}.safetensors", sealed(header, tensors))
+    save_file(tensors, folder / f"{digest}.safetensors", with_checksum(header, tensors))
     return folder / f"{digest}.safetensors"
 
 

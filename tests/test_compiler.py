@@ -393,7 +393,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_no_compiler_is_asked_for(
     else:
         error = OSError(30 if kind == "read-only" else 28, "of the disk")
         refuse = lambda *_: (_ for _ in ()).throw(error)  # noqa: E731
-        monkeypatch.setattr(compiler, "temporary_beside", refuse)
+        monkeypatch.setattr(compiler, "temporary_for", refuse)
     assert cpu_library(ANSWER) is None
     message = warnings()
     assert str(folder) in message and "MAMBAFORMER_CACHE" in message and "compiler" not in message

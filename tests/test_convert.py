@@ -102,8 +102,8 @@ def test_a_window_for_upcycled_layers_is_that_of_mistral():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"window": 4}, "say which layers to `upcycle`"),
-        ("llama", {"upcycle": "all", "num_sink_tokens": 4}, "goes with a `window`"),
+        ("llama", {"window": 4}, "pass the layers as `upcycle`"),
+        ("llama", {"upcycle": "all", "num_sink_tokens": 4}, "needs a `window`"),
         ("mistral", {"upcycle": [0], "window": 4}, "a model has one window"),
         ("llama", {"upcycle": "all", "window": 0}, "`sliding_window` must be a positive integer"),
     ],

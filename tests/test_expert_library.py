@@ -37,7 +37,7 @@ def test_a_library_holds_experts_by_name(tmp_path):
 
 def test_an_unknown_name_lists_the_known_ones():
     library = ExpertVectorLibrary()
-    with pytest.raises(ValueError, match="none yet"):
+    with pytest.raises(ValueError, match="library is empty"):
         library["chef"]
     library.add(small_expert())
     with pytest.raises(ValueError, match=r"'cook'.*\['chef'\]"):
@@ -108,7 +108,7 @@ def test_a_library_blends_names_vectors_dicts_and_the_base():
         (["chef"], TypeError, r"pairs \(weight, expert vector\), got 'chef'"),
         ([0.5, "chef"], TypeError, "pairs"),
         ([(0.5, "cook")], ValueError, r"'cook'.*\['chef'\]"),
-        ([(0.5, 3)], TypeError, "got int for the latter"),
+        ([(0.5, 3)], TypeError, "got int for an expert vector"),
         ([(float("inf"), "chef")], ValueError, "finite"),
         ([(10**400, "chef")], TypeError, "for a weight"),
     ],
@@ -154,7 +154,7 @@ def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match=r"no \*\.safetensors"):
         library.load(tmp_path)
     small_expert(0).save(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="only with one file"):
+    with pytest.raises(ValueError, match="only with a file"):
         library.load(tmp_path, name="x")
     save_file({"q": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -209,7 +209,7 @@ def test_what_is_no_expert_is_refused(value):
 def test_names_without_a_library_and_empty_lists_are_refused():
     with pytest.raises(ValueError, match="no library"):
         resolve_expert_vector("chef")
-    with pytest.raises(ValueError, match="none yet"):
+    with pytest.raises(ValueError, match="library is empty"):
         resolve_expert_vector("chef", ExpertVectorLibrary())
     with pytest.raises(ValueError, match="empty list"):
         resolve_expert_vector([])

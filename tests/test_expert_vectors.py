@@ -225,7 +225,7 @@ def test_an_expert_that_fits_passes_the_check():
 def test_unknown_modules_are_named_with_the_nearest_known_ones():
     with pytest.raises(ValueError, match=r"layers\.0\.q_proj.*Did you mean.*model\.layers\.0\.q_proj"):
         check_expert_vector(small_expert(), {"model.layers.0.q_proj": (6, 9), "lm_head": (20, 3)})
-    with pytest.raises(ValueError, match=r"layers\.0\.q_proj.*Some that exist: \['lm_head'\]"):
+    with pytest.raises(ValueError, match=r"layers\.0\.q_proj.*The model has \['lm_head'\]"):
         check_expert_vector(small_expert(), {"lm_head": (20, 3)})
 
 

@@ -1,4 +1,4 @@
-"""Files by another hand: experts, sessions and Mamba blocks are loaded, or refused by a `ValueError`.
+"""Files by another hand: expert vectors, sessions and Mamba weights are loaded, or refused by a `ValueError`.
 
 A parser that raises anything else (`RecursionError`, `OverflowError`, `MemoryError`, `KeyError`) takes a server down
 that handles bad requests, and one that believes a number allocates what the number says.
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from damage import mutated
-from mambaformer import ExpertVector, convert, save_blocks
-from mambaformer.convert import conversion, load_blocks
+from mambaformer import ExpertVector, convert, save_mamba_delta
+from mambaformer.convert import conversion, load_mamba_delta
 from mambaformer.expert_vectors_mambaformer import MAX_SCALE, ExpertVectorLibrary
 from mambaformer.files_header_mambaformer import MAX_DEPTH, json_of
-from mambaformer.files_mambaformer import sealed, write_tensors
+from mambaformer.files_mambaformer import with_checksum, write_tensors
 from patterns import tiny_config
 from saved_caches import contents_of, made
-from test_blocks import WINDOWED, llama, trained
+from test_mamba_delta import WINDOWED, llama, trained
 from tiny_models import random_expert, random_model
 
 DEEP = 100_000
@@ -29,7 +29,7 @@ def model():
     return random_model(tiny_config("paper", num_hidden_layers=2))
 
 
-@pytest.fixture(params=["expert", "session", "blocks"])
+@pytest.fixture(params=["expert", "session", "mamba_delta"])
 def kind(request, model, tmp_path):
     """A file of each kind, and what loads it."""
     path = tmp_path / "file"
@@ -41,8 +41,8 @@ def kind(request, model, tmp_path):
     if request.param == "session":
         made(model, "expert_per_row", "dense").save(path)
         return path, model.load_cache
-    save_blocks(trained(llama(), **WINDOWED), path, metadata={"tokens": 3})
-    return path, load_blocks
+    save_mamba_delta(trained(llama(), **WINDOWED), path, metadata={"tokens": 3})
+    return path, load_mamba_delta
 
 
 def split(path):
@@ -172,7 +172,7 @@ def sealed_again(path, change):
     if "fingerprint" in header:
         header["fingerprint"] = _fingerprint_if_any(tensors)
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    write_tensors(path, tensors, sealed(header, tensors) if "checksum" in header else header)
+    write_tensors(path, tensors, with_checksum(header, tensors) if "checksum" in header else header)
 
 
 def _fingerprint_if_any(tensors):
@@ -293,14 +293,14 @@ def test_a_spectrum_that_was_written_later_is_refused_by_a_forward(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_scales_whose_products_overflow_are_refused(scale, dtype, tmp_path):
     """Scales of 1e38 are finite and made every logit NaN."""
-    with pytest.raises(ValueError, match="the largest whose products stay finite"):
+    with pytest.raises(ValueError, match="the largest scale whose products stay finite"):
         ExpertVector({"q": torch.tensor([1.0, scale], dtype=dtype)})
     write_tensors(
         tmp_path / "e",
         {"q": torch.tensor([1.0, scale], dtype=dtype)},
         {"format": "mambaformer.expert_vector", "version": "1", "name": "null", "metadata": "{}", "fingerprint": "x"},
     )
-    with pytest.raises(ValueError, match="the largest whose products stay finite"):
+    with pytest.raises(ValueError, match="the largest scale whose products stay finite"):
         ExpertVector.load(tmp_path / "e")
 
 
@@ -321,7 +321,7 @@ def test_a_folder_with_one_bad_expert_adds_none(tmp_path):
     assert not library.names
 
 
-# ------------------------------------------------------------------------------------------------ Mamba blocks
+# ------------------------------------------------------------------------------------------------ Mamba weights
 
 BAD_BLOCKS = {
     "a state size that allocates": lambda fields: fields.update(mamba_d_state=10**12),
@@ -337,9 +337,9 @@ BAD_BLOCKS = {
 
 
 @pytest.mark.parametrize("name", BAD_BLOCKS)
-def test_blocks_that_say_other_sizes_than_they_have_are_refused_before_a_model_is_built(name, tmp_path, monkeypatch):
+def test_deltas_that_say_other_sizes_than_they_have_are_refused_before_a_model_is_built(name, tmp_path, monkeypatch):
     """`mamba_d_state` of a file decided how much was allocated, before its tensors were compared with it."""
-    save_blocks(trained(llama(), **WINDOWED), tmp_path / "b")
+    save_mamba_delta(trained(llama(), **WINDOWED), tmp_path / "b")
 
     def change(tensors, header):
         fields = json.loads(header["fields"])
@@ -348,16 +348,16 @@ def test_blocks_that_say_other_sizes_than_they_have_are_refused_before_a_model_i
 
     sealed_again(tmp_path / "b", change)
     monkeypatch.setattr(conversion, "_build", None)
-    with pytest.raises(ValueError, match="holds no Mamba blocks that fit each other"):
-        convert(llama(), blocks=tmp_path / "b")
+    with pytest.raises(ValueError, match="is not a valid file of Mamba weights"):
+        convert(llama(), mamba_delta=tmp_path / "b")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_blocks_that_are_not_finite_are_refused(value, tmp_path):
-    save_blocks(trained(llama(), **WINDOWED), tmp_path / "b")
+def test_deltas_that_are_not_finite_are_refused(value, tmp_path):
+    save_mamba_delta(trained(llama(), **WINDOWED), tmp_path / "b")
     sealed_again(tmp_path / "b", lambda tensors, _: next(iter(tensors.values())).view(-1)[:1].fill_(value))
-    with pytest.raises(ValueError, match="no finite floating-point tensor"):
-        load_blocks(tmp_path / "b")
+    with pytest.raises(ValueError, match="not a finite floating-point tensor"):
+        load_mamba_delta(tmp_path / "b")
 
 
 # ------------------------------------------------------------------------------------------------ the parser itself

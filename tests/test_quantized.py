@@ -191,10 +191,10 @@ def test_packed_weights_are_made_once_follow_new_tensors_and_are_forgotten(kind)
     assert packed_weight(module.weight).qdata is other.weight.qdata
     module.weight = other.weight
     assert packed_weight(module.weight).qdata is other.weight.qdata
-    gone, num_known = weakref.ref(other.weight.qdata), len(packed_weight.known)
+    gone, num_known = weakref.ref(other.weight.qdata), len(packed_weight.by_weight)
     del module, other, packed
     gc.collect()  # torchao gives a module a method that refers to it
-    assert gone() is None and len(packed_weight.known) < num_known
+    assert gone() is None and len(packed_weight.by_weight) < num_known
 
 
 # ---------------------------------------------------------------------------------------------------------- the laws

@@ -146,7 +146,7 @@ def test_weights_in_a_form_that_nobody_knows_are_refused_with_a_way_out(folder):
     module.weight = torch.nn.Parameter(torch.zeros(8192, 1, dtype=torch.uint8), requires_grad=False)
     name = "model.layers.0.mamba.in_proj"
     for call in (lambda: model(IDS, expert_vector={name: [2.0]}), lambda: model.merge_expert_vector({name: [2.0]})):
-        with pytest.raises(ValueError, match=f"`{name}`.*merge the expert before the model is quantized"):
+        with pytest.raises(ValueError, match=f"`{name}`.*merge the expert vector before the model is quantized"):
             call()
 
 

@@ -158,10 +158,10 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(two_sessions
 
 def test_a_save_leaves_the_temporary_files_of_writers_that_live(two_sessions):
     _, caches, _, path = two_sessions
-    with files.temporary_beside(path) as temporary:
+    with files.temporary_for(path) as temporary:
         caches[1].save(path)
         assert temporary.exists()
-    with files.temporary_beside(path.with_name("other")) as temporary:
+    with files.temporary_for(path.with_name("other")) as temporary:
         pass
     assert list(path.parent.iterdir()) == [path]
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from damage import mutated
 from mambaformer import ExpertVector, MambaFormerCache
-from mambaformer.files_mambaformer import sealed, write_tensors
+from mambaformer.files_mambaformer import with_checksum, write_tensors
 from oracle import assert_same_logits
 from patterns import VOCAB, tiny_config
 from saved_caches import content_of, contents_of, equal, go_on, made, some_ids
@@ -57,7 +57,7 @@ def test_pickles_are_named_and_never_run(saved_session, tmp_path, request):
     for kind in ("zip", "legacy", "pickle2", "pickle3", "pickle4", "pickle5"):
         with pytest.raises(ValueError, match="which can run code"):
             saved_session[0].load_cache(tmp_path / kind)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         saved_session[0].load_cache(tmp_path / "text")
     assert not (tmp_path / "exploded").exists()
 
@@ -75,7 +75,7 @@ def test_safetensors_files_of_another_kind_say_so(saved_session, tmp_path):
         model.load_cache(tmp_path / "expert")
     for version, message in (("2", "upgrade"), ("0", "unknown version"), ("x", "unknown version")):
         tensors, header = contents_of(path)
-        write_tensors(tmp_path / "v", tensors, sealed(header | {"version": version}, tensors))
+        write_tensors(tmp_path / "v", tensors, with_checksum(header | {"version": version}, tensors))
         with pytest.raises(ValueError, match=message):
             model.load_cache(tmp_path / "v")
 
@@ -272,7 +272,7 @@ def forged(path, forge):
     forge(tensors, session)
     header["session"] = json.dumps(session)
     target = path.with_name("forged")
-    write_tensors(target, {k: t.contiguous() for k, t in tensors.items()}, sealed(header, tensors))
+    write_tensors(target, {k: t.contiguous() for k, t in tensors.items()}, with_checksum(header, tensors))
     return target
 
 
@@ -392,7 +392,7 @@ def test_a_forged_header_that_no_parser_survives_is_refused(saved_session):
     model, _, path = saved_session
     tensors, header = contents_of(path)
     for session in ("[" * 100_000, "{", "[]", '"x"', "1" * 10_000, '{"config": NaN}'):
-        write_tensors(path, tensors, sealed(header | {"session": session}, tensors))
+        write_tensors(path, tensors, with_checksum(header | {"session": session}, tensors))
         with pytest.raises(ValueError, match="no session"):
             model.load_cache(path)
 

@@ -29,12 +29,12 @@ def load_trained(folder, **options):
 @functools.cache
 def folder_of_smollm2():
     """SmolLM2 with the trained blocks, as a folder with its tokenizer."""
-    blocks = ROOT / "checkpoints" / "smollm2-hybrid" / "blocks.safetensors"
+    blocks = ROOT / "checkpoints" / "smollm2-hybrid" / "mamba_delta.safetensors"
     if not blocks.is_file():
         raise FileNotFoundError(f"{blocks} is part of the repo and the laws run on its weights, but it is missing")
     folder = Path(tempfile.mkdtemp(prefix="smollm2-hybrid-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    convert(find_smollm2(), blocks=blocks, output_dir=folder)
+    convert(find_smollm2(), mamba_delta=blocks, output_dir=folder)
     return folder
 
 

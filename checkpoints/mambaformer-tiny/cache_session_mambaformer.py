@@ -20,7 +20,7 @@ from .cache_history_mambaformer import Encoding, NewTokens
 from .expert_bases_mambaformer import at_least_float32
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLike, ResolvedExpertVector, collapsed_key
 from .files_header_mambaformer import json_of
-from .files_mambaformer import is_sealed, read_tensors, sealed, write_tensors
+from .files_mambaformer import has_valid_checksum, read_tensors, with_checksum, write_tensors
 from .modeling_stack_mambaformer import ModelStack, places_of_model
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def save_session(cache: "MambaFormerCache", path: str | os.PathLike) -> None:
     tensors |= {f"expert_vectors.{n}.{name}": z for n, e in enumerate(expert_vectors) for name, z in e.vectors.items()}
     tensors = {name: _copy_to_cpu(tensor) for name, tensor in tensors.items()}
     header = {"format": SESSION_FORMAT, "version": str(SESSION_VERSION), "session": json.dumps(asdict(session))}
-    write_tensors(Path(path), tensors, sealed(header, tensors))
+    write_tensors(Path(path), tensors, with_checksum(header, tensors))
 
 
 def _stack_of(cache: "MambaFormerCache") -> ModelStack:
@@ -202,7 +202,7 @@ def load_session(
         raise TypeError(f"A session is loaded for a MambaFormer, got {type(model).__name__}.")
     path = Path(path)
     tensors, header = read_tensors(path, SESSION_FORMAT, SESSION_VERSION, "`cache.save(path)`")
-    if not is_sealed(header, tensors):
+    if not has_valid_checksum(header, tensors):
         raise ValueError(f"{path} is damaged: its content is not the content that was saved (checksum mismatch).")
     try:
         session, tensors = _read_header(header, tensors)

@@ -1,9 +1,10 @@
-"""The files of a model's expert vectors: where they are saved, and where a loaded model looks for them."""
+"""The files of a model's expert vectors: their folder when a model is saved, and their source when it is loaded."""
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from transformers.utils.hub import cached_file
 
@@ -11,7 +12,7 @@ from .configuration_mambaformer import MambaFormerConfig
 from .expert_vectors_mambaformer import ExpertVectorLibrary, checked_name
 from .files_folders_mambaformer import EXPERT_VECTORS_FOLDER, OLDER_EXPERT_VECTORS_FOLDER
 
-# Arguments of `from_pretrained` that say where on the Hub a file is.
+# Arguments of `from_pretrained` that locate a file on the Hub.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -24,16 +25,16 @@ def save_expert_vectors(library: ExpertVectorLibrary, directory: str | os.PathLi
 
 
 def load_named_expert_vectors(
-    library: ExpertVectorLibrary, config: MambaFormerConfig, path: Any, arguments: dict[str, Any]
+    library: ExpertVectorLibrary, config: MambaFormerConfig, arguments: Mapping[str, object]
 ) -> None:
-    """Adds the expert vectors that the configuration of a loaded model names, from where that configuration came from.
+    """Adds the expert vectors that the configuration of a loaded model names, from the configuration's own source.
 
     Args:
-        path, arguments: what `from_pretrained` was called with.
+        arguments: the keyword arguments of `from_pretrained`.
 
     Raises:
         OSError: a file is missing or cannot be fetched.
-        ValueError: a damaged file, or nobody knows where the configuration came from.
+        ValueError: a file is damaged, or the source of the configuration is unknown.
     """
     names = [checked_name(name) for name in config.expert_vectors or []]
     if not names:
@@ -46,32 +47,44 @@ def load_named_expert_vectors(
         )
     where = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     if source != config.name_or_path:
-        where.pop("revision", None)  # it is one of the weights' repository
+        where.pop("revision", None)  # belongs to the repository of the weights
     for name in names:
         library.load(_fetched(source, f"{name}.safetensors", where), name)
 
 
-def _source(config: MambaFormerConfig, given: Any) -> str | None:
-    """Where the configuration of a loaded model came from; None if that is unknown.
+def _source(config: MambaFormerConfig, argument: object) -> str | None:
+    """The folder or repository that the configuration was loaded from; `None` if it is unknown.
 
-    Transformers stores where the weights came from as the name of `config`: for an adapter's folder, that is its base.
+    `argument` is the `config` of `from_pretrained`. Transformers stores the source of the weights as the name of
+    `config`: for an adapter's folder, that is its base model.
     """
-    if isinstance(given, (str, os.PathLike)):
-        source = os.fspath(given)
+    if isinstance(argument, (str, os.PathLike)):
+        source = os.fspath(argument)
     else:
-        # `AutoConfig` tells where it found a configuration by its name.
-        told = [getattr(each, name, None) for each in (given, config) for name in ("_loaded_from", "name_or_path")]
-        source = next((origin for origin in told if origin and origin != "None"), None)
-    is_file = source is not None and os.path.isfile(source)
-    return (os.path.dirname(source) or ".") if is_file else source
+        # `AutoConfig` stores the source of a configuration as its name.
+        objects, names = (argument, config), ("_loaded_from", "name_or_path")
+        sources = (getattr(each, name, None) for each in objects for name in names)
+        source = next((origin for origin in sources if origin and origin != "None"), None)
+    if source is None or not os.path.isfile(source):
+        return source
+    return os.path.dirname(source) or "."
 
 
-def _fetched(source: str, file: str, where: dict[str, Any]) -> str:
+def _cached_file(source: str, file: str, where: Mapping[str, object]) -> str:
+    return cast(str, cached_file(source, file, **where))  # it is `None` only if errors are switched off
+
+
+def _fetched(source: str, file: str, where: Mapping[str, object]) -> str:
+    """The local path of an expert vector's file.
+
+    Raises:
+        OSError: it is in neither of the two folders.
+    """
     try:
-        return cached_file(source, f"{EXPERT_VECTORS_FOLDER}/{file}", **where)
+        return _cached_file(source, f"{EXPERT_VECTORS_FOLDER}/{file}", where)
     except OSError as error:
         with suppress(OSError):
-            return cached_file(source, f"{OLDER_EXPERT_VECTORS_FOLDER}/{file}", **where)
+            return _cached_file(source, f"{OLDER_EXPERT_VECTORS_FOLDER}/{file}", where)
         place = f"`{source}`" if "subfolder" not in where else f"`{where['subfolder']}` of `{source}`"
         raise OSError(
             f"The configuration in {place} names an expert vector whose file `{EXPERT_VECTORS_FOLDER}/{file}` cannot "

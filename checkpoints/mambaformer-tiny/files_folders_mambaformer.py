@@ -1,7 +1,7 @@
-"""The folder of a saved model is replaced as a whole: its files are written aside, then moved into place.
+"""Atomic replacement of a saved model's folder: files are written to a hidden folder, then moved into place.
 
-A save that fails leaves the folder as it was. Files that the save does not write stay, except those that would make
-the folder load something else than was saved.
+A save that fails leaves the folder as it was. Other files in the folder stay, except stale files that would be loaded
+with the new ones.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .configuration_mambaformer import FILE_NAME
 from .files_header_mambaformer import json_of
-from .files_mambaformer import temporary_beside
+from .files_mambaformer import temporary_for
 
 CONFIG, WEIGHTS_ENDING = "config.json", ".safetensors"
 EXPERT_VECTORS_FOLDER = "expert_vectors"
@@ -21,28 +21,28 @@ OLDER_EXPERT_VECTORS_FOLDER = "experts"  # of version 0.1, which had the same na
 SHARD = r"-\d{5}-of-\d{5}"
 WEIGHTS = re.compile(rf"((?:adapter_)?model(?:\.[^-/]+)?)({SHARD})?\.safetensors")
 STAGE_ENDING = ".save"
-# Folders that are being written, by the path that Transformers was given for them.
+# Folders that are being written, by the path that Transformers writes to.
 STAGED: dict[str, "StagedFolder"] = {}
 
 
 class StagedFolder:
-    """Files that wait to be moved into `target`.
+    """Files that are written to `path` and then moved into `target`.
 
     Args:
-        path: where they are written; its last part is that of `target`, which names a repository by default.
-        aside: an empty folder for what is replaced.
+        path: its last part is that of `target`, which is the default name of a repository.
+        aside: an empty folder for replaced files.
     """
 
     def __init__(self, target: Path, path: Path, aside: Path):
         self.target, self.path, self.aside = target, path, aside
-        self.names: set[str] | None = None  # what has been moved, by its first part
+        self.names: set[str] | None = None  # the first parts of the paths that were moved
 
     @property
     def is_committed(self) -> bool:
         return self.names is not None
 
     def commit(self) -> None:
-        """Moves the files into place, the configuration last; whatever fails, the target is as it was."""
+        """Moves the files into place, the configuration last; after an error, the target is as it was."""
         files = [file.relative_to(self.path) for file in self.path.rglob("*") if not file.is_dir()]
         files.sort(key=lambda file: (file == Path(CONFIG), file))
         stale, done, made = stale_files(self.target, set(files)), [], []
@@ -67,14 +67,14 @@ class StagedFolder:
         self.names = {file.parts[0] for file in files}
 
     def _set_aside(self, file: Path) -> None:
-        """Keeps the old file under a second name, so that a reader finds one of the two at any time."""
+        """Keeps the old file under a second name, so that readers see the old or the new file at any time."""
         old, kept = self.target / file, self.aside / file
         if not os.path.lexists(old):
             return
         if old.is_dir() and not old.is_symlink():
             raise IsADirectoryError(f"{old} is a folder, and a file of the model has this name: move it away.")
         if not old.is_symlink():
-            with suppress(OSError):  # a file that was made private stays so
+            with suppress(OSError):  # a private file stays private
                 shutil.copymode(old, self.path / file)
         try:
             os.link(old, _with_folder(kept), follow_symlinks=False)
@@ -85,7 +85,7 @@ class StagedFolder:
         kept = self.aside / file
         if os.path.lexists(kept):
             os.replace(kept, self.target / file)
-            # Two names of one file are not renamed into one another.
+            # `os.replace` does nothing if both names are links to the same file.
             kept.unlink(missing_ok=True)
         elif is_new and not os.path.lexists(self.path / file):
             (self.target / file).unlink(missing_ok=True)
@@ -95,12 +95,13 @@ class StagedFolder:
 def staged_folder(target: str | os.PathLike) -> Iterator[StagedFolder]:
     """A place to write the files of `target`, which is made if needed; they are moved into it at the end.
 
-    The files are written inside `target`, in a hidden folder, as only there a move is sure to copy nothing: a save
-    over an old model needs room for both. A process that is killed leaves the hidden folder; the next save removes it.
+    The files are written to a hidden folder inside of `target`, on the same file system, so that moving copies
+    nothing. A save over an old model needs room for both. If a process is killed, the next save removes its hidden
+    folder.
 
     Raises:
         ValueError: `target` is a file or empty.
-        OSError: files cannot be written there, or moved.
+        OSError: files cannot be written or moved there.
     """
     if not os.fspath(target):
         raise ValueError("`save_directory` is empty: give a folder, '.' for the current one.")
@@ -109,7 +110,7 @@ def staged_folder(target: str | os.PathLike) -> Iterator[StagedFolder]:
         raise ValueError(f"`save_directory` {str(target)!r} is a file: give a folder.")
     made = _made_folders(Path(target.anchor), target.relative_to(target.anchor))
     try:
-        with temporary_beside(target / STAGE_ENDING) as lock:
+        with temporary_for(target / STAGE_ENDING) as lock:
             _remove_abandoned(target)
             with _stage(target, lock.with_suffix(STAGE_ENDING)) as folder:
                 yield folder
@@ -117,7 +118,7 @@ def staged_folder(target: str | os.PathLike) -> Iterator[StagedFolder]:
                     folder.commit()
     except BaseException:
         for folder in reversed(made):
-            with suppress(OSError):  # somebody has put files into it
+            with suppress(OSError):  # another process has written files there
                 folder.rmdir()
         raise
 
@@ -136,19 +137,19 @@ def _stage(target: Path, place: Path) -> Iterator[StagedFolder]:
 
 
 def staged_at(path: str | os.PathLike) -> StagedFolder | None:
-    """The folder whose files are written under `path`, if it is one of `staged_folder`."""
+    """The `StagedFolder` that is written under `path`; `None` if there is none."""
     return STAGED.get(os.fspath(path))
 
 
 def _remove_abandoned(target: Path) -> None:
-    """A stage lives no longer than its lock, and `temporary_beside` has removed the locks of processes that died."""
+    """Removes the hidden folders of dead processes, whose locks `temporary_for` has removed."""
     for place in target.glob(f".*{STAGE_ENDING}"):
         if re.fullmatch(r"\.[0-9a-f]{16}-[0-9a-f]{32}", place.stem) and not place.with_suffix(".tmp").exists():
             shutil.rmtree(place, ignore_errors=True)
 
 
 def _made_folders(root: Path, below: Path) -> list[Path]:
-    """Makes `root / below`; returns the folders that were not there, outermost first."""
+    """Makes `root / below`; returns the folders that were made, outermost first."""
     made = []
     for part in below.parts:
         root = root / part
@@ -164,25 +165,25 @@ def _with_folder(path: Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------- what an old save left
+# ---- files of older saves
 
 
 def stale_files(target: Path, files: set[Path]) -> list[Path]:
-    """Files of an earlier save in `target` that the new `files` do not replace, and that would be loaded with them.
+    """Files of an older save in `target` that the new `files` do not replace, and that would be loaded with them.
 
-    These are weights in other shards, as an unsharded file is loaded before an index, and the expert vectors that
-    only the old configuration names.
+    They are weights in other shards (an unsharded file is loaded before an index), and the expert vectors that only
+    the old configuration names.
     """
-    found = set()
+    stale = set()
     weights = {match[1] for file in files if (match := WEIGHTS.fullmatch(str(file)))}
     for name in os.listdir(target):
         match = WEIGHTS.fullmatch(name)
         if (match and match[1] in weights) or name in map(_index_of, weights):
-            found.add(Path(name))
+            stale.add(Path(name))
     if Path(CONFIG) in files:
         names, folders = _named_expert_vectors(target / CONFIG), (EXPERT_VECTORS_FOLDER, OLDER_EXPERT_VECTORS_FOLDER)
-        found |= {Path(folder, name + WEIGHTS_ENDING) for folder in folders for name in names}
-    return sorted(file for file in found - files if (target / file).is_file())
+        stale |= {Path(folder, name + WEIGHTS_ENDING) for folder in folders for name in names}
+    return sorted(file for file in stale - files if (target / file).is_file())
 
 
 def _index_of(stem: str) -> str:
@@ -196,7 +197,7 @@ def _named_expert_vectors(config: Path) -> list[str]:
         fields = json_of(config.read_bytes())
         names = fields.get("expert_vectors") or fields.get("experts") or []
         return [name for name in names if isinstance(name, str) and re.fullmatch(FILE_NAME, name)]
-    except (OSError, ValueError, AttributeError, TypeError):  # whatever was there, it was no save of ours
+    except (OSError, ValueError, AttributeError, TypeError):  # not a configuration that we saved
         return []
 
 

@@ -1,6 +1,6 @@
-"""Files of tensors: written whole or not at all, tied to their content by a checksum, never unpickled.
+"""Files of tensors: written atomically, tied to their content by a checksum, never unpickled.
 
-Experts, singular bases and sessions are such files: safetensors with a header that names format and version.
+Expert vectors, singular bases and sessions are such files: safetensors with a header that names format and version.
 """
 
 import errno
@@ -31,14 +31,14 @@ except ImportError:  # not a POSIX system
 
 PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MOST_LINKS = 40  # that a path may pass, as Linux has it
+MOST_LINKS = 40  # symbolic links in a path, as on Linux
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be made again is kept: `$MAMBAFORMER_CACHE/{kind}`, by default in Hugging Face's home.
+    """The folder of files that can be computed again: `$MAMBAFORMER_CACHE/{kind}`, by default in Hugging Face's home.
 
     Raises:
-        FileNotFoundError: it is in the home of a user whom the system does not know.
+        FileNotFoundError: the path names the home of an unknown user.
     """
     root = os.environ.get("MAMBAFORMER_CACHE") or Path(hub_constants.HF_HOME, "mambaformer")
     try:
@@ -47,20 +47,19 @@ def cache_folder(kind: str) -> Path:
         raise FileNotFoundError(errno.ENOENT, "the system knows no such user", str(root)) from error
 
 
-# ------------------------------------------------------------------------------------------------------------- trust
+# ---- trust
 
 
 @contextmanager
 def private_folder(folder: Path, is_made: bool = True) -> Iterator[Path]:
-    """A folder that nobody but this user and root can write, by a path that stays valid when its name is given away.
+    """A folder that only this user and root can write, by a path that stays valid if its name is reassigned.
 
-    A missing folder is made for this user alone (0700) if `is_made`; one that exists is never changed. Systems without
-    POSIX owners check nothing.
+    A missing folder is made for this user alone (0700) if `is_made`; an existing folder is not changed. Systems
+    without POSIX owners check nothing.
 
     Raises:
-        PermissionError: other users could put files into it, or could do so when they were put there; the message says
-            what to change. Nothing was written.
-        OSError: it is missing or cannot be made.
+        PermissionError: other users could write files there; the message says what to change. Nothing was written.
+        OSError: the folder is missing or cannot be made.
     """
     if not hasattr(os, "geteuid"):
         if is_made:
@@ -74,7 +73,7 @@ def private_folder(folder: Path, is_made: bool = True) -> Iterator[Path]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _check_folder(folder, os.fstat(descriptor))
-        # By its descriptor it is the folder that was checked, whatever its name leads to by now.
+        # The descriptor leads to the folder that was checked; its name may lead to another folder by now.
         pinned = Path(f"/proc/self/fd/{descriptor}")
         yield pinned if pinned.is_dir() else folder
     finally:
@@ -82,9 +81,9 @@ def private_folder(folder: Path, is_made: bool = True) -> Iterator[Path]:
 
 
 def check_private_file(path: Path, about: os.stat_result) -> None:
-    """Raises `PermissionError` unless a file is this user's or root's, and nobody else can write it.
+    """Raises `PermissionError` unless a file belongs to this user or root and no one else can write it.
 
-    `about` is what `os.fstat` says of the opened file; a name can lead elsewhere the next time.
+    `about` is the `os.fstat` of the opened file, because its name may lead to another file later.
     """
     if not hasattr(os, "geteuid"):
         return
@@ -95,12 +94,12 @@ def check_private_file(path: Path, about: os.stat_result) -> None:
 
 def _check_folder(folder: Path, about: os.stat_result) -> None:
     _check_owner(folder, about)
-    for passed in _passed_on_the_way(folder):
+    for passed in _folders_and_links_of(folder):
         mode = passed.lstat().st_mode
-        # Others can rename what is in such a folder, unless it has the sticky bit, as /tmp has.
+        # Others can rename files in such a folder, unless it has the sticky bit, as /tmp has.
         if stat.S_ISDIR(mode) and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(
-                f"every user can replace what is in {passed}, so {folder} is not trusted: run `chmod o-w {passed}`, "
+                f"every user can replace files in {passed}, so {folder} is not trusted: run `chmod o-w {passed}`, "
                 "or set MAMBAFORMER_CACHE to a folder of your own"
             )
 
@@ -108,18 +107,18 @@ def _check_folder(folder: Path, about: os.stat_result) -> None:
 def _check_owner(path: Path, about: os.stat_result) -> None:
     if about.st_uid not in (0, os.geteuid()):
         raise PermissionError(
-            f"{path} belongs to another user (id {about.st_uid}), so what is in it is not trusted: remove it, or set "
+            f"{path} belongs to another user (id {about.st_uid}), so its files are not trusted: remove it, or set "
             "MAMBAFORMER_CACHE to a folder of your own"
         )
     if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(
-            f"other users can write {path} (mode {stat.S_IMODE(about.st_mode):o}), so what is in it is not trusted: "
-            f"remove it and it is made again, or set MAMBAFORMER_CACHE to a folder of your own"
+            f"other users can write {path} (mode {stat.S_IMODE(about.st_mode):o}), so its content is not trusted: "
+            "remove it, and it is made again, or set MAMBAFORMER_CACHE to a folder of your own"
         )
 
 
-def _passed_on_the_way(path: Path) -> Iterator[Path]:
-    """Every folder and link that a look-up of `path` passes, from the root on, and `path` itself."""
+def _folders_and_links_of(path: Path) -> Iterator[Path]:
+    """Every folder and link on the way from the root to `path`, and `path` itself."""
     at = Path(path.absolute().anchor)
     parts, links = list(reversed(path.absolute().parts[1:])), 0
     yield at
@@ -139,40 +138,40 @@ def _passed_on_the_way(path: Path) -> Iterator[Path]:
             parts += reversed(target.parts[1:] if target.is_absolute() else target.parts)
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# ---- writing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Puts a safetensors file at `path`, as `write_whole` does."""
-    write_whole(path, to_safetensors(dict(tensors), dict(header)))
+    """Writes a safetensors file, atomically."""
+    write_atomically(path, to_safetensors(dict(tensors), dict(header)))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Puts a file at `path`, which holds its old content or all of the new, whatever fails in between.
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file, which holds its old content or all of the new content if an error interrupts.
 
     A process that is killed leaves a hidden temporary file; the next write to the same path removes it.
 
     Raises:
-        OSError: it names `path`, or the folder that is missing.
+        OSError: names `path`, or the missing folder.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "There is no such folder, make it first", str(path.parent))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a folder, give the name of a file in it", str(path))
-    with _failing_as(path), temporary_beside(path) as temporary:
+    with _naming_in_errors(path), temporary_for(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(OSError):  # a file that was made private stays so
+        with suppress(OSError):  # a private file stays private
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     _sync_folder(path.parent)
 
 
 @contextmanager
-def _failing_as(path: Path) -> Iterator[None]:
-    """Errors of the system name `path`: a full disk names no file, and a temporary file means nothing to a user."""
+def _naming_in_errors(path: Path) -> Iterator[None]:
+    """Errors of the system name `path` instead of a temporary file, or of no file."""
     try:
         yield
     except OSError as error:
@@ -182,11 +181,11 @@ def _failing_as(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A new file in the folder of `path`, locked while its writer lives, and gone afterwards."""
+def temporary_for(path: Path) -> Iterator[Path]:
+    """A new file in the folder of `path`, locked while its writer lives, and removed afterwards."""
     mark = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a name may be as long as the file system allows
-    for left in path.parent.glob(f".{mark}-*.tmp"):
-        _remove_if_abandoned(left)
+    for file in path.parent.glob(f".{mark}-*.tmp"):
+        _remove_if_abandoned(file)
     temporary, descriptor = _locked_file(path.parent, mark)
     try:
         yield temporary
@@ -196,9 +195,9 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes the temporary files of writers that were killed, whatever they were writing."""
-    for left in folder.glob(f".{'?' * 16}-*.tmp"):
-        _remove_if_abandoned(left)
+    """Removes the temporary files of all writers that were killed."""
+    for file in folder.glob(f".{'?' * 16}-*.tmp"):
+        _remove_if_abandoned(file)
 
 
 def _locked_file(folder: Path, mark: str) -> tuple[Path, int]:
@@ -206,17 +205,17 @@ def _locked_file(folder: Path, mark: str) -> tuple[Path, int]:
         temporary = folder / f".{mark}-{uuid.uuid4().hex}.tmp"
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         if fcntl is not None:
-            with suppress(OSError):  # a file system without locks; then nothing is ever taken for abandoned
+            with suppress(OSError):  # a file system without locks, on which no file counts as abandoned
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
-        os.close(descriptor)  # another write took it for abandoned before it was locked
+        os.close(descriptor)  # another writer removed it before it was locked
 
 
 def _remove_if_abandoned(temporary: Path) -> None:
     if fcntl is None:
         return
-    with suppress(OSError):  # it is locked, so its writer lives; or it has just been renamed or removed
+    with suppress(OSError):  # a lock means that its writer lives; the file may also have been renamed or removed
         descriptor = os.open(temporary, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,7 +225,7 @@ def _remove_if_abandoned(temporary: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # not every system can
+    with suppress(OSError):  # not every system supports it
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -234,18 +233,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# ---- reading
 
 
 def read_tensors(path: Path, file_format: str, version: int, save_again: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors (copies, on the CPU) and header of a file of `file_format`, up to `version`.
+    """Tensors (copies, on the CPU) and header of a file of `file_format` and `version`.
 
     Args:
-        save_again: how a file of this format is written, for the messages about other files.
+        save_again: the call that writes a file of this format, for messages about other files.
 
     Raises:
-        ValueError: anything else than a whole file of this format and version.
-        OSError: it is missing or may not be read.
+        ValueError: the file is damaged, or of another format or version.
+        OSError: the file is missing or may not be read.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass one file.")
@@ -259,15 +258,15 @@ def read_tensors(path: Path, file_format: str, version: int, save_again: str) ->
     except (SafetensorError, _NotSafetensors) as error:
         raise _described(path, error, save_again) from error
     except MemoryError as error:
-        raise ValueError(f"{path} does not fit into memory: pass a file that was saved here.") from error
+        raise ValueError(f"{path} does not fit into memory: pass a file that {save_again} wrote.") from error
 
 
 class _NotSafetensors(Exception):
-    """A file that does not begin as a safetensors file does."""
+    """A file whose start is not that of a safetensors file."""
 
 
 def _read_header(file: BinaryIO) -> tuple[dict, dict[str, str], int]:
-    """The table of tensors, the strings beside it, and the byte where the tensors start."""
+    """The table of tensors, the metadata, and the byte where the tensors start."""
     start = file.read(8)
     size = int.from_bytes(start, "little")
     if len(start) < 8 or size > MAX_HEADER_BYTES:
@@ -292,10 +291,10 @@ def _described(path: Path, error: Exception, save_again: str) -> ValueError:
     if is_pickle:
         return ValueError(
             f"{path} is a pickle or torch.save file, which can run code when it is opened: load it where you trust "
-            f"it, and write it with {save_again}."
+            f"it, and save it with {save_again}."
         )
     return ValueError(
-        f"{path} is not a whole safetensors file ({error}): it is damaged or cut short, fetch or save it again."
+        f"{path} is not a complete safetensors file ({error}): it is damaged or cut short, fetch or save it again."
     )
 
 
@@ -309,18 +308,18 @@ def _check_header(path: Path, header: Mapping[str, str], file_format: str, newes
     is_number = version.isdecimal() and len(version) < 10
     if is_number and int(version) > newest:
         raise ValueError(
-            f"{path} has version {version} of format {file_format!r}, newer than {newest}, the newest that is "
-            "understood here: upgrade mambaformer."
+            f"{path} has version {version} of format {file_format!r}, and this mambaformer reads versions up to "
+            f"{newest}: upgrade mambaformer."
         )
     if version != str(newest):
         raise ValueError(f"{path} has the unknown version {version!r} of format {file_format!r}: save it again.")
 
 
-# ----------------------------------------------------------------------------------------------------------- content
+# ---- content
 
 
 def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> str:
-    """Hex SHA-256 of tensors (names, dtypes, shapes, bytes) and of all of a header but its `"checksum"`."""
+    """Hex SHA-256 of tensors (names, dtypes, shapes, bytes) and of a header without its `"checksum"`."""
     digest = hashlib.sha256()
     for key, value in sorted((header or {}).items()):
         if key != "checksum":
@@ -328,36 +327,37 @@ def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = 
     for name, tensor in sorted(tensors.items()):
         for path, part in _plain_parts(name, tensor.detach()):
             digest.update(json.dumps([path, str(part.dtype), list(part.shape)]).encode())
-            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor itself, or the ones that a wrapper (quantized, sharded) is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    """A tensor itself, or the tensors that it wraps if it is quantized or sharded."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
         yield name, tensor
         return
-    for attribute in tensor.__tensor_flatten__()[0]:
+    for attribute in flatten()[0]:
         yield from _plain_parts(f"{name}.{attribute}", getattr(tensor, attribute))
 
 
-def sealed(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def with_checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The header with a checksum over itself and the tensors."""
     return {**header, "checksum": digest_of(tensors, header)}
 
 
-def is_sealed(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether header and tensors are what was sealed."""
+def has_valid_checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether header and tensors have the checksum that the header names."""
     return header.get("checksum") == digest_of(tensors, header)
 
 
 __all__ = [
     "check_private_file",
     "digest_of",
-    "is_sealed",
+    "has_valid_checksum",
     "private_folder",
     "read_tensors",
     "remove_abandoned",
-    "sealed",
+    "with_checksum",
     "write_tensors",
 ]

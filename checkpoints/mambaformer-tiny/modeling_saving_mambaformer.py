@@ -41,7 +41,7 @@ class SavingMixin(UploadsFolders, Model):
         pack_for_this_processor(model)
         keep_codes_in_order(model)
         check_can_be_split(model.config, max(map(num_shards, model.linear_modules().values()), default=1))
-        load_named_expert_vectors(model.expert_vectors, model.config, pretrained_model_name_or_path, kwargs)
+        load_named_expert_vectors(model.expert_vectors, model.config, kwargs)
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .files_mambaformer import cache_folder, check_private_file, private_folder, temporary_beside
+from .files_mambaformer import cache_folder, check_private_file, private_folder, temporary_for
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _library_in(folder: Path, source: str, functions: Sequence[str], values: Map
             f"{cache_folder('kernels')} is on a file system from which nothing may be executed: set MAMBAFORMER_CACHE "
             "to another folder"
         )
-    with temporary_beside(folder / name) as temporary:
+    with temporary_for(folder / name) as temporary:
         content = _compiled(compiler, source, flags)
         temporary.write_bytes(content)
         temporary.chmod(0o700)

@@ -1,11 +1,11 @@
-"""Weights that torchao has quantized: all that the project knows of their tensors.
+"""Weights that torchao has quantized: everything that the project assumes about their tensors.
 
-A quantized weight is a tensor around others, the codes and what scales them. torchao itself is never imported before
-there is such a tensor; its classes are told by their names, so that nobody needs it who has none.
+A quantized weight is a tensor that wraps others, the codes and their scales. torchao is imported only when there is
+such a tensor; its classes are recognized by name, so torchao need not be installed.
 
     Int8Tensor        W = qdata * scale                                 (one scale a row)
     Int4OpaqueTensor  W = (code - 8) * scale + zero                     (a pair for each group of inputs), CPU
-    Int4Tensor        the same in an order that no processor dictates: what is on disk
+    Int4Tensor        the same codes in an order that depends on no processor; the form of files
 """
 
 import copy
@@ -13,20 +13,35 @@ import functools
 import importlib
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import TorchAoConfig
 
-LARGEST_BLOCK = 256  # rows that some processor might pack together; today's pack 16, 32 or 64
+LARGEST_BLOCK = 256  # upper bound of the rows that a processor packs together: 16, 32 or 64 so far
 
 
-# ----------------------------------------------------------------------------------------------------- what it holds
+class TorchaoTensor(Tensor):
+    """The attributes of torchao's tensors that are read here. For annotations only: no tensor has this class."""
+
+    tensor_data_names: ClassVar[list[str]]
+    qdata: Tensor
+    scale: Tensor
+    scale_and_zero: Tensor
+    zero_point: Tensor | None
+    block_size: list[int]
+    act_pre_scale: Tensor | None
+    act_quant_kwargs: object
+    act_mapping_type: object
+
+
+# ---- values
 
 
 @functools.cache
@@ -34,65 +49,69 @@ def _is_torchao(kind: type) -> bool:
     return any(base.__name__ == "TorchAOBaseTensor" for base in kind.__mro__)
 
 
-def is_quantized(weight: Any) -> bool:
+def is_quantized(weight: object) -> TypeGuard[TorchaoTensor]:
     """Whether torchao has quantized `weight`."""
     return _is_torchao(type(weight))
 
 
 @functools.cache
-def _names_of_inner_tensors(kind: type) -> tuple[str, ...]:
+def _names_of_inner_tensors(kind: type[TorchaoTensor]) -> tuple[str, ...]:
     return (*kind.tensor_data_names, *getattr(kind, "optional_tensor_data_names", ()))
 
 
 def inner_tensors(weight: Tensor) -> list[Tensor]:
-    """The tensors that a quantized weight is made of; it has no memory of its own."""
+    """The tensors that a quantized weight wraps; it has no memory of its own."""
     attributes = weight.__dict__
     inner = [attributes.get(name) for name in _names_of_inner_tensors(type(weight))]
     return [tensor for tensor in inner if tensor is not None]
 
 
 def quantized_activations(model: nn.Module) -> dict[str, str]:
-    """How activations are quantized on the way into weights, which does not show in these; {} if they are not."""
-    found = {name: getattr(weight, "act_quant_kwargs", None) for name, weight in model.named_parameters()}
-    found = {name: repr(settings) for name, settings in found.items() if settings is not None}
-    return {"activations": json.dumps(found)} if found else {}
+    """The settings by which activations are quantized before a product; {} if none are. They are not in the codes."""
+    settings = {name: getattr(weight, "act_quant_kwargs", None) for name, weight in model.named_parameters()}
+    settings = {name: repr(each) for name, each in settings.items() if each is not None}
+    return {"activations": json.dumps(settings)} if settings else {}
 
 
 def dequantized(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The matrix (out, in) that a linear module multiplies with; a weight that is not quantized is that itself.
+    """The matrix (out, in) that a linear module multiplies with; the weight itself if it is not quantized.
 
-    `dtype` defaults to float32 (float64 for float64), in which nothing is rounded that torchao's kernels do not round.
+    `dtype` defaults to float32 (float64 for float64), which rounds nothing that torchao's kernels do not round.
     """
     if not is_quantized(weight):
         return weight if dtype is None else weight.to(dtype)
     dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-    values = _VALUES.get(type(weight).__name__, _values)(weight.detach(), dtype)
-    scales = getattr(weight, "act_pre_scale", None)  # of the inputs, and so of the columns
+    values = _VALUES.get(type(weight).__name__, _values)(cast(TorchaoTensor, weight.detach()), dtype)
+    scales = getattr(weight, "act_pre_scale", None)  # of the inputs, which are the columns of the matrix
     return values if scales is None else values * scales.to(dtype)
 
 
-def _values(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _values(weight: TorchaoTensor, dtype: torch.dtype) -> Tensor:
     return weight.dequantize().to(dtype)
 
 
-def _values_of_int8(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    if weight.block_size[-1] < weight.shape[-1]:  # torchao, too, makes the whole matrix of one with groups
+def _values_of_int8(weight: TorchaoTensor, dtype: torch.dtype) -> Tensor:
+    if weight.block_size[-1] < weight.shape[-1]:  # scales of groups: torchao expands them
         return _values(weight, dtype)
     return weight.qdata.to(dtype) * weight.scale.to(dtype)
 
 
-def _values_of_int4(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _values_of_int4(weight: TorchaoTensor, dtype: torch.dtype) -> Tensor:
     if weight.act_mapping_type is not None:
         raise ValueError(
-            "int4 weights with activations that are quantized, too, are in an order of their own, so their matrix "
-            "cannot be read back: quantize the weights only (`PrototypeInt4WeightOnlyConfig`)."
+            "int4 weights whose activations are quantized too are stored in another order, so their matrix cannot be "
+            "read back: quantize the weights only (`PrototypeInt4WeightOnlyConfig`)."
         )
     scale, zero = weight.scale_and_zero.to(dtype).unbind(-1)
     return _scaled_codes(_codes(weight.qdata) - 8, scale, zero)
 
 
-def _values_of_plain_int4(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return _scaled_codes(_plain_codes(weight.qdata) - 8, weight.scale.to(dtype), weight.zero_point.to(dtype))
+def _values_of_plain_int4(weight: TorchaoTensor, dtype: torch.dtype) -> Tensor:
+    return _scaled_codes(_plain_codes(weight.qdata) - 8, weight.scale.to(dtype), _zero_point(weight).to(dtype))
+
+
+def _zero_point(weight: TorchaoTensor) -> Tensor:
+    return torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
 
 
 def _scaled_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -101,14 +120,14 @@ def _scaled_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (grouped * scale.mT[..., None] + zero.mT[..., None]).flatten(1)
 
 
-_VALUES = {
+_VALUES: dict[str, Callable[[TorchaoTensor, torch.dtype], Tensor]] = {
     "Int8Tensor": _values_of_int8,
     "Int4OpaqueTensor": _values_of_int4,
     "Int4Tensor": _values_of_plain_int4,
 }
 
 
-# -------------------------------------------------------------------------------------------- the order of int4 codes
+# ---- the order of int4 codes
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -124,7 +143,7 @@ def _nibbles(data: Tensor) -> Tensor:
 
 @functools.cache
 def packed_rows() -> int:
-    """How many rows this processor packs together: within such a block, all of one input come before the next's."""
+    """The number of rows that this processor packs together; such a block stores input after input."""
     marked = torch.zeros(LARGEST_BLOCK, 2, dtype=torch.int32, device="cpu")
     marked[:, 1] = 15
     return 2 * int(_pack(marked).flatten().nonzero()[0])
@@ -132,9 +151,9 @@ def packed_rows() -> int:
 
 @functools.cache
 def _places(num_rows: int) -> Tensor:
-    """Where each row of a block of `num_rows` is among the nibbles of one input.
+    """The place of each row of a block of `num_rows` among the nibbles of one input.
 
-    The kernel is asked, as the order is its own: it depends on the processor, and on whether a block is full.
+    The order depends on the processor and on whether a block is full, so it is read from the kernel's own output.
     """
     rows = torch.arange(num_rows, device="cpu")
     low, high = _nibbles(_pack(torch.stack([rows % 16, rows // 16], dim=1)).view(2, -1)).long()
@@ -142,7 +161,7 @@ def _places(num_rows: int) -> Tensor:
 
 
 def _codes(packed: Tensor) -> Tensor:
-    """What `_pack` was given, as int8: (out, in / 2) -> (out, in)."""
+    """The inverse of `_pack`, as int8: (out, in / 2) -> (out, in)."""
     num_rows, width = packed.shape[0], 2 * packed.shape[1]
     full = num_rows - num_rows % packed_rows()
     blocks = [(packed[:full], packed_rows()), (packed[full:], num_rows - full)]
@@ -155,7 +174,7 @@ def _codes_of_blocks(packed: Tensor, num_rows: int, width: int) -> Tensor:
 
 
 def _plain_codes(data: Tensor) -> Tensor:
-    """Codes 0 ... 15 of what has -8 ... 7 side by side in a row, two a byte."""
+    """Codes 0 ... 15 (out, in) of bytes (out, in / 2) that hold two codes -8 ... 7 each, in order."""
     return _nibbles(data).bitwise_xor(8).to(torch.int8)
 
 
@@ -164,21 +183,21 @@ def _plain_data(codes: Tensor) -> Tensor:
     return (low | (high << 4)).view(torch.int8)
 
 
-# --------------------------------------------------------------------------------------------------- for our kernels
+# ---- for our kernels
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """The tensors of a quantized weight (out, in) in a form that native kernels read, as they are in memory.
+    """The tensors of a quantized weight (out, in), without a copy, in the form that native kernels read.
 
     Args:
         kind: "int8" or "int4".
-        qdata: int8 (out, in); or uint8 (out, in / 2), which is blocks of `block_n` rows one after the other, the last
-            one perhaps of fewer; in a block of n rows, n / 2 bytes for each input.
+        qdata: int8 (out, in); or uint8 (out, in / 2), a sequence of blocks of `block_n` rows, of which the last may
+            have fewer; a block of n rows has n / 2 bytes for each input.
         scale: of "int8", float (out,).
         scale_and_zero: of "int4", float (in / group_size, out, 2).
-        has_halves: whether byte d of a full block has rows d (low) and d + block_n / 2 (high). If not, and in a last
-            block that is not full, it has rows 2 d and 2 d + 1.
+        has_halves: whether byte d of a full block has rows d (low) and d + block_n / 2 (high). Otherwise, and in a
+            last block that is not full, it has rows 2 d and 2 d + 1.
     """
 
     kind: str
@@ -196,44 +215,50 @@ class PackedWeight:
         return rows, 2 * width if self.kind == "int4" else width
 
     def fits(self) -> bool:
-        """Whether all fields have the types and sizes above, so that no kernel reads beyond any of them."""
+        """Whether all fields have the types and sizes above, so that no kernel reads out of bounds."""
         if self.qdata.ndim != 2 or not self.qdata.is_contiguous():
             return False
         rows, width = self.shape
         if self.kind == "int8":
-            return self.qdata.dtype is torch.int8 and self.scale.shape == (rows,) and self.scale.is_contiguous()
+            return self.qdata.dtype is torch.int8 and _is_contiguous_of(self.scale, (rows,))
         groups, remainder = divmod(width, self.group_size) if self.group_size > 0 else (0, 1)
-        fits = remainder == 0 and self.scale_and_zero.shape == (groups, rows, 2)
-        return fits and self.qdata.dtype is torch.uint8 and self.scale_and_zero.is_contiguous()
+        fits = remainder == 0 and _is_contiguous_of(self.scale_and_zero, (groups, rows, 2))
+        return fits and self.qdata.dtype is torch.uint8
+
+
+def _is_contiguous_of(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    return tensor is not None and tensor.shape == shape and tensor.is_contiguous()
 
 
 class _PackedWeights:
-    """`PackedWeight` by weight, for as long as that lives and is made of the same tensors."""
+    """`PackedWeight` by weight, kept as long as the weight lives and wraps the same tensors."""
 
     def __init__(self):
-        self.known: dict[int, tuple[weakref.ref, Tensor, Tensor, PackedWeight | None]] = {}
+        self.by_weight: dict[int, tuple[weakref.ref, Tensor | None, Tensor | None, PackedWeight | None]] = {}
 
     def __call__(self, weight: Tensor) -> PackedWeight | None:
-        if not _is_torchao(type(weight)):
+        if not is_quantized(weight):
             return None
-        entry, attributes = self.known.get(id(weight)), weight.__dict__
+        entry, attributes = self.by_weight.get(id(weight)), weight.__dict__
         qdata, scale = attributes.get("qdata"), attributes.get("scale", attributes.get("scale_and_zero"))
         if entry is not None and entry[1] is qdata and entry[2] is scale and entry[0]() is weight:
             return entry[3]
         reference = weakref.ref(weight, functools.partial(self._forget, id(weight)))
-        self.known[id(weight)] = reference, qdata, scale, _packed(weight)
-        return self.known[id(weight)][3]
+        packed = _packed(weight)
+        self.by_weight[id(weight)] = reference, qdata, scale, packed
+        return packed
 
     def _forget(self, key: int, reference: weakref.ref) -> None:
-        if self.known.get(key, (None,))[0] is reference:
-            del self.known[key]
+        entry = self.by_weight.get(key)
+        if entry is not None and entry[0] is reference:
+            del self.by_weight[key]
 
 
 packed_weight = _PackedWeights()
 
 
-def _packed(weight: Tensor) -> PackedWeight | None:
-    """`None` for what our kernels do not take."""
+def _packed(weight: TorchaoTensor) -> PackedWeight | None:
+    """`None` for weights that our kernels do not read."""
     read = {"Int8Tensor": _packed_int8, "Int4OpaqueTensor": _packed_int4}.get(type(weight).__name__)
     if read is None or weight.act_pre_scale is not None or weight.qdata.device.type != "cpu":
         return None
@@ -244,19 +269,19 @@ def _that_fits(packed: PackedWeight) -> PackedWeight | None:
     return packed if packed.fits() else None
 
 
-def _packed_int8(weight: Tensor) -> PackedWeight | None:
+def _packed_int8(weight: TorchaoTensor) -> PackedWeight | None:
     is_shifted = weight.zero_point is not None and bool(weight.zero_point.any())
     if weight.act_quant_kwargs is not None or is_shifted or weight.scale.numel() != weight.shape[0]:
         return None
     return _that_fits(PackedWeight("int8", weight.qdata, scale=weight.scale.reshape(-1)))
 
 
-def _packed_int4(weight: Tensor) -> PackedWeight | None:
+def _packed_int4(weight: TorchaoTensor) -> PackedWeight | None:
     block_n, num_rows = packed_rows(), weight.qdata.shape[0]
     has_halves = _has_halves(block_n)
-    is_known = has_halves or _has_pairs(block_n)
-    is_known = is_known and (num_rows % block_n == 0 or _has_pairs(num_rows % block_n))
-    if weight.act_mapping_type is not None or not is_known or not weight.scale_and_zero.is_contiguous():
+    is_readable = has_halves or _has_pairs(block_n)
+    is_readable = is_readable and (num_rows % block_n == 0 or _has_pairs(num_rows % block_n))
+    if weight.act_mapping_type is not None or not is_readable or not weight.scale_and_zero.is_contiguous():
         return None
     if problem_of(weight) is not None:
         return None
@@ -280,9 +305,9 @@ def _has_pairs(num_rows: int) -> bool:
     return torch.equal(_places(num_rows), torch.arange(num_rows, device="cpu"))
 
 
-# ------------------------------------------------------------------------------------------- sizes that do not fit
+# ---- checks of files
 
-# The tensors of each class of weights whose sizes are known, with the types that their numbers may have.
+# The tensors of each class of weights, with the dtypes that they may have.
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BYTES = (torch.int8, torch.uint8)
 _TYPES = {
@@ -292,10 +317,10 @@ _TYPES = {
 }
 
 
-def problem_of(weight: Tensor) -> str | None:
-    """The field of a quantized weight (out, in) that contradicts its shape, and how; `None` if all sizes fit.
+def problem_of(weight: TorchaoTensor) -> str | None:
+    """Names a field of a quantized weight (out, in) that contradicts its shape; `None` if all sizes fit.
 
-    Files name these sizes, and kernels compute addresses from them.
+    The sizes come from files, and kernels compute addresses from them.
     """
     types = _TYPES.get(type(weight).__name__)
     if types is None or weight.ndim != 2 or getattr(weight, "act_mapping_type", None) is not None:
@@ -312,7 +337,7 @@ def problem_of(weight: Tensor) -> str | None:
     return _problem_of_shapes(weight, is_int8, rows // block[0], width // block[1])
 
 
-def _problem_of_shapes(weight: Tensor, is_int8: bool, row_groups: int, groups: int) -> str | None:
+def _problem_of_shapes(weight: TorchaoTensor, is_int8: bool, row_groups: int, groups: int) -> str | None:
     rows, width = weight.shape
     expected = {"qdata": (rows, width if is_int8 else width // 2)}
     if not is_int8:
@@ -342,28 +367,28 @@ def check_quantized(model: nn.Module) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------- files of theirs
+# ---- files
 
 
 def portable(weight: Tensor) -> Tensor:
-    """`weight` in a form that does not depend on the processor: what is written to files and told apart by content."""
-    if type(weight).__name__ != "Int4OpaqueTensor" or weight.act_mapping_type is not None:
+    """`weight` in a form that does not depend on the processor, for files and for digests of content."""
+    if not is_quantized(weight) or type(weight).__name__ != "Int4OpaqueTensor" or weight.act_mapping_type is not None:
         return weight
     scale, zero = (part.contiguous() for part in weight.scale_and_zero.unbind(-1))
     kind = importlib.import_module("torchao.quantization").Int4Tensor
     return kind(_plain_data(_codes(weight.qdata)), scale, zero, weight.block_size, weight.shape, weight.act_pre_scale)
 
 
-def _for_this_processor(weight: Tensor) -> Tensor:
+def _for_this_processor(weight: TorchaoTensor) -> Tensor:
     """The inverse of `portable`."""
     kind = importlib.import_module("torchao.prototype.quantization.int4").Int4OpaqueTensor
-    scale_and_zero = torch.stack([weight.scale, weight.zero_point], dim=-1)
+    scale_and_zero = torch.stack([weight.scale, _zero_point(weight)], dim=-1)
     packed = _pack(_plain_codes(weight.qdata))
     return kind(packed, scale_and_zero, weight.block_size, weight.shape, weight.act_pre_scale)
 
 
 def pack_for_this_processor(model: nn.Module) -> None:
-    """Gives int4 weights that were just loaded, as far as they are on the CPU, the form that runs there.
+    """Packs int4 weights that are on the CPU after loading for the kernel of this processor.
 
     Raises:
         ValueError: as `check_quantized`, before any weight has changed.
@@ -371,14 +396,14 @@ def pack_for_this_processor(model: nn.Module) -> None:
     check_quantized(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
-            if type(weight).__name__ == "Int4Tensor" and weight.device.type == "cpu":
+            if is_quantized(weight) and type(weight).__name__ == "Int4Tensor" and weight.device.type == "cpu":
                 module._parameters[name] = nn.Parameter(_for_this_processor(weight), requires_grad=False)
 
 
 class _PortableQuantizer(HfQuantizer):
-    """What Transformers asks while it saves: torchao's files, with all weights in a form for any processor."""
+    """Transformers' quantizer during a save: torchao's files, with all weights in a form for any processor."""
 
-    is_trainable = False
+    is_trainable = property(lambda self: False)
 
     def get_state_dict_and_metadata(self, model: nn.Module, *_) -> tuple[dict, dict]:
         flatten = importlib.import_module(
@@ -391,8 +416,8 @@ class _PortableQuantizer(HfQuantizer):
 
 
 @contextmanager
-def saved_as_quantized(model: nn.Module) -> Iterator[None]:
-    """While a model is saved: quantized weights go to files that Transformers loads anywhere, by themselves."""
+def saved_as_quantized(model: PreTrainedModel) -> Iterator[None]:
+    """Context of a save that writes quantized weights in torchao's format, for any processor."""
     weight = next(filter(is_quantized, model.parameters()), None)
     if weight is None:
         yield
@@ -400,18 +425,19 @@ def saved_as_quantized(model: nn.Module) -> Iterator[None]:
     config, quantizer = model.config, getattr(model, "hf_quantizer", None)
     settings = getattr(config, "quantization_config", None)
     config.quantization_config = _portable_settings(settings, weight)
-    model.hf_quantizer = _PortableQuantizer(config.quantization_config)
+    attributes = vars(model)  # `nn.Module` annotates attributes as tensors and modules
+    attributes["hf_quantizer"] = _PortableQuantizer(config.quantization_config)
     try:
         yield
     finally:
-        model.hf_quantizer = quantizer
+        attributes["hf_quantizer"] = quantizer
         if settings is None:
-            del config.quantization_config
+            del vars(config)["quantization_config"]
         else:
             config.quantization_config = settings
 
 
-def _portable_settings(settings: Any, weight: Tensor) -> TorchAoConfig:
+def _portable_settings(settings: TorchAoConfig | None, weight: TorchaoTensor) -> TorchAoConfig:
     if settings is None:
         return TorchAoConfig(_quant_type_of(weight))
     settings = copy.copy(settings)
@@ -419,8 +445,8 @@ def _portable_settings(settings: Any, weight: Tensor) -> TorchAoConfig:
     return settings
 
 
-def _portable_quant_type(quant_type: Any) -> Any:
-    """torchao's reader does not know its prototypes; a finished file only has to name the kind of its weights."""
+def _portable_quant_type(quant_type):
+    """A configuration that torchao's reader accepts: it refuses prototypes, and needs only the kind of the weights."""
     quantization, kind = importlib.import_module("torchao.quantization"), type(quant_type).__name__
     if kind == "PrototypeInt4WeightOnlyConfig":
         return quantization.Int4WeightOnlyConfig(group_size=quant_type.group_size)
@@ -430,15 +456,16 @@ def _portable_quant_type(quant_type: Any) -> Any:
     return quant_type
 
 
-def _quant_type_of(weight: Tensor) -> Any:
+def _quant_type_of(weight: TorchaoTensor):
+    """torchao's configuration for a weight that was quantized after loading."""
     quantization = importlib.import_module("torchao.quantization")
     if "Int4" in type(weight).__name__:
         return quantization.Int4WeightOnlyConfig(group_size=weight.block_size[1])
     if type(weight).__name__ == "Int8Tensor" and weight.act_quant_kwargs is None:
         return quantization.Int8WeightOnlyConfig()
     raise ValueError(
-        f"Weights that are {type(weight).__name__} were quantized after loading, in a way that their file could not "
-        "name: load the model with `quantization_config=TorchAoConfig(...)` instead, then save it."
+        f"Weights of type {type(weight).__name__} were quantized after loading, and a file cannot name the method: "
+        "load the model with `quantization_config=TorchAoConfig(...)` instead, then save it."
     )
 
 

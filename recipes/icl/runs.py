@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mambaformer import MambaFormerConfig
-from mambaformer.files_mambaformer import write_whole
+from mambaformer.files_mambaformer import write_atomically
 from recipes.icl.learners import InContextLearner, options_of
 from recipes.icl.tasks import ACCURACY, Prompts, Task, generator_of
 from recipes.sweeps import best_rate, losses_by_rate
@@ -145,7 +145,7 @@ class Training:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        write_whole(path, content.getvalue())
+        write_atomically(path, content.getvalue())
 
     def resume(self, path: Path) -> None:
         """Loads a file that `save` wrote; does nothing if there is none, or if it has other settings."""
@@ -208,6 +208,6 @@ def complete(
         "curve": [*training.curve, (training.step, training.score(num_batches=1, step=training.step - 1)[0])],
         "seconds": round(training.seconds, 1),
     }
-    write_whole(run.file(folder, "json"), (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(run.file(folder, "json"), (json.dumps(result, indent=1) + "\n").encode())
     checkpoint.unlink(missing_ok=True)
     return result

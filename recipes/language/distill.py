@@ -1,9 +1,9 @@
-"""Turns SmolLM2 into a hybrid: most layers attend to a window, and Mamba blocks learn the earlier tokens.
+"""Turns SmolLM2 into a hybrid: most layers attend to a window, and Mamba mixers learn the earlier tokens.
 
     python -m recipes.language.distill --output checkpoints/smollm2-hybrid
 
-All blocks together learn the teacher's logits. With `--layers-steps`, each of them first learns, beside the teacher's
-own hidden states, what attention loses in its layer. Only the blocks are trained, and `blocks.safetensors` holds
+All mixers together learn the teacher's logits. With `--layers-steps`, each of them first learns, beside the teacher's
+own hidden states, what attention loses in its layer. Only the mixers are trained, and `mamba_delta.safetensors` holds
 nothing else. Text, checkpoints and curves go to `runs/distill`. Needs the extra `train` and the Debian packages that
 it names if they are missing. A run that was cut off goes on from its last complete checkpoint when it is started again
 with the same arguments.
@@ -18,7 +18,7 @@ from datasets import DatasetDict, concatenate_datasets, load_from_disk
 from safetensors.torch import load_model
 from transformers import AutoTokenizer, Trainer, set_seed
 
-from mambaformer import convert, save_blocks
+from mambaformer import convert, save_mamba_delta
 from mambaformer.convert import find_smollm2
 from recipes.language.distillation import STAGES, Distillation
 from recipes.language.texts import DOMAINS, collect
@@ -35,7 +35,7 @@ from recipes.language.training import (
     parse_with_intervals,
 )
 
-BLOCKS = "blocks.safetensors"
+MAMBA_DELTA = "mamba_delta.safetensors"
 # Two thirds of SmolLM2's layers: those where a window costs least, tried one layer at a time (see NOTES.md).
 WINDOWED = [0, 1, 2, 6, 9, 11, 12, 13, 14, 15, 16, 19, 21, 22, 24, 25, 26, 27, 28, 29]
 SHORTEST_STEP = 2e-4  # of dt at first: a state then remembers about 5,000 tokens
@@ -95,7 +95,7 @@ def _batch(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def build(args: argparse.Namespace):
-    """The source with windows in some layers, and blocks there that add nothing yet; and its tokenizer."""
+    """The source with windows in some layers and Mamba mixers there that add nothing yet; and its tokenizer."""
     source = args.source or find_smollm2()
     of_tokenizer = {"gguf_file": source.name} if source.is_file() else {}
     tokenizer = AutoTokenizer.from_pretrained(source.parent if of_tokenizer else source, **of_tokenizer)
@@ -135,15 +135,15 @@ def plot_curves(runs: Path, stages: list[str], length: int, path: Path) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, default=Path("checkpoints/smollm2-hybrid"), help="where the blocks are put"
+        "--output", type=Path, default=Path("checkpoints/smollm2-hybrid"), help="the folder for the Mamba weights"
     )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/distill"), help="checkpoints, curves")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
     parser.add_argument("--source", type=Path, help="a folder or GGUF file; SmolLM2-135M-Instruct if not given")
-    parser.add_argument("--layers", type=int, nargs="+", default=WINDOWED, help="those that get a window and a block")
+    parser.add_argument("--layers", type=int, nargs="+", default=WINDOWED, help="those that get a window and a mixer")
     parser.add_argument("--window", type=int, default=256, help="tokens that attention sees in these layers")
     parser.add_argument("--sinks", type=int, default=4, help="first tokens that it sees besides")
-    parser.add_argument("--expand", type=float, default=0.5, help="channels of a block for each of the hidden size")
+    parser.add_argument("--expand", type=float, default=0.5, help="channels of a mixer for each of the hidden size")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--layers-steps", type=int, default=0, help="of learning layer by layer; 0 leaves it out")
     parser.add_argument("--layers-rate", type=float, default=2e-3)
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         train_stage(stage, module, blocks, args)
     args.output.mkdir(parents=True, exist_ok=True)
     about = {"steps": steps, "tokens_per_step": args.length}
-    save_blocks(model, args.output / BLOCKS, metadata=about)
+    save_mamba_delta(model, args.output / MAMBA_DELTA, metadata=about)
     plot_curves(args.run_dir, stages, args.length, args.output / "curves.png")
 
 

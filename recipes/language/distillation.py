@@ -1,8 +1,8 @@
-"""New Mamba blocks learn what a window removes from attention; the teacher is the model without the window.
+"""New Mamba mixers learn the attention that a window removes; the teacher is the model without the window.
 
-Teacher and student are one model: with attention that sees everything and without its Mamba blocks, it computes what
-the converted model computed (the teacher); with its windows and its blocks, it is the hybrid (the student). Only the
-blocks are trained, in float32; all else is frozen (after "The Mamba in the Llama", arXiv 2408.15237).
+Teacher and student are one model: with attention that sees everything and without its Mamba mixers, it computes what
+the converted model computed (the teacher); with its windows and its mixers, it is the hybrid (the student). Only the
+mixers are trained, in float32; all else is frozen (after "The Mamba in the Llama", arXiv 2408.15237).
 """
 
 import torch
@@ -18,10 +18,10 @@ STAGES = ("layers", "logits")
 
 
 class Distillation(nn.Module):
-    """The Mamba blocks of `model` in layers with a window, as the module that is trained and saved.
+    """The Mamba mixers of `model` in layers with a window, as the module that is trained and saved.
 
     Args:
-        model: a hybrid whose layers that have a window were given Mamba blocks.
+        model: a hybrid whose layers that have a window were given Mamba mixers.
         logits_every: the loss on the teacher's logits takes one token of so many.
         dtype: of all that is frozen.
 
@@ -32,11 +32,11 @@ class Distillation(nn.Module):
         super().__init__()
         self.frozen = [model.requires_grad_(False).to(dtype)]  # a list keeps it out of the checkpoints
         self.window, self.logits_every, self.stage = model.config.sliding_window, logits_every, STAGES[0]
-        self.blocks = nn.ModuleDict()
+        self.mixers = nn.ModuleDict()
         for idx, layer in enumerate(model.model.layers):
             if layer.spec.is_recurrent:
-                block = nn.ModuleDict({"mamba": layer.mamba, "mamba_layernorm": layer.mamba_layernorm})
-                self.blocks[str(idx)] = block.float().requires_grad_()
+                mixer = nn.ModuleDict({"mamba": layer.mamba, "mamba_layernorm": layer.mamba_layernorm})
+                self.mixers[str(idx)] = mixer.float().requires_grad_()
 
     @property
     def model(self) -> MambaFormerForCausalLM:
@@ -59,7 +59,7 @@ class Distillation(nn.Module):
         return layer.self_attn(layer.self_attn_layernorm(hidden_states), {}, masks, rotation)[0]
 
     def remembered(self, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The output of the Mamba block, (rows, tokens, hidden_size), in float32."""
+        """The output of the Mamba mixer, (rows, tokens, hidden_size), in float32."""
         return layer.mamba(layer.mamba_layernorm(hidden_states.float()), {})
 
     def after_mlp(self, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -69,10 +69,10 @@ class Distillation(nn.Module):
         return self.model.lm_head(self.model.model.norm(hidden_states[:, kept])).float()
 
     def layers_loss(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Mean over the blocks of the part of the lost attention that a block does not give back.
+        """Mean over the mixers of the part of the lost attention that a mixer does not restore.
 
-        Each block reads the teacher's own hidden states, so that all of them learn at once, and none from another's
-        errors: ||block - (attention - attention in the window)||^2 / ||attention - attention in the window||^2.
+        Each mixer reads the teacher's own hidden states, so that all of them learn at once, and none from another's
+        errors: ||mixer - (attention - attention in the window)||^2 / ||attention - attention in the window||^2.
         """
         hidden_states, masks, rotation = self.prepare(input_ids)
         losses = []

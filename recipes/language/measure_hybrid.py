@@ -2,8 +2,8 @@
 
     python -m recipes.language.measure_hybrid checkpoints/smollm2-hybrid
 
-Three models, all in bfloat16: the source converted as it is, with windows and Mamba blocks that add nothing, and with
-the trained blocks. Figures go to `figures.json` in the folder, and from there to its README.md. Needs the extra
+Three models, all in bfloat16: the source converted as it is, with windows and Mamba mixers that add nothing, and with
+the trained mixers. Figures go to `figures.json` in the folder, and from there to its README.md. Needs the extra
 `train` and the Debian packages that it names if they are missing. What is measured is kept part by part in
 `runs/measure`; a run that was cut off goes on from there when it is started again.
 """
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mambaformer import convert
-from mambaformer.convert import find_smollm2, load_blocks
+from mambaformer.convert import find_smollm2, load_mamba_delta
 from recipes.language.card import FIGURES
 from recipes.language.distill import BLOCKS
 from recipes.language.hybrid_card import write_hybrid_card
@@ -90,13 +90,15 @@ class Parts:
 # ---- measurements
 
 
-def models_of(source: Path, blocks: Path) -> tuple[dict[str, PreTrainedModel], object]:
+def models_of(source: Path, mamba_delta: Path) -> tuple[dict[str, PreTrainedModel], object]:
     """The three models, in bfloat16, and their tokenizer, from a folder or a GGUF file."""
     of_file = {"gguf_file": source.name} if source.is_file() else {}
     folder = source.parent if of_file else source
     loaded = AutoModelForCausalLM.from_pretrained(folder, **of_file)
     models = {"original": convert(loaded, dtype=torch.bfloat16)}
-    models |= {name: convert(loaded, blocks=blocks, dtype=torch.bfloat16) for name in ("untrained", "trained")}
+    models |= {
+        name: convert(loaded, mamba_delta=mamba_delta, dtype=torch.bfloat16) for name in ("untrained", "trained")
+    }
     with torch.no_grad():
         for layer in models["untrained"].model.layers:
             if layer.spec.is_recurrent:
@@ -116,9 +118,9 @@ def held_out(texts: Path, domain: str, tokenizer, length: int, count: int) -> Te
     return torch.tensor(blocks.select([i * len(blocks) // count for i in range(count)])["input_ids"])
 
 
-def measure(source: Path, blocks: Path, texts: Path, plan: Plan, parts: Parts) -> dict:
+def measure(source: Path, mamba_delta: Path, texts: Path, plan: Plan, parts: Parts) -> dict:
     """All figures; see `hybrid_card` for what they look like."""
-    models, tokenizer = models_of(source, blocks)
+    models, tokenizer = models_of(source, mamba_delta)
     keys = {name: [*model.weights_fingerprint()[1:], model.config.to_json_string()] for name, model in models.items()}
     windows, stories = {}, {}
     for domain in DOMAINS:
@@ -126,10 +128,10 @@ def measure(source: Path, blocks: Path, texts: Path, plan: Plan, parts: Parts) -
         stories[domain] = held_out(texts, domain, tokenizer, BEFORE + max(plan.distances), plan.texts)
     figures = {
         "plan": asdict(plan),
-        "made_of": dict(load_blocks(blocks).metadata),
+        "made_of": dict(load_mamba_delta(mamba_delta).metadata),
         "layers": models["trained"].config.layer_types,
         "window": [models["trained"].config.sliding_window, models["trained"].config.num_sink_tokens],
-        "block_parameters": sum(t.numel() for t in load_blocks(blocks).tensors.values()),
+        "block_parameters": sum(t.numel() for t in load_mamba_delta(mamba_delta).tensors.values()),
         "text": {domain: digest([windows[domain].tolist(), stories[domain].tolist()]) for domain in DOMAINS},
         "loss": {name: {} for name in models},
         "recall": {name: {} for name in models},

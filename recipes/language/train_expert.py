@@ -25,7 +25,7 @@ from recipes.language.training import Checkpoints, arguments, go_on, keep_settin
 from recipes.language.tuners import ExpertTuner, numbers_of
 
 SMOLLM2, HYBRID = "smollm2", "smollm2-hybrid"  # models that are put together on the fly
-BLOCKS = Path(__file__).resolve().parents[2] / "checkpoints/smollm2-hybrid/blocks.safetensors"
+MAMBA_DELTA = Path(__file__).resolve().parents[2] / "checkpoints/smollm2-hybrid/mamba_delta.safetensors"
 HELD_OUT_EVERY = 20  # every so many blocks of a text file, one is never trained on
 TEXTS = Path("runs/pretrain/data/texts")  # where `make pretrain` has the domains too
 # Settings that identify a run; it cannot resume with other values.
@@ -71,7 +71,7 @@ def files_of(source: str) -> list[Path]:
         ValueError: the source is neither a name nor a folder of a model.
     """
     if source in (SMOLLM2, HYBRID):
-        return [find_smollm2(), *([BLOCKS] if source == HYBRID else [])]
+        return [find_smollm2(), *([MAMBA_DELTA] if source == HYBRID else [])]
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no model in the folder {source}: give one, or {SMOLLM2!r} or {HYBRID!r}")
@@ -81,9 +81,9 @@ def files_of(source: str) -> list[Path]:
 def load(source: str, dtype: str | None = None):
     """The model to train on, in `dtype` (default: its own), and its tokenizer."""
     if source in (SMOLLM2, HYBRID):
-        gguf, blocks = find_smollm2(), BLOCKS if source == HYBRID else None
+        gguf, mamba_delta = find_smollm2(), MAMBA_DELTA if source == HYBRID else None
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        return convert(gguf, blocks=blocks, dtype=dtype), tokenizer
+        return convert(gguf, mamba_delta=mamba_delta, dtype=dtype), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(source)
     if AutoConfig.from_pretrained(source).model_type == MambaFormerConfig.model_type:
         return MambaFormerForCausalLM.from_pretrained(source, dtype=dtype or "auto"), tokenizer

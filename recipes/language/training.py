@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from mambaformer.files_mambaformer import write_whole
+from mambaformer.files_mambaformer import write_atomically
 from recipes.language.tokens import BitsPerByte, nats_of_labels
 
 COMPLETE = "complete"  # an empty file, written last into a checkpoint
@@ -39,7 +39,7 @@ class Checkpoints(TrainerCallback):
 
 def write_text(path: Path, text: str) -> None:
     """A kill leaves the old file or the new one."""
-    write_whole(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 def write_json(path: Path, value) -> None:

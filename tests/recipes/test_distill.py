@@ -1,4 +1,4 @@
-"""Distillation at toy size: teacher and student are the two models, only blocks learn, and a kill changes nothing."""
+"""Distillation at toy size: teacher and student are the two models, only mixers learn, and a kill changes nothing."""
 
 import json
 import os
@@ -44,8 +44,8 @@ def distillation(source):
     model, _ = distill.build(args)
     found = Distillation(model, 1, torch.float32)
     with torch.no_grad():
-        for block in found.blocks.values():
-            block["mamba"].out_proj.weight.normal_(0, 0.2)
+        for mixer in found.mixers.values():
+            mixer["mamba"].out_proj.weight.normal_(0, 0.2)
     return found
 
 
@@ -83,9 +83,9 @@ def test_the_divergence_of_logits_is_that_of_the_two_models_behind_the_window(di
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_loss_of_layers_is_one_for_blocks_that_add_nothing_and_zero_for_blocks_that_give_all_back(distillation):
-    for block in distillation.blocks.values():
-        torch.nn.init.zeros_(block["mamba"].out_proj.weight)
+def test_the_loss_of_layers_is_one_for_silent_mixers_and_zero_for_perfect_ones(distillation):
+    for mixer in distillation.mixers.values():
+        torch.nn.init.zeros_(mixer["mamba"].out_proj.weight)
     ids = some_ids()
     assert distillation.layers_loss(ids).item() == pytest.approx(1)
     layers = {id(layer): layer for layer in distillation.model.model.layers}
@@ -104,7 +104,7 @@ def test_the_loss_of_layers_is_one_for_blocks_that_add_nothing_and_zero_for_bloc
 
 
 @pytest.mark.parametrize("stage", ["layers", "logits"])
-def test_only_blocks_learn_in_float32_and_both_stages_lower_their_loss(distillation, stage):
+def test_only_mixers_learn_in_float32_and_both_stages_lower_their_loss(distillation, stage):
     distillation = Distillation(distillation.model)  # in bfloat16
     ids, loss = some_ids(), getattr(distillation, f"{stage}_loss")
     frozen = {name: p for name, p in distillation.model.named_parameters() if "mamba" not in name}
@@ -145,13 +145,13 @@ def test_a_run_that_was_killed_in_both_stages_has_the_same_curves(runs, stage):
     assert any("eval_loss" in entry for entry in curve(whole / stage))
 
 
-def test_blocks_of_a_killed_run_are_the_same_and_make_the_hybrid_that_was_trained(runs, source):
-    whole, cut = (load_file(run / "output" / "blocks.safetensors") for run in runs)
+def test_the_weights_of_a_killed_run_are_the_same_and_make_the_hybrid_that_was_trained(runs, source):
+    whole, cut = (load_file(run / "output" / "mamba_delta.safetensors") for run in runs)
     assert all(torch.equal(whole[name], cut[name]) for name in whole | cut)
-    hybrid = convert(source, blocks=runs[0] / "output" / "blocks.safetensors")
+    hybrid = convert(source, mamba_delta=runs[0] / "output" / "mamba_delta.safetensors")
     assert hybrid.config.layer_types == ["hybrid_sliding", "full_attention", "hybrid_sliding"]
     last = load_file(runs[0] / "logits" / "checkpoint-4" / "model.safetensors")
-    trained = last["blocks.2.mamba.out_proj.weight"]
+    trained = last["mixers.2.mamba.out_proj.weight"]
     assert trained.abs().max() > 0
     assert torch.equal(hybrid.model.layers[2].mamba.out_proj.weight, trained.bfloat16().float())
     assert (runs[0] / "output" / "curves.png").stat().st_size > 10_000

@@ -268,7 +268,7 @@ def test_smollm2_is_trained_on_as_it_is_or_as_the_hybrid_that_is_shipped():
     assert len(windowed) == 20 and model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size
     assert model.model.layers[0].mamba.out_proj.weight.count_nonzero() > 0
     plain, hybrid = (train_expert.files_of(name) for name in ("smollm2", "smollm2-hybrid"))
-    assert hybrid == [*plain, ROOT / "checkpoints/smollm2-hybrid/blocks.safetensors"]
+    assert hybrid == [*plain, ROOT / "checkpoints/smollm2-hybrid/mamba_delta.safetensors"]
 
 
 def test_a_source_that_is_no_model_is_refused(tmp_path, capsys):

@@ -272,14 +272,14 @@ def test_the_learning_rate_is_that_of_the_best_pilot(tmp_path, monkeypatch, metr
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
-    runs.write_whole(path, b"old")
+    runs.write_atomically(path, b"old")
 
     def full(descriptor):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        runs.write_whole(path, b"new")
+        runs.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

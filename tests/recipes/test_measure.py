@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from language_runs import write_texts
-from mambaformer import MambaFormerConfig, MambaFormerForCausalLM, convert, save_blocks
+from mambaformer import MambaFormerConfig, MambaFormerForCausalLM, convert, save_mamba_delta
 from recipes.language import evaluate, hybrid_card, measure_hybrid, measures, tokens
 
 DISTANCES = (120, 300)
@@ -34,7 +34,7 @@ def world(tmp_path_factory):
     for idx in (0, 2):
         torch.nn.init.normal_(hybrid.model.layers[idx].mamba.out_proj.weight, 0, 0.5)
     (folder / "checkpoints" / "smollm2-hybrid").mkdir(parents=True)
-    save_blocks(hybrid, folder / "checkpoints/smollm2-hybrid/blocks.safetensors", metadata={"steps": 3})
+    save_mamba_delta(hybrid, folder / "checkpoints/smollm2-hybrid/mamba_delta.safetensors", metadata={"steps": 3})
     return folder
 
 
@@ -212,12 +212,12 @@ def test_a_wrong_figure_is_found(world, shipped, capsys):
 
 
 def test_other_blocks_do_not_have_the_stated_figures(world, shipped):
-    blocks = shipped / "smollm2-hybrid/blocks.safetensors"
-    hybrid = convert(world / "llama", blocks=blocks)
+    blocks = shipped / "smollm2-hybrid/mamba_delta.safetensors"
+    hybrid = convert(world / "llama", mamba_delta=blocks)
     for layer in hybrid.model.layers:
         if layer.spec.is_recurrent:
             torch.nn.init.zeros_(layer.mamba.out_proj.weight)
-    save_blocks(hybrid, blocks)
+    save_mamba_delta(hybrid, blocks)
     assert evaluate_hybrid(world, shipped) == 1
 
 

@@ -1,12 +1,12 @@
-"""Mamba blocks travel without the model that they were trained beside, and go back onto that model alone."""
+"""Mamba weights are saved without the source that they were trained with, and fit that source alone."""
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mambaformer import convert, save_blocks
-from mambaformer.convert import load_blocks
+from mambaformer import convert, save_mamba_delta
+from mambaformer.convert import load_mamba_delta
 from mambaformer.convert.cli import main
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -30,7 +30,7 @@ def mistral():
 
 
 def trained(source, **options):
-    """A hybrid whose blocks are no longer what conversion made, in numbers that bfloat16 holds."""
+    """A hybrid whose Mamba weights are no longer those of the conversion, in numbers that bfloat16 holds."""
     hybrid = convert(source, **options)
     with torch.no_grad():
         for name, parameter in hybrid.named_parameters():
@@ -47,54 +47,54 @@ def logits(model):
 
 @pytest.fixture
 def file(tmp_path):
-    save_blocks(trained(llama(), **WINDOWED), tmp_path / "blocks.safetensors", metadata={"tokens": 3})
-    return tmp_path / "blocks.safetensors"
+    save_mamba_delta(trained(llama(), **WINDOWED), tmp_path / "mamba_delta.safetensors", metadata={"tokens": 3})
+    return tmp_path / "mamba_delta.safetensors"
 
 
 @pytest.mark.parametrize(
     ("source", "options"), [(llama, WINDOWED), (llama, {"upcycle": "all"}), (mistral, {"upcycle": [1]})]
 )
-def test_blocks_put_onto_their_source_give_the_hybrid_back(source, options, tmp_path):
+def test_a_delta_applied_to_its_source_gives_the_hybrid_back(source, options, tmp_path):
     torch.manual_seed(0)
     model = source()
     hybrid = trained(model, **options)
-    save_blocks(hybrid, tmp_path / "blocks.safetensors")
-    again = convert(model, blocks=tmp_path / "blocks.safetensors")
+    save_mamba_delta(hybrid, tmp_path / "mamba_delta.safetensors")
+    again = convert(model, mamba_delta=tmp_path / "mamba_delta.safetensors")
     assert again.config.to_dict() == hybrid.config.to_dict()
     assert torch.equal(logits(again), logits(hybrid))
     assert not torch.equal(logits(again), logits(convert(model, **options)))
 
 
-def test_a_file_of_blocks_holds_the_blocks_and_nothing_else(file):
+def test_a_delta_holds_the_mamba_weights_and_nothing_else(file):
     tensors = load_file(file)
     assert {name.split(".")[3] for name in tensors} == {"mamba", "mamba_layernorm"}
     assert {name.split(".")[2] for name in tensors} == {"0", "2"}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert load_blocks(file).metadata == {"tokens": 3}
+    assert load_mamba_delta(file).metadata == {"tokens": 3}
 
 
-def test_the_command_puts_blocks_onto_a_folder(file, tmp_path):
+def test_the_command_applies_a_delta_to_a_folder(file, tmp_path):
     source = llama()
     source.save_pretrained(tmp_path / "source")
-    assert main([str(tmp_path / "source"), str(tmp_path / "out"), "--blocks", str(file)]) == 0
+    assert main([str(tmp_path / "source"), str(tmp_path / "out"), "--mamba-delta", str(file)]) == 0
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert torch.equal(logits(loaded), logits(convert(source, blocks=file)))
+    assert torch.equal(logits(loaded), logits(convert(source, mamba_delta=file)))
 
 
 REFUSED = {
-    "other_weights": (lambda: llama(seed=1, scale=2.0), {}, "trained beside other weights: `model.layers.0"),
+    "other_weights": (lambda: llama(seed=1, scale=2.0), {}, "trained with other attention weights: `model.layers.0"),
     "other_depth": (lambda: llama(num_hidden_layers=4), {}, "do not fit the source, in .*layer_types"),
     "other_width": (lambda: llama(hidden_size=48), {}, "do not fit the source, in .*mamba"),
     "other_window": (mistral, {}, "do not fit the source, in .*layer_types"),
-    "needless": (llama, {"upcycle": "all", "window": 4}, r"`blocks` says by itself.*\['upcycle', 'window'\]"),
+    "needless": (llama, {"upcycle": "all", "window": 4}, r"`mamba_delta` defines \['upcycle', 'window'\]"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_blocks_that_were_trained_beside_something_else_are_refused(name, file):
+def test_deltas_that_were_trained_with_other_weights_are_refused(name, file):
     source, options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        convert(source(), blocks=file, **options)
+        convert(source(), mamba_delta=file, **options)
 
 
 def test_quantizing_the_source_makes_it_no_other_model(file):
@@ -103,7 +103,11 @@ def test_quantizing_the_source_makes_it_no_other_model(file):
         for parameter in source.parameters():
             step = parameter.abs().amax() / 8
             parameter.copy_((parameter / step).round() * step)
-    assert convert(source, blocks=file).config.layer_types == ["hybrid_sliding", "full_attention", "hybrid_sliding"]
+    assert convert(source, mamba_delta=file).config.layer_types == [
+        "hybrid_sliding",
+        "full_attention",
+        "hybrid_sliding",
+    ]
 
 
 def test_a_damaged_file_is_refused(file):
@@ -111,15 +115,15 @@ def test_a_damaged_file_is_refused(file):
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match="checksum mismatch"):
-        convert(llama(), blocks=file)
+        convert(llama(), mamba_delta=file)
     save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="not of format 'mambaformer-blocks'"):
-        convert(llama(), blocks=file)
+        convert(llama(), mamba_delta=file)
 
 
-def test_a_model_whose_mamba_layers_are_not_all_blocks_is_refused(tmp_path):
+def test_a_model_with_layers_of_mamba_alone_is_refused(tmp_path):
     own = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1))
     for model in (convert(llama()), convert(own)):
         with pytest.raises(ValueError, match="`layer_types`"):
-            save_blocks(model, tmp_path / "blocks.safetensors")
+            save_mamba_delta(model, tmp_path / "mamba_delta.safetensors")
     assert not list(tmp_path.iterdir())
