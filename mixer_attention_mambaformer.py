@@ -11,6 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
+from .decode_builder_mambaformer import ProgramBuilder, Setting
+from .decode_workspace_mambaformer import Buffer
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .inputs_packing_mambaformer import SequenceGrouping
@@ -84,7 +86,7 @@ def eager_attention_forward(
 class MambaFormerAttention(MambaFormerMixer):
     """Multi-head attention with grouped keys and values (arXiv 2305.13245), with RoPE or without positions."""
 
-    name, lowering = "self_attn", "attention"
+    name = "self_attn"
     context = ("attention", "position_embeddings", "cache")
     read_by_kernels = ("head_dim",)
 
@@ -126,6 +128,20 @@ class MambaFormerAttention(MambaFormerMixer):
             key, value = cache.update(key, value, self.layer_idx, is_saved=is_saved)
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return apply_expert_linear(self.o_proj, mixed.flatten(2), vectors.get("o_proj")), weights
+
+    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+        query, key, value = program.linears(
+            hidden_states,
+            (self.q_proj, vectors.get("q_proj")),
+            (self.k_proj, vectors.get("k_proj")),
+            (self.v_proj, vectors.get("v_proj")),
+        )
+        program.only_if(self._has_no_dropout)
+        scaled, slots = program.write_keys(query, key, value, self.head_dim, Setting(self, "scaling"))
+        return program.linear(program.attend(scaled, slots), self.o_proj, vectors.get("o_proj"))
+
+    def _has_no_dropout(self) -> bool:
+        return not (self.attention_dropout and self.training)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: AttentionMasks, **kwargs

@@ -14,6 +14,8 @@ from .cache_keys_mambaformer import StateSpec
 from .cache_mambaformer import MambaFormerCache
 from .cache_states_mambaformer import ReplaySegment, split_at_reach
 from .configuration_mambaformer import MambaFormerConfig
+from .decode_builder_mambaformer import CannotLower, ProgramBuilder
+from .decode_workspace_mambaformer import Buffer
 from .expert_linear_mambaformer import ScaledBasis
 from .ops_eligibility_mambaformer import replaceable_by_kernels
 from .ops_mambaformer import rms_norm
@@ -37,18 +39,17 @@ class MambaFormerMixer(CountsReplacements):
     """One part of a layer, with a norm in front of it and a residual around both.
 
     A subclass takes `(hidden_states, vectors, **context)` and returns hidden states of the same shape, alone or with
-    attention weights. `vectors` are the prepared expert vectors by name of the linear module. The class says:
+    attention weights. `vectors` are the prepared expert vectors by name of the linear module. A mixer that has kernels
+    for decode steps says so by `lower`. The class says:
 
     - `name`: its attribute in the layer, which is part of the names of its weights;
-    - `context`: the arguments of the layer's forward that it takes;
-    - `lowering`: the kind of block that a decode program makes of it; `None` runs it as a module.
+    - `context`: the arguments of the layer's forward that it takes.
 
     Tensor parallelism splits its modules by its row in `TENSOR_PARALLEL_PLANS` of `configuration_mambaformer`.
     """
 
     name: ClassVar[str]
     context: ClassVar[tuple[str, ...]] = ()
-    lowering: ClassVar[str | None] = None
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__()
@@ -58,6 +59,20 @@ class MambaFormerMixer(CountsReplacements):
     def split_sizes(cls, config: MambaFormerConfig) -> dict[str, int]:
         """The sizes that the number of tensor-parallel processes must divide, by the field that sets them."""
         return {}
+
+    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+        """Writes the mixer as operations of a decode program; a decode step then does not call the module.
+
+        Args:
+            hidden_states: the normed hidden states, as in `forward`.
+
+        Returns:
+            The output, which the layer adds to its hidden states.
+
+        Raises:
+            CannotLower: there are no kernels for it, and a decode step calls the module.
+        """
+        raise CannotLower
 
     def init_mixer_weights(self, config: MambaFormerConfig) -> None:
         """Initializes the weights that need more than the model's normal distribution."""

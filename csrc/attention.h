@@ -6,7 +6,7 @@
 #include "storage.h"
 #include "threads.h"
 
-static const int KEYS_AT_A_TIME = 64, MOST_PARTS = 64;
+static const int KEYS_AT_A_TIME = 64;
 
 // Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
 // values.

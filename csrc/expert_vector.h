@@ -3,14 +3,12 @@
 
 #include "linear.h"
 
-static const int CHANNELS_AT_A_TIME = 32;
-
 static Long width_of_expert(const Weight *w) { return w->on_outputs ? w->outputs : w->inputs; }
 static Long strips_of(Long width) { return (width + CHANNELS_AT_A_TIME - 1) / CHANNELS_AT_A_TIME; }
 // The number of elements that `rescale` needs in `room`: coordinates (rows, rank) for each strip, and a sum for each
 // thread.
 static Long room_to_rescale(const Weight *w, Long rows, int threads) {
-    return w->rank ? (strips_of(width_of_expert(w)) + threads) * rows * w->rank : 0;
+    return (strips_of(width_of_expert(w)) + threads) * rows * w->rank;
 }
 // The contribution of some channels to Q^T x, for all rows: found (rows, rank).
 template <typename A, typename T>
@@ -52,19 +50,18 @@ template <typename A> static void add_up(const Weight *w, Long rows, const A *fo
 
 // The expert vectors of several products; y may be x. A thread changes the channels that it has read, so it reads its
 // part of Q from memory once.
-template <typename T, typename A, int COUNT>
-TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int threads, const A *residual = 0) {
-    Long ends[COUNT], strips = 0;
-    A *found[COUNT], *total[COUNT];
-    for (int i = 0; i < COUNT; i++) {
+template <typename T, typename A>
+TEAM void rescale(const Product<A> *all, int count, Long rows, A *room, int threads, const A *residual = 0) {
+    Long ends[MOST_TOGETHER], strips = 0;
+    A *found[MOST_TOGETHER], *total[MOST_TOGETHER];
+    for (int i = 0; i < count; i++) {
         const Weight *w = all[i].weight;
-        const Long own = w->rank ? strips_of(width_of_expert(w)) : 0;
+        const Long own = strips_of(width_of_expert(w));
         ends[i] = strips += own;
         found[i] = room;
         total[i] = room + (own + own_number()) * rows * w->rank;
         room += room_to_rescale(w, rows, threads);
     }
-    if (!strips) return;
 #pragma omp for schedule(static)
     for (Long number = 0; number < strips; number++) {
         Long strip = number;
@@ -74,8 +71,7 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int thread
         coordinates_of<A, T>(all[i].x, rows, width, (const T *)w->basis, w->basis_stride, w->rank, first,
                              first + least(CHANNELS_AT_A_TIME, width - first), found[i] + strip * rows * w->rank);
     }
-    for (int i = 0; i < COUNT; i++)
-        if (all[i].weight->rank) add_up(all[i].weight, rows, found[i], total[i]);
+    for (int i = 0; i < count; i++) add_up(all[i].weight, rows, found[i], total[i]);
 #pragma omp for schedule(static)
     for (Long number = 0; number < strips; number++) {
         Long strip = number;
@@ -101,9 +97,9 @@ template <typename T> static void rescale_all(const T *x, Long rows, const Weigh
     const Long count = rows * weight->inputs;
     A *wide = widened<A>(x, count), *found = room_for<A>(y, count);
     A *room = (A *)malloc(room_to_rescale(weight, rows, threads) * sizeof(A));
-    const Product<A> product[] = {{weight, wide, found}};
+    const Product<A> product = {weight, wide, found};
 #pragma omp parallel num_threads(threads) if (count * weight -> rank > SMALL)
-    rescale<T>(product, rows, room, threads);
+    rescale<T>(&product, 1, rows, room, threads);
     free(room);
     narrowed(found, count, y);
     dropped(wide, x);

@@ -1,12 +1,12 @@
 // The exported functions, and the only file that is compiled.
 #include "attention.h"
-#include "blocks.h"
 #include "convolution.h"
 #include "expert_vector.h"
 #include "int4.h"
 #include "interface.h"
 #include "linear.h"
 #include "norm_rope_gate.h"
+#include "program.h"
 #include "scan.h"
 
 #define DEFINE_FOR_STORAGE(name, T)                                                                                   \
@@ -51,9 +51,9 @@
                        const Shape *shape, int threads) {                                                             \
         attend_all<T>(query, key, value, mask, scaling, y, shape, threads);                                           \
     }                                                                                                                 \
-    void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans,      \
-                           T *y, int threads) {                                                                       \
-        run_blocks<T>(x, tokens, blocks, count, plans, y, threads);                                                   \
+    void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
+                            int threads) {                                                                            \
+        run_program<T>(x, *inputs, first, last, y, threads);                                                          \
     }
 DEFINE_FOR_STORAGE(float32, float)
 DEFINE_FOR_STORAGE(bfloat16, bfloat16)
@@ -71,39 +71,12 @@ DEFINE_FOR_INT4(bfloat16, bfloat16, bfloat16, bfloat16)
 
 int rows_of_block(void) { return ROWS_OF_BLOCK; }
 
-int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans) {
-    return fits(*tokens, blocks, count, plans);
-}
-
-#define CONSTANT(name) {#name, name}
-#define SIZE(type) {#type, sizeof(type)}
+#define CONSTANT(name) {#name, name},
+#define SIZE(type) {#type, sizeof(type)},
 static const struct {
     const char *name;
     Long value;
-} INTERFACE[] = {
-    CONSTANT(INTERFACE_VERSION),
-    CONSTANT(CHUNK),
-    CONSTANT(MOST_TAPS),
-    CONSTANT(MOST_ROWS),
-    CONSTANT(PLAIN),
-    CONSTANT(INT8),
-    CONSTANT(INT4),
-    CONSTANT(ATTENTION),
-    CONSTANT(MLP),
-    CONSTANT(MAMBA),
-    SIZE(View),
-    SIZE(Shares),
-    SIZE(Convolution),
-    SIZE(ConvolutionGradient),
-    SIZE(Scan),
-    SIZE(ScanGradient),
-    SIZE(Weight),
-    SIZE(Shape),
-    SIZE(Recurrence),
-    SIZE(Block),
-    SIZE(Plan),
-    SIZE(Tokens),
-};
+} INTERFACE[] = {FOR_EACH_CONSTANT(CONSTANT) FOR_EACH_STRUCTURE(SIZE)};
 
 Long interface_value(const char *name) {
     for (const auto &entry : INTERFACE)

@@ -84,10 +84,10 @@ static void multiply_coded(const Weight *w, const float *x, Long rows, Long firs
 }
 
 // y = x W^T + bias for all products; with a residual, y = residual + x W^T + bias.
-template <typename T, typename A, int COUNT>
-TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual = 0) {
-    Long ends[COUNT], blocks = 0;
-    for (int i = 0; i < COUNT; i++) {
+template <typename T, typename A>
+TEAM void products(const Product<A> *all, int count, Long rows, const A *residual = 0) {
+    Long ends[MOST_TOGETHER], blocks = 0;
+    for (int i = 0; i < count; i++) {
         const Long size = rows_at_a_time(all[i].weight);
         ends[i] = blocks += (all[i].weight->outputs + size - 1) / size;
     }
@@ -98,14 +98,14 @@ TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual 
         const Weight *w = all[i].weight;
         const T *bias = (const T *)w->bias;
         const Long N = w->outputs, K = w->inputs, size = rows_at_a_time(w);
-        const Long first = block * size, count = least((int)size, N - first);
+        const Long first = block * size, width = least((int)size, N - first);
         A found[MOST_ROWS * MOST_AT_A_TIME];
         if (w->kind == PLAIN)
-            multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, count, K, found, size);
-        else multiply_coded(w, all[i].x, rows, first, count, found);
+            multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, width, K, found, size);
+        else multiply_coded(w, all[i].x, rows, first, width, found);
         for (Long m = 0; m < rows; m++) {
             A *to = all[i].y + m * N + first;
-            for (Long n = 0; n < count; n++) {
+            for (Long n = 0; n < width; n++) {
                 A value = as_stored<T>(found[m * size + n] + (bias ? to_float(bias[first + n]) : (A)0));
                 to[n] = residual ? as_stored<T>(residual[m * N + first + n] + value) : value;
             }
@@ -116,9 +116,9 @@ TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual 
 template <typename T> static void linear(const T *x, Long rows, const Weight *weight, T *y, int threads) {
     typedef Real<T> A;
     A *wide = widened<A>(x, rows * weight->inputs), *found = room_for<A>(y, rows * weight->outputs);
-    const Product<A> product[] = {{weight, wide, found}};
+    const Product<A> product = {weight, wide, found};
 #pragma omp parallel num_threads(threads) if (weight -> outputs * weight->inputs > SMALL)
-    products<T>(product, rows);
+    products<T>(&product, 1, rows);
     narrowed(found, rows * weight->outputs, y);
     dropped(wide, x);
 }

@@ -1,7 +1,10 @@
-"""Writes the C++ of `csrc/` into the one Python module that ships it, `ops_cpu_source_mambaformer.py`.
+"""Writes the two generated files of the CPU kernels.
 
-    python scripts/sources.py            # writes the module if it is out of date
-    python scripts/sources.py --check    # writes nothing; exit code 1 if the module is out of date
+`csrc/structures.h` declares in C++ the constants and structures of the table in `ops_cpu_structures_mambaformer.py`.
+`ops_cpu_source_mambaformer.py` is the Python module that ships the C++ of `csrc/`.
+
+    python scripts/sources.py            # writes the files that are out of date
+    python scripts/sources.py --check    # writes nothing; exit code 1 if a file is out of date
     python scripts/sources.py --warnings # writes nothing; exit code 1 if the C++ compiler warns, 0 without one
 
 `csrc/kernels.cpp` is the only file that is compiled. The module holds it with each of its own headers in the place of
@@ -12,6 +15,7 @@ Needs nothing but Python; `--warnings` needs the package.
 import argparse
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,8 +23,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, ENTRY, MODULE = "csrc", "kernels.cpp", "ops_cpu_source_mambaformer.py"
+TABLE, HEADER = "ops_cpu_structures_mambaformer.py", "structures.h"
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
 OWN_INCLUDE = re.compile(r'#include "([^"]+)"')
+HEADER_TEMPLATE = """\
+// Generated from {table} by scripts/sources.py: edit that file and run `make sources`.
+#pragma once
+
+#include <stdint.h>
+
+typedef int64_t Long;
+
+{declarations}"""
 TEMPLATE = '''\
 # Generated from {folder}/ by scripts/sources.py: edit the files in {folder}/ and run `make sources`.
 """The C++ of all CPU kernels. A model's folder on the Hub holds Python files only, so the source is a string."""
@@ -32,10 +46,15 @@ __all__ = ["SOURCE"]
 '''
 
 
-def joined(folder: Path) -> str:
+def header_of(root: Path) -> str:
+    """The text of the generated header."""
+    return HEADER_TEMPLATE.format(table=TABLE, declarations=runpy.run_path(str(root / TABLE))["header"]())
+
+
+def joined(folder: Path, header: str) -> str:
     """`kernels.cpp` with its own headers, each included once. Every file of `folder` must be among them."""
     included: set[str] = set()
-    source = "".join(_lines_of(folder, ENTRY, included))
+    source = "".join(_lines_of(folder, ENTRY, included, header))
     left_out = {path.name for path in folder.iterdir()} - included
     if left_out:
         raise ValueError(
@@ -44,24 +63,32 @@ def joined(folder: Path) -> str:
     return source
 
 
-def _lines_of(folder: Path, name: str, included: set[str]) -> list[str]:
+def _lines_of(folder: Path, name: str, included: set[str], header: str) -> list[str]:
     included.add(name)
     lines = [f'#line 1 "{FOLDER}/{name}"\n']
-    for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    text = header if name == HEADER else (folder / name).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
         own = OWN_INCLUDE.match(line)
         if own and own[1] not in included:
-            lines += [*_lines_of(folder, own[1], included), f'#line {number + 1} "{FOLDER}/{name}"\n']
+            lines += [*_lines_of(folder, own[1], included, header), f'#line {number + 1} "{FOLDER}/{name}"\n']
         else:
             lines.append("\n" if own or line.startswith("#pragma once") else line)
     return lines
 
 
-def module_of(root: Path) -> str:
-    """The text of the generated module."""
-    source = joined(root / FOLDER)
+def generated_files(root: Path) -> dict[Path, str]:
+    """The text of each generated file, by its path."""
+    header = header_of(root)
+    source = joined(root / FOLDER, header)
     if '"""' in source:
         raise ValueError(f'{FOLDER}/ contains """, which ends the string of {MODULE}.')
-    return TEMPLATE.format(folder=FOLDER, source=source)
+    return {root / FOLDER / HEADER: header, root / MODULE: TEMPLATE.format(folder=FOLDER, source=source)}
+
+
+def out_of_date(root: Path) -> dict[Path, str]:
+    """The generated files that are missing or differ, with the text that they should have."""
+    files = generated_files(root).items()
+    return {path: text for path, text in files if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
 def has_warnings(root: Path) -> bool:
@@ -88,14 +115,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.warnings and not args.check:
         return 0
-    text, path = module_of(args.root), args.root / MODULE
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return 0
-    if args.check:
-        print(f"{path} is out of date. Run `make sources`.")
-        return 1
-    path.write_text(text, encoding="utf-8")
-    return 0
+    stale = out_of_date(args.root)
+    for path, text in stale.items():
+        if args.check:
+            print(f"{path} is out of date. Run `make sources`.")
+        else:
+            path.write_text(text, encoding="utf-8")
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

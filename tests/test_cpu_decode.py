@@ -320,12 +320,12 @@ def test_a_decoding_step_is_one_call(pattern, storage, has_expert, called):
     called.clear()
     model(torch.tensor([row[5:6]]), past_key_values=cache)
     head = {"rescale": 1, "linear": 1} if has_expert else {"linear": 1}
-    assert called == {"run_blocks": 1, "rms_norm": 1, **head}
+    assert called == {"run_program": 1, "rms_norm": 1, **head}
 
 
 @pytest.mark.parametrize("pattern", ["everything", "llama", "paper"])
 def test_what_the_layers_do_one_by_one_is_made_of_kernels(pattern, called, monkeypatch):
-    monkeypatch.setattr(stack.FewTokens, "run", lambda *_: None)
+    monkeypatch.setattr(stack.DecodePrograms, "run", lambda *_: None)
     model, row = random_model(tiny_config(pattern, head_dim=16)), random_rows(1)[0]
     sizes, expert = [4] + [1] * (len(row) - 4), random_expert(model, 1, rank=3)
     found = feed_row(model, model.make_cache(), row, sizes, expert_vector=None)
@@ -360,7 +360,7 @@ def test_blocks_in_one_call_have_the_bits_of_their_parts(pattern, dtype, monkeyp
 
     with torch.no_grad():
         found = [decode(expert) for expert in (None, per_row[0], per_row)]
-        monkeypatch.setattr(stack.FewTokens, "run", lambda *_: None)
+        monkeypatch.setattr(stack.DecodePrograms, "run", lambda *_: None)
         for expert, logits in zip((None, per_row[0], per_row), found, strict=True):
             assert torch.equal(logits, decode(expert))
         assert not torch.equal(found[0], found[1])
@@ -409,9 +409,25 @@ def test_what_is_changed_between_two_steps_counts_at_once(name):
     change(model.model.layers[0])
     with_kernels = model(ids[:, 6:], past_key_values=cache.fork()).logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stack.FewTokens, "run", lambda *_: None)
+        patch.setattr(stack.DecodePrograms, "run", lambda *_: None)
         assert torch.equal(with_kernels, model(ids[:, 6:], past_key_values=cache).logits)
     assert not torch.equal(with_kernels, before)
+
+
+@torch.no_grad()
+def test_sessions_that_take_turns_lower_no_layers_again(monkeypatch):
+    model, token = random_model(tiny_config("llama", head_dim=16)), torch.tensor([[3]])
+    experts = [None, *(random_expert(model, seed, rank=3) for seed in (1, 2, 3))]
+    built, build = [], stack.DecodeProgram.__init__
+    monkeypatch.setattr(stack.DecodeProgram, "__init__", lambda *args: built.append(1) or build(*args))
+    caches = [model.make_cache() for _ in experts]
+    for _ in range(3):
+        for cache, expert in zip(caches, experts, strict=True):
+            model(token, past_key_values=cache, expert_vector=expert)
+    assert len(built) == len(model.model._decode_programs.recent) == stack.MOST_PROGRAMS
+    model.model.layers[0].mlp.up_proj.weight.mul_(2.0)
+    model(token, past_key_values=model.make_cache())
+    assert len(model.model._decode_programs.recent) == 1, "programs of earlier weights are dropped"
 
 
 def test_threads_that_share_a_model_do_not_disturb_each_other():

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from loops import conv_arguments, scan_arguments
 from mambaformer import MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as stack
+from mambaformer.cache_keys_mambaformer import Layout
 from mambaformer.expert_linear_mambaformer import apply_linear
+from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks
 from mambaformer.ops_cpu_decode_mambaformer import (
     apply_rope_on_cpu,
     attention_on_cpu,
@@ -375,7 +378,7 @@ def test_a_layer_s_parameter_in_another_layout_means_what_pytorch_says(name):
     found = model(ids[:, 5:6], past_key_values=cache.fork()).logits
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAMBAFORMER_CPU_KERNELS", "0")
-        patch.setattr(stack.FewTokens, "run", lambda *_: None)
+        patch.setattr(stack.DecodePrograms, "run", lambda *_: None)
         wanted = model(ids[:, 5:6], past_key_values=cache.fork()).logits
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
@@ -454,13 +457,13 @@ def test_slots_beyond_the_capacity_are_an_error_and_not_other_memory(slot, monke
     model = random_model(tiny_config("llama", head_dim=16))
     cache, ids = model.make_cache("static", max_cache_len=20), torch.tensor([random_rows(1)[0]])
     model(ids[:, :5], past_key_values=cache)
-    write_plan = stack._write_plan
+    describe = stack.ProgramStep._describe_layout
 
-    def elsewhere(step, plan, window, attention, layout):
+    def elsewhere(step, window, attention, layout):
         layout.slots.fill_(slot)
-        return write_plan(step, plan, window, attention, layout)
+        return describe(step, window, attention, layout)
 
-    monkeypatch.setattr(stack, "_write_plan", elsewhere)
+    monkeypatch.setattr(stack.ProgramStep, "_describe_layout", elsewhere)
     with pytest.raises((IndexError, RuntimeError)):
         model(ids[:, 5:6], past_key_values=cache)
 
@@ -469,18 +472,30 @@ def test_slots_beyond_the_capacity_are_an_error_and_not_other_memory(slot, monke
 def test_more_keys_than_slots_are_left_to_pytorch():
     model, cache, ids = layer_and_step("llama")
     model(ids[:, 5:6], past_key_values=cache)
-    written = model.model._few_tokens.written
-    block = copy.copy(written.blocks[written.attention[0][0]])
-    tokens, plans = stack.Tokens(1, 1, 32), (stack.Plan * 1)()
-    block.capacity = 8
-    fits = lambda: stack.fits_kernel()(*map(stack.ctypes.addressof, (tokens, block)), 1, stack.ctypes.addressof(plans))  # noqa: E731
-    for keys, first_slot, does_fit in ((8, 7, 1), (9, 7, 0), (8, 8, 0), (-1, 0, 0), (8, -1, 0)):
-        plans[0].keys, plans[0].first_slot = keys, first_slot
-        assert fits() == does_fit
-    for slots, does_fit in (([0, 7], 1), ([0, 8], 0), ([-1, 0], 0)):
-        slots = torch.tensor(slots)
-        tokens.rows, plans[0].slots, plans[0].slots_row, plans[0].keys = 2, slots.data_ptr(), 1, 8
-        assert fits() == does_fit
+    (program,) = model.model._decode_programs.recent
+    slots = program.linked.key_slots[0]
+    keys = torch.zeros(2, slots.key_heads, 8, slots.head_dim, dtype=torch.float64)
+
+    def fits(slots, num_slots, rows=1):
+        """Whether a step runs on storage of eight slots."""
+        step = stack.ProgramStep(program.linked, torch.zeros(rows, 1, 32, dtype=torch.float64), None)
+        layout = Layout(num_slots, None, slots)
+        store = SimpleNamespace(place=lambda *_: (keys[:rows], keys[:rows]))
+        layers = [SimpleNamespace(attention=store)] * len(model.model.layers)
+        cache = SimpleNamespace(layers=layers, layout=lambda _: layout)
+        inputs = stack.LayerArguments({None: AttentionMasks()}, None, cache, None, {})
+        return step.add_layouts([None], inputs) and step.add_key_slots(cache)
+
+    for num_slots, first_slot, does_fit in (
+        (8, 7, True),
+        (9, 7, False),
+        (8, 8, False),
+        (-1, 0, False),
+        (8, -1, False),
+    ):
+        assert fits(first_slot, num_slots) == does_fit
+    for slots, does_fit in (([0, 7], True), ([0, 8], False), ([-1, 0], False)):
+        assert fits(torch.tensor(slots)[:, None], 8, rows=2) == does_fit
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from mambaformer.configuration_mambaformer import TENSOR_PARALLEL_PLANS
 from mambaformer.mixer_registry_mambaformer import check_can_be_split
 from patterns import ROOT, tiny_config
 from sequences import feed_row, random_rows
-from tiny_models import shared_model
+from tiny_models import random_model, shared_model
 
 
 def test_no_product_file_knows_the_toy_mixer():
@@ -28,17 +28,39 @@ def test_an_unknown_recurrent_mixer_is_refused_with_the_known_ones():
 def test_a_decode_program_runs_a_mixer_without_a_lowering_between_its_parts(monkeypatch):
     """Attention and MLP of the other layers go through the kernel, and give what PyTorch gives."""
     model, row = shared_model("another_mixer"), random_rows(3)[0]
-    runs, run = [], program._Layers.run
-    monkeypatch.setattr(program._Layers, "run", lambda *arguments: runs.append(run(*arguments)) or runs[-1])
+    runs, run = [], program.DecodeProgram.run
+    monkeypatch.setattr(program.DecodeProgram, "run", lambda *arguments: runs.append(run(*arguments)) or runs[-1])
     cache, found = model.make_cache(), []
     for token in row:
         found.append(feed_row(model, cache, [token]))
-    has_kernel = program.kernel_of("run_blocks", torch.float64) is not None
+    has_kernel = program.kernel_of("run_program", torch.float64) is not None
     assert [each is not None for each in runs] == [True] * (len(row) if has_kernel else 0)
-    monkeypatch.setattr(program._Layers, "may_run", lambda self: False)
+    monkeypatch.setattr(program.DecodeProgram, "may_run", lambda self: False)
     cache = model.make_cache()
     wanted = [feed_row(model, cache, [token]) for token in row]
     torch.testing.assert_close(torch.cat(found), torch.cat(wanted), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [{"self_attn"}, {"mlp"}, {"self_attn", "mlp"}], ids=sorted)
+def test_mixers_of_any_kind_run_as_modules_between_parts_of_a_program(names, monkeypatch):
+    head_dim = 6 if "self_attn" in names else 16  # 6 is no multiple of the width of a vector
+    model = random_model(tiny_config("everything", head_dim=head_dim))
+    for layer in model.model.layers if "mlp" in names else ():
+        layer.mlp.act_fn = torch.nn.GELU()
+    row, parts = random_rows(3)[0], []
+    run = program.LayerStep.run
+    monkeypatch.setattr(program.LayerStep, "run", lambda step, *rest: parts.append(step.name) or run(step, *rest))
+
+    def decode():
+        cache = model.make_cache()
+        return torch.cat([feed_row(model, cache, [token]) for token in row])
+
+    found, called = decode(), set(parts)
+    monkeypatch.setattr(program.DecodePrograms, "run", lambda *_: None)
+    assert torch.equal(found, decode())
+    if program.kernel_of("run_program", torch.float64) is not None:
+        assert called == names
 
 
 def test_the_plan_of_tensor_parallelism_has_the_mixers_that_are_used():

@@ -205,7 +205,7 @@ class ReplacedMeanwhile:
                 thread.join()
             return kernel(*args)
 
-        return run if name == "run_blocks" else kernel
+        return run if name == "run_program" else kernel
 
 
 def replace_each(model):
@@ -243,7 +243,7 @@ def test_weights_that_are_replaced_meanwhile_live_until_the_kernel_ends(pattern,
         poison(model)
 
     monkeypatch.setattr(stack, "kernel_of", ReplacedMeanwhile(meanwhile))
-    model.model._few_tokens = stack.FewTokens()
+    model.model._decode_programs = stack.DecodePrograms()
     feed(model, cache, IDS[:, 5:6])
     assert alive and all(alive)
     torch.testing.assert_close(states[-1], states[0][:, -1:], rtol=1e-10, atol=1e-10)

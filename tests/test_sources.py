@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from mambaformer import ops_cpu_interface_mambaformer as interface
+from mambaformer import ops_cpu_structures_mambaformer as table
 from patterns import ROOT
 
+TABLE = "ops_cpu_structures_mambaformer.py"
 SCRIPT = ROOT / "scripts" / "sources.py"
 HEADER = re.sub(r"//.*|\\\n", "", (ROOT / "csrc" / "interface.h").read_text())
-DECLARED = dict(re.findall(r"struct (\w+) \{(.*?)\};", HEADER, re.DOTALL))
-TYPES = {"Long": ctypes.c_int64, "double": ctypes.c_double} | {of.__name__: of for of in interface.STRUCTURES}
 LETTERS = {"Long": "n", "double": "d", "int": "i"}
 
 
@@ -24,8 +24,9 @@ def run(root, *options):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A copy of `csrc/` with its generated module."""
+    """A copy of `csrc/` and the table of structures, with the generated module."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / TABLE, tmp_path)
     assert run(tmp_path).returncode == 0
     return tmp_path
 
@@ -58,24 +59,37 @@ def test_the_compiler_warns_about_nothing_but_a_planted_fault(repository):
     assert done.returncode == 1 and "never_used" in done.stderr
 
 
-def fields_of(body):
-    """The ctypes fields of a structure's C++ declarations."""
-    fields = []
-    for kind, names in re.findall(r"(?:const )?(\w+) (.*?);", body):
-        for name in names.split(","):
-            name, count = re.fullmatch(r"\s*(\**\w+)(?:\[(\d+)\])?", name).groups()
-            of = ctypes.c_int64 if name.startswith("*") else TYPES[kind]
-            fields.append((name.lstrip("*"), of * int(count) if count else of))
-    return fields
+def test_a_changed_table_makes_the_header_out_of_date(repository):
+    table, header = repository / TABLE, repository / "csrc" / "structures.h"
+    table.write_text(table.read_text().replace("Long mask_row, mask_query;", "Long mask_row, mask_query, more;"))
+    done = run(repository, "--check")
+    assert done.returncode == 1 and "structures.h" in done.stdout and "make sources" in done.stdout
+    assert run(repository).returncode == 0 and "mask_query, more;" in header.read_text()
+    assert header.read_text().startswith("// Generated from ")
 
 
-def test_python_declares_the_structures_of_the_header():
-    assert [of.__name__ for of in interface.STRUCTURES] == [name for name in DECLARED if name != "bfloat16"]
+def test_the_classes_have_the_names_and_the_order_of_the_table():
+    assert [of.__name__ for of in interface.STRUCTURES] == list(table.STRUCTURES)
+    assert {of.__name__ for of in interface.KINDS} == set(table.OPERATIONS.values())
+
+
+def test_fields_are_read_from_their_declarations(monkeypatch):
+    declaration = "const void *one, *two;  // (D, K)\nView three, four;\nLong five[3];\ndouble six;"
+    monkeypatch.setitem(table.STRUCTURES, "Some", table.Structure("Fields of every form.", declaration))
+    assert table.ctypes_fields("Some", interface.View) == [
+        ("one", ctypes.c_int64),
+        ("two", ctypes.c_int64),
+        ("three", interface.View),
+        ("four", interface.View),
+        ("five", ctypes.c_int64 * 3),
+        ("six", ctypes.c_double),
+    ]
 
 
 @pytest.mark.parametrize("of", interface.STRUCTURES, ids=lambda of: of.__name__)
-def test_python_declares_the_fields_of_the_header(of):
-    assert of._fields_ == fields_of(DECLARED[of.__name__])
+def test_structures_have_no_padding(of):
+    assert ctypes.sizeof(of) == sum(ctypes.sizeof(field) for _, field in of._fields_)
+    assert ctypes.sizeof(of) % 8 == 0
 
 
 def test_python_declares_the_functions_of_the_header():

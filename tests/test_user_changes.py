@@ -35,7 +35,7 @@ def kernels_off():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(compiler.SWITCH, "0")
         patch.setattr(compiler, "_libraries", {})
-        patch.setattr(stack.FewTokens, "run", lambda *_: None)
+        patch.setattr(stack.DecodePrograms, "run", lambda *_: None)
         decode.kernel_of.cache_clear()
         yield
     decode.kernel_of.cache_clear()

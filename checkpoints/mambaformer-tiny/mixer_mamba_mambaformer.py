@@ -9,6 +9,8 @@ from transformers import initialization as init
 
 from .cache_keys_mambaformer import StateSpec
 from .configuration_mambaformer import MambaFormerConfig
+from .decode_builder_mambaformer import Columns, ProgramBuilder
+from .decode_workspace_mambaformer import Buffer
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import Lengths, MambaFormerRMSNorm, RecurrentMixer, States
@@ -35,7 +37,7 @@ class MambaFormerConv1d(nn.Conv1d):
 class MambaFormerMambaMixer(RecurrentMixer):
     """Selective state space mixer, Mamba-1 (arXiv 2312.00752, algorithm 2), optionally with Jamba's inner norms."""
 
-    name, lowering = "mamba", "mamba"
+    name = "mamba"
     read_by_kernels = ("has_inner_norms", "rank", "state_size")
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
@@ -104,6 +106,18 @@ class MambaFormerMambaMixer(RecurrentMixer):
 
     def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
         return apply_expert_linear(self.out_proj, mixed, vectors.get("out_proj"))
+
+    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+        inputs = program.linear(hidden_states, self.in_proj, vectors.get("in_proj"))
+        channels = inputs.width // 2
+        x, gate = Columns(inputs, 0, channels), Columns(inputs, channels, channels)
+        u = program.conv_step(x, self.conv1d, "conv")
+        selected = program.linear(u, self.x_proj, vectors.get("x_proj"))
+        norms = [self.dt_layernorm, self.b_layernorm, self.c_layernorm] if self.has_inner_norms else []
+        dt, B, C = program.inner_norms(selected, (self.rank, self.state_size, self.state_size), norms)
+        dt = program.linear(dt, self.dt_proj, vectors.get("dt_proj"))
+        y = program.recurrence_step(u, dt, B, C, gate, self, "ssm")
+        return program.linear(y, self.out_proj, vectors.get("out_proj"))
 
     def state_specs(self) -> dict[str, StateSpec]:
         channels, _, kernel_size = self.conv1d.weight.shape

@@ -5,6 +5,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_mambaformer import MambaFormerConfig
+from .decode_builder_mambaformer import ProgramBuilder
+from .decode_workspace_mambaformer import Buffer
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import MambaFormerMixer
 from .ops_eligibility_mambaformer import is_silu, replaceable_by_kernels
@@ -15,7 +17,7 @@ from .ops_mambaformer import silu_gate
 class MambaFormerMLP(MambaFormerMixer):
     """Gated MLP (arXiv 2002.05202, equation 6)."""
 
-    name, lowering = "mlp", "mlp"
+    name = "mlp"
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -33,3 +35,9 @@ class MambaFormerMLP(MambaFormerMixer):
         states = apply_expert_linear(self.up_proj, hidden_states, vectors.get("up_proj"))
         inner = silu_gate(gates, states) if is_silu(self.act_fn) else self.act_fn(gates) * states
         return apply_expert_linear(self.down_proj, inner, vectors.get("down_proj"))
+
+    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+        gates, states = program.linears(
+            hidden_states, (self.gate_proj, vectors.get("gate_proj")), (self.up_proj, vectors.get("up_proj"))
+        )
+        return program.linear(program.gate(gates, states, self.act_fn), self.down_proj, vectors.get("down_proj"))

@@ -22,7 +22,8 @@ from .cache_mambaformer import MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
 from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
 from .configuration_mambaformer import MambaFormerConfig
-from .decode_program_mambaformer import FewTokens
+from .decode_builder_mambaformer import ProgramBuilder
+from .decode_program_mambaformer import DecodePrograms
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .expert_runtime_mambaformer import ExpertRuntimeMixin, PreparedExpertVectors, is_compiled_step, resolve_with_key
 from .files_mambaformer import digest_of
@@ -144,6 +145,12 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         mixed, weights = mixed if isinstance(mixed, tuple) else (mixed, None)
         return hidden_states + mixed, weights
 
+    def lower_step(self, name: str, program: ProgramBuilder, vectors: dict[str, dict[str, ScaledBasis]]) -> None:
+        """Writes `step` as operations of a decode program; raises `CannotLower` if there are no kernels for it."""
+        normed = program.norm(program.residual, getattr(self, f"{name}_layernorm"))
+        mixed = getattr(self, name).lower(program, normed, self.vectors_of(name, vectors))
+        program.add_to_residual(mixed)
+
     def vectors_of(self, mixer: str, expert_vectors: dict[str, dict[str, ScaledBasis]]) -> dict[str, ScaledBasis]:
         """Prepared expert vectors of one mixer of this layer, by the names of its linear modules."""
         return expert_vectors.get(self.expert_names[mixer], NO_VECTORS)
@@ -238,7 +245,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         self.norm = MambaFormerRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = None if config.rope_parameters is None else MambaFormerRotaryEmbedding(config)
         self.gradient_checkpointing = False
-        self._few_tokens, self._seen_weights = FewTokens(), SeenWeights()
+        self._decode_programs, self._seen_weights = DecodePrograms(), SeenWeights()
         self.post_init()
 
     @can_return_tuple
@@ -333,9 +340,9 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         attention = make_attention_masks(places, self.config, span, cache, hidden_states, shown, sequences)
         if not collector.wants_anything:
             shared = attention, prepared.scaled_bases, position_embeddings, cache, span.lengths
-            of_kernels = self._few_tokens.run(places, prepared.weights, hidden_states, *shared)
-            if of_kernels is not None:
-                return self.norm(of_kernels)
+            decoded = self._decode_programs.run(places, prepared.weights, hidden_states, *shared, **kwargs)
+            if decoded is not None:
+                return self.norm(decoded)
         for place in places:
             outputs = place.module(
                 collector.hidden(hidden_states),

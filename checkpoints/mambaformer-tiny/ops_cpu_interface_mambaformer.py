@@ -1,7 +1,7 @@
-"""The interface of the CPU kernel library for ctypes: the structures and functions of `csrc/interface.h`.
+"""The interface of the CPU kernel library for ctypes: its structures and the functions of `csrc/interface.h`.
 
-The library is compiled where it is first used. Its structures and constants are compared with the ones declared here
-when it is loaded; a library that disagrees is not used.
+The library is compiled where it is first used. Its structures and constants are compared with the ones here when it is
+loaded; a library that disagrees is not used.
 """
 
 import ctypes
@@ -12,118 +12,134 @@ import torch
 
 from .ops_cpu_build_mambaformer import cpu_library
 from .ops_cpu_source_mambaformer import SOURCE
+from .ops_cpu_structures_mambaformer import CONSTANTS, ENUMERATIONS, OPERATIONS, constant_names, ctypes_fields
 
 # Storage types of activations, by the last part of a function's name; the arithmetic is in float32 or float64.
 STORED = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
-# Tokens that the scan processes at a time, and the largest kernel size of a convolution.
-CHUNK, MOST_TAPS = 32, 16
-PLAIN, INT8, INT4 = range(3)
-ATTENTION, MLP, MAMBA = range(3)
+_NUMBERS = {
+    value: number for enumeration in ENUMERATIONS.values() for number, value in enumerate(enumeration.values)
+} | {name: constant.value for name, constant in CONSTANTS.items()}
+CHUNK, MOST_TAPS, MOST_PARTS = (_NUMBERS[name] for name in ("CHUNK", "MOST_TAPS", "MOST_PARTS"))
+MOST_TOGETHER, CHANNELS_AT_A_TIME = (_NUMBERS[name] for name in ("MOST_TOGETHER", "CHANNELS_AT_A_TIME"))
+PLAIN, INT8, INT4 = (_NUMBERS[name] for name in ("PLAIN", "INT8", "INT4"))
 
 
-def _fields(names: str, **types: Any) -> list[tuple[str, Any]]:
-    """The fields of a structure: integers of 64 bits, pointers among them, unless `types` says otherwise."""
-    return [(name, types.get(name, ctypes.c_int64)) for name in names.split()]
-
-
-def as_integers(structure: type[ctypes.Structure]) -> type[ctypes.Array]:
+def as_integers(structure: type[ctypes.Structure]) -> type[ctypes.Array[ctypes.c_int64]]:
     """The same memory as an array of integers, which is faster to fill than a structure of structures."""
     return ctypes.c_int64 * (ctypes.sizeof(structure) // 8)
 
 
 class View(ctypes.Structure):
-    _fields_ = _fields("data row token")
+    _fields_ = ctypes_fields("View")
 
 
 class Shares(ctypes.Structure):
-    _fields_ = _fields("lengths rows length channels splits threads positions")
+    _fields_ = ctypes_fields("Shares")
 
 
 class Convolution(ctypes.Structure):
-    _fields_ = _fields(
-        "x y weight bias initial_state final_state taps shares", **dict.fromkeys(("x", "y"), View), shares=Shares
-    )
+    _fields_ = ctypes_fields("Convolution", View, Shares)
 
 
 class ConvolutionGradient(ctypes.Structure):
-    _fields_ = _fields(
-        "of dy dx dfinal_state dweight dbias dinitial_state", of=Convolution, **dict.fromkeys(("dy", "dx"), View)
-    )
+    _fields_ = ctypes_fields("ConvolutionGradient", View, Convolution)
 
 
 class Scan(ctypes.Structure):
-    _fields_ = _fields(
-        "B C u dt gate y A D initial_state final_state checkpoints numbers dt_softplus A_is_log shares",
-        **dict.fromkeys(("B", "C", "u", "dt", "gate", "y"), View),
-        shares=Shares,
-    )
+    _fields_ = ctypes_fields("Scan", View, Shares)
 
 
 class ScanGradient(ctypes.Structure):
-    _fields_ = _fields(
-        "of dy du ddt dgate dfinal_state dA dB dC dD dinitial_state",
-        of=Scan,
-        **dict.fromkeys(("dy", "du", "ddt", "dgate"), View),
-    )
+    _fields_ = ctypes_fields("ScanGradient", View, Scan)
 
 
 class Weight(ctypes.Structure):
-    _fields_ = _fields(
-        "kind data scale bias outputs inputs group has_narrow_scales "
-        "basis basis_stride rank delta delta_stride on_outputs"
-    )
+    _fields_ = ctypes_fields("Weight")
 
 
 class Shape(ctypes.Structure):
-    _fields_ = _fields(
-        "rows key_heads group queries keys width query key value mask_row mask_query",
-        **dict.fromkeys(("query", "key", "value"), ctypes.c_int64 * 3),
-    )
+    _fields_ = ctypes_fields("Shape")
 
 
-class Recurrence(ctypes.Structure):
-    _fields_ = _fields(
-        "conv_weight conv_bias A_log D channels taps numbers rank norms eps window next_window state next_state",
-        norms=ctypes.c_int64 * 3,
-        eps=ctypes.c_double * 3,
-    )
+class KeyLayout(ctypes.Structure):
+    _fields_ = ctypes_fields("KeyLayout")
 
 
-class Block(ctypes.Structure):
-    _fields_ = _fields(
-        "kind norm eps weights scaling heads key_heads head_dim plan keys values capacity mamba",
-        eps=ctypes.c_double,
-        weights=Weight * 4,
-        scaling=ctypes.c_double,
-        mamba=Recurrence,
-    )
+class KeySlots(ctypes.Structure):
+    _fields_ = ctypes_fields("KeySlots")
 
 
-class Plan(ctypes.Structure):
-    _fields_ = _fields("mask mask_row mask_query keys first_slot slots slots_row")
+class State(ctypes.Structure):
+    _fields_ = ctypes_fields("State")
 
 
-class Tokens(ctypes.Structure):
-    _fields_ = _fields("rows count width cosines sines angle_row")
+class ProgramInputs(ctypes.Structure):
+    _fields_ = ctypes_fields("ProgramInputs")
 
 
-STRUCTURES = (
-    View, Shares, Convolution, ConvolutionGradient, Scan, ScanGradient, Weight, Shape, Recurrence, Block, Plan, Tokens,
+class Op(ctypes.Structure):
+    _fields_ = ctypes_fields("Op")
+
+
+class Columns(ctypes.Structure):
+    _fields_ = ctypes_fields("Columns")
+
+
+class Projection(ctypes.Structure):
+    _fields_ = ctypes_fields("Projection")
+
+
+class NormOp(ctypes.Structure):
+    _fields_ = ctypes_fields("NormOp", Op)
+
+
+class LinearOp(ctypes.Structure):
+    _fields_ = ctypes_fields("LinearOp", Op, Projection)
+
+
+class ScaleOp(ctypes.Structure):
+    _fields_ = ctypes_fields("ScaleOp", Op, Projection)
+
+
+class WriteKeysOp(ctypes.Structure):
+    _fields_ = ctypes_fields("WriteKeysOp", Op)
+
+
+class AttendOp(ctypes.Structure):
+    _fields_ = ctypes_fields("AttendOp", Op)
+
+
+class GateOp(ctypes.Structure):
+    _fields_ = ctypes_fields("GateOp", Op)
+
+
+class ConvStepOp(ctypes.Structure):
+    _fields_ = ctypes_fields("ConvStepOp", Op, Columns)
+
+
+class InnerNormsOp(ctypes.Structure):
+    _fields_ = ctypes_fields("InnerNormsOp", Op)
+
+
+class RecurrenceStepOp(ctypes.Structure):
+    _fields_ = ctypes_fields("RecurrenceStepOp", Op, Columns)
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    View, Shares, Convolution, ConvolutionGradient, Scan, ScanGradient, Weight, Shape, KeyLayout, KeySlots, State,
+    ProgramInputs, Op, Columns, Projection, NormOp, LinearOp, ScaleOp, WriteKeysOp, AttendOp, GateOp, ConvStepOp,
+    InnerNormsOp, RecurrenceStepOp,
 )  # fmt: skip
-# The values of `interface_value`: constants, and the size of each structure.
-VALUES = {
-    "INTERFACE_VERSION": 1,
-    "CHUNK": CHUNK,
-    "MOST_TAPS": MOST_TAPS,
-    "MOST_ROWS": 16,
-    "PLAIN": PLAIN,
-    "INT8": INT8,
-    "INT4": INT4,
-    "ATTENTION": ATTENTION,
-    "MLP": MLP,
-    "MAMBA": MAMBA,
-    **{structure.__name__: ctypes.sizeof(structure) for structure in STRUCTURES},
+# The operations of a decode program: the number of each kind, by its structure.
+KINDS: dict[type[ctypes.Structure], int] = {
+    structure: _NUMBERS[kind]
+    for kind, name in OPERATIONS.items()
+    for structure in STRUCTURES
+    if structure.__name__ == name
 }
+# The values of `interface_value`: constants, and the size of each structure.
+VALUES = {name: _NUMBERS[name] for name in constant_names()}
+VALUES |= {structure.__name__: ctypes.sizeof(structure) for structure in STRUCTURES}
 
 _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double, "i": ctypes.c_int}
 # Arguments of the functions that exist for each storage type: pointer, number, double, int (threads).
@@ -139,12 +155,11 @@ _ARGUMENTS = {
     "rotate": "pnnnnnnnppnpi",
     "gate": "ppnpi",
     "attend": "ppppdppi",
-    "run_blocks": "pppnppi",
+    "run_program": "pppppi",
 }
 FUNCTIONS = (
     "interface_value",
     "rows_of_block",
-    "fits",
     *(f"{name}_{stored}" for name in _ARGUMENTS if name != "unpack_int4" for stored in STORED.values()),
     *(f"unpack_int4_{stored}_{scale}" for stored in ("float32", "bfloat16") for scale in ("float32", "bfloat16")),
 )
@@ -162,17 +177,6 @@ def kernel_of(name: str, *stored: torch.dtype) -> Any:
     function = getattr(library, "_".join((name, *(STORED.get(dtype, "") for dtype in stored))), None)
     if function is not None:
         function.argtypes, function.restype = [_TYPES[kind] for kind in _ARGUMENTS[name]], None
-    return function
-
-
-@lru_cache
-def fits_kernel() -> Any:
-    """The C function that returns whether blocks read and write keys within their capacity."""
-    library = kernels()
-    if library is None:
-        raise RuntimeError("There are no kernels: ask `kernels()` before.")
-    function = library.fits
-    function.argtypes, function.restype = [_TYPES[kind] for kind in "ppnp"], ctypes.c_int
     return function
 
 

@@ -31,42 +31,60 @@ SOURCE = r"""
 #endif
 
 #line 1 "csrc/interface.h"
-// The interface of the kernel library: every structure and every exported function.
+// The interface of the kernel library: its structures, and every exported function.
 //
-// `ops_cpu_interface_mambaformer.py` declares the same structures for ctypes. All their fields are eight bytes wide,
-// so they have no padding. Python compares sizes and constants (`interface_value`) when it loads the library, and does
-// not use a library that disagrees.
+// `structures.h` is generated from the table in `ops_cpu_structures_mambaformer.py`, from which ctypes has its classes
+// too. Python compares sizes and constants (`interface_value`) when it loads the library, and does not use a library
+// that disagrees. `ops_cpu_interface_mambaformer.py` declares the functions for ctypes.
 //
 // Letters (B, L, D, N, K, dt, A, B, C) are those of the table in `ops_mambaformer.py`. A function whose name ends in a
 // storage type reads and writes activations and weights of that type; it computes in float, or in double for float64.
+
+
+#line 1 "csrc/structures.h"
+// Generated from ops_cpu_structures_mambaformer.py by scripts/sources.py: edit that file and run `make sources`.
 
 
 #include <stdint.h>
 
 typedef int64_t Long;
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
 // Increase it whenever a structure or a function changes.
-static const Long INTERFACE_VERSION = 1;
+static const int INTERFACE_VERSION = 2;
 
-// Tokens that the scan processes at a time. With N = 16, the states that training keeps take half the memory of u.
+// Tokens that the scan processes at a time.
 static const int CHUNK = 32;
-// Bounds of the arguments: kernel size of a convolution, rows of activations in a product.
-static const int MOST_TAPS = 16, MOST_ROWS = 16;
 
-// ---- convolution and scan
+// The largest kernel size of a convolution.
+static const int MOST_TAPS = 16;
 
-// A tensor (rows, tokens, channels or numbers) whose last axis is contiguous; `data` is null if it was left out.
+// The most rows of activations in a product.
+static const int MOST_ROWS = 16;
+
+// The most products of one operation.
+static const int MOST_TOGETHER = 4;
+
+// The most parts that keys are divided into, for threads.
+static const int MOST_PARTS = 64;
+
+// Channels in a strip of a singular basis.
+static const int CHANNELS_AT_A_TIME = 32;
+
+// How a weight is stored.
+enum WeightKind { PLAIN, INT8, INT4 };
+
+// The kind of an operation of a decode program.
+enum OpKind { NORM, LINEAR, SCALE, WRITE_KEYS, ATTEND, GATE, CONV_STEP, INNER_NORMS, RECURRENCE_STEP };
+
+// A tensor (rows, tokens, channels or numbers) whose last axis is contiguous; null if it was left out.
 struct View {
     void *data;
     Long row, token;  // strides
 };
 
-// The batch, and how its rows are cut: into `splits` shares of whole vectors of channels. There are more shares than
-// threads, so another program that takes a processor away delays one share and not half of the work.
+// The batch, and how its rows are divided: into `splits` shares of complete vectors of channels. There are
+// more shares than threads, so another program that takes a processor away delays one share and not half of
+// the work.
 struct Shares {
     const Long *lengths;  // (B,); null if every row has `length` tokens
     Long rows, length, channels, splits, threads;
@@ -83,6 +101,7 @@ struct Convolution {
     Shares shares;
 };
 
+// The backward pass of a convolution.
 struct ConvolutionGradient {
     Convolution of;
     View dy, dx;
@@ -100,6 +119,7 @@ struct Scan {
     Shares shares;
 };
 
+// The backward pass of a scan.
 struct ScanGradient {
     Scan of;
     View dy, du, ddt, dgate;
@@ -107,62 +127,204 @@ struct ScanGradient {
     void *dA, *dB, *dC, *dD, *dinitial_state;  // (B, D, N), twice (B, splits, L, N), (B, D), (B, D, N)
 };
 
-// ---- products and attention
-
-enum WeightKind { PLAIN, INT8, INT4 };
-
 // The weight of a linear module: data (outputs, inputs), and an expert vector if `rank` is not 0.
 struct Weight {
     Long kind, data, scale, bias, outputs, inputs, group, has_narrow_scales;
     Long basis, basis_stride, rank, delta, delta_stride, on_outputs;
 };
 
-// Sizes and strides of query (rows, heads, queries, width), key and value (rows, key heads, keys, width), and of the
-// mask (rows or 1, queries, keys); `group` heads share a key head. Strides are those of rows, heads and tokens.
+// Sizes and strides of query (rows, heads, queries, width), key and value (rows, key heads, keys, width), and
+// of the mask (rows or 1, queries, keys); `group` heads share a key head. Strides are of rows, heads, tokens.
 struct Shape {
     Long rows, key_heads, group, queries, keys, width;
     Long query[3], key[3], value[3];
     Long mask_row, mask_query;
 };
 
-// ---- blocks of layers
-
-// The part of a Mamba block that is no product. Weights are stored as activations are.
-struct Recurrence {
-    Long conv_weight, conv_bias, A_log, D, channels, taps, numbers, rank;
-    Long norms[3];  // weights of the inner norms of dt, B and C; 0 without inner norms
-    double eps[3];
-    Long window, next_window;  // (rows, taps - 1, channels), stored as activations are; before and after the token
-    Long state, next_state;    // (rows, channels, numbers); `window` and `state` are 0 before the first token
+// Shared by the attention layers that retain the same keys: the mask with its strides as in `Shape`, the
+// number of keys with the new ones, and the slots of the new ones: from `first_slot` on, or `slots`
+// (rows or 1, tokens).
+struct KeyLayout {
+    const uint8_t *mask;
+    Long mask_row, mask_query, keys, first_slot;
+    const Long *slots;
+    Long slots_row;
 };
 
-enum BlockKind { ATTENTION, MLP, MAMBA };
-
-// A block is a norm, products with an operation between them, and the residual: x += block(norm(x)).
-struct Block {
-    Long kind, norm;
-    double eps;
-    Weight weights[4];  // attention: q, k, v, output; MLP: gate, up, down; Mamba: in, x, dt, out
-    // Attention: the factor of queries, heads, and the memory of keys and values (rows, key heads, capacity,
-    // head_dim).
-    double scaling;
-    Long heads, key_heads, head_dim, plan, keys, values, capacity;
-    Recurrence mamba;
+// The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim) each.
+struct KeySlots {
+    Long layout;  // index of its `KeyLayout`
+    void *keys, *values;
+    Long capacity;
 };
 
-// Shared by the attention blocks that retain the same keys: the mask with its strides as in `Shape`, the number of
-// keys with the new ones, and the slots of the new ones: from `first_slot` on, or `slots` (rows or 1, tokens) if not
-// 0.
-struct Plan {
-    Long mask, mask_row, mask_query, keys, first_slot, slots, slots_row;
+// A recurrent state before and after the token; `before` is null before the first token.
+struct State {
+    const void *before;
+    void *after;
 };
 
-// The new tokens, and their cosines and sines (rows or 1, tokens, head_dim), or 0.
-struct Tokens {
-    Long rows, count, width, cosines, sines, angle_row;
+// The new tokens of one decode step, its settings and tensors, and cosines and sines (rows or 1, tokens,
+// head_dim), which are null without rotation. `workspace` is the number of elements per token.
+struct ProgramInputs {
+    Long rows, tokens, width, workspace;
+    const double *settings;
+    const KeyLayout *layouts;
+    const KeySlots *key_slots;
+    const State *states;
+    const void *cosines, *sines;
+    Long angle_row;
 };
 
-// ---- functions
+// The start of each operation, and its size in bytes. In all operations a buffer is the number of elements
+// per token before it in the workspace, a setting or a state is an index, and -1 means none.
+struct Op {
+    Long kind, size;
+};
+
+// The columns from `first` on of a buffer with `stride` columns.
+struct Columns {
+    Long buffer, first, stride;
+};
+
+// A weight, its input and its output.
+struct Projection {
+    const Weight *weight;
+    Long x, y;
+};
+
+// y = RMS norm of x.
+struct NormOp {
+    Op op;
+    Long x, y, width;
+    const void *weight;
+    Long eps;
+};
+
+// Products with a common barrier: y = W x + bias, or residual + W x + bias.
+struct LinearOp {
+    Op op;
+    Long count;
+    Projection projections[4];
+    Long residual;
+};
+
+// Expert vectors with a common barrier: y = x + Q ((z - 1) * Q^T x), or residual + that.
+struct ScaleOp {
+    Op op;
+    Long count;
+    Projection projections[4];
+    Long residual, scratch;
+};
+
+// Rotates queries and keys, scales queries for `AttendOp`, and writes keys and values to their slots.
+struct WriteKeysOp {
+    Op op;
+    Long query, key, value, scaled;
+    Long heads, key_heads, head_dim, scaling, key_slots;
+};
+
+// Attention of scaled queries; `scratch` holds the results of each part of the keys.
+struct AttendOp {
+    Op op;
+    Long scaled, mixed, scratch;
+    Long heads, key_heads, head_dim, key_slots;
+};
+
+// y = silu(gates) * x.
+struct GateOp {
+    Op op;
+    Long gates, x, y, width;
+};
+
+// One token of a causal convolution with silu; `state` is the last inputs (rows, taps - 1, channels).
+struct ConvStepOp {
+    Op op;
+    Columns x;
+    Long y;
+    const void *weight, *bias;
+    Long channels, taps, state;
+};
+
+// Divides x into three parts, applies the RMS norm to each with a weight in place, and copies the first to y.
+struct InnerNormsOp {
+    Op op;
+    Long x, y;
+    Long widths[3], weights[3], eps[3];
+};
+
+// One token of the selective scan; `state` is (rows, channels, numbers). `scratch` holds A and D in the type
+// of the arithmetic, if they are stored in another.
+struct RecurrenceStepOp {
+    Op op;
+    Long u, dt, y, scratch;
+    Columns B, C, gate;
+    const void *A_log, *D;
+    Long channels, numbers, state;
+};
+
+#define FOR_EACH_OPERATION(DO)                                                                                        \
+    DO(NORM, NormOp)                                                                                                  \
+    DO(LINEAR, LinearOp)                                                                                              \
+    DO(SCALE, ScaleOp)                                                                                                \
+    DO(WRITE_KEYS, WriteKeysOp)                                                                                       \
+    DO(ATTEND, AttendOp)                                                                                              \
+    DO(GATE, GateOp)                                                                                                  \
+    DO(CONV_STEP, ConvStepOp)                                                                                         \
+    DO(INNER_NORMS, InnerNormsOp)                                                                                     \
+    DO(RECURRENCE_STEP, RecurrenceStepOp)
+
+#define FOR_EACH_CONSTANT(DO)                                                                                         \
+    DO(INTERFACE_VERSION)                                                                                             \
+    DO(CHUNK)                                                                                                         \
+    DO(MOST_TAPS)                                                                                                     \
+    DO(MOST_ROWS)                                                                                                     \
+    DO(MOST_TOGETHER)                                                                                                 \
+    DO(MOST_PARTS)                                                                                                    \
+    DO(CHANNELS_AT_A_TIME)                                                                                            \
+    DO(PLAIN)                                                                                                         \
+    DO(INT8)                                                                                                          \
+    DO(INT4)                                                                                                          \
+    DO(NORM)                                                                                                          \
+    DO(LINEAR)                                                                                                        \
+    DO(SCALE)                                                                                                         \
+    DO(WRITE_KEYS)                                                                                                    \
+    DO(ATTEND)                                                                                                        \
+    DO(GATE)                                                                                                          \
+    DO(CONV_STEP)                                                                                                     \
+    DO(INNER_NORMS)                                                                                                   \
+    DO(RECURRENCE_STEP)
+
+#define FOR_EACH_STRUCTURE(DO)                                                                                        \
+    DO(View)                                                                                                          \
+    DO(Shares)                                                                                                        \
+    DO(Convolution)                                                                                                   \
+    DO(ConvolutionGradient)                                                                                           \
+    DO(Scan)                                                                                                          \
+    DO(ScanGradient)                                                                                                  \
+    DO(Weight)                                                                                                        \
+    DO(Shape)                                                                                                         \
+    DO(KeyLayout)                                                                                                     \
+    DO(KeySlots)                                                                                                      \
+    DO(State)                                                                                                         \
+    DO(ProgramInputs)                                                                                                 \
+    DO(Op)                                                                                                            \
+    DO(Columns)                                                                                                       \
+    DO(Projection)                                                                                                    \
+    DO(NormOp)                                                                                                        \
+    DO(LinearOp)                                                                                                      \
+    DO(ScaleOp)                                                                                                       \
+    DO(WriteKeysOp)                                                                                                   \
+    DO(AttendOp)                                                                                                      \
+    DO(GateOp)                                                                                                        \
+    DO(ConvStepOp)                                                                                                    \
+    DO(InnerNormsOp)                                                                                                  \
+    DO(RecurrenceStepOp)
+#line 12 "csrc/interface.h"
+
+struct bfloat16 {
+    uint16_t bits;
+};
 
 #define DECLARE_FOR_STORAGE(name, T)                                                                                  \
     void convolve_##name(const Convolution *conv);                                                                    \
@@ -177,8 +339,8 @@ struct Tokens {
     void gate_##name(const T *gates, const T *x, Long count, T *y, int threads);                                      \
     void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
                        const Shape *shape, int threads);                                                              \
-    void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans,      \
-                           T *y, int threads);
+    void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
+                            int threads);
 
 #define DECLARE_FOR_INT4(name, T, scale_name, S)                                                                      \
     void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \
@@ -196,9 +358,6 @@ DECLARE_FOR_INT4(bfloat16, bfloat16, bfloat16, bfloat16)
 
 // Rows of W in a block of four-bit weights, which depends on the width of a vector.
 int rows_of_block(void);
-
-// Whether all keys that are read, and all slots that are written, lie within the capacity of their blocks.
-int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans);
 
 // The size of a structure, or the value of a constant above, by its name; -1 for an unknown name.
 Long interface_value(const char *name);
@@ -498,7 +657,7 @@ template <typename R> static void copy_or_clear(const R *from, R *to, Long count
 }
 #line 8 "csrc/attention.h"
 
-static const int KEYS_AT_A_TIME = 64, MOST_PARTS = 64;
+static const int KEYS_AT_A_TIME = 64;
 
 // Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
 // values.
@@ -658,11 +817,144 @@ static void attend_all(const T *query, const T *key, const T *value, const uint8
     narrowed(mixed, count, y);
 }
 #line 3 "csrc/kernels.cpp"
-#line 1 "csrc/blocks.h"
-// Blocks of layers over a few tokens: attention, gated MLP and Mamba, built from the kernels of single operations.
+#line 1 "csrc/convolution.h"
+// Causal depthwise convolution with silu, forward and backward.
+//
+// Inputs are numbered from the first one of the initial state, so token t reads inputs t to t + K - 1. T is the type
+// that activations are stored in, R the type of the arithmetic.
 
 
 
+
+template <typename T> static const T *input_at(const Convolution &conv, Long row, Long input) {
+    Long kept = conv.taps - 1;
+    if (input >= kept) return at<T>(conv.x, row, input - kept);
+    return conv.initial_state ? (const T *)conv.initial_state + (row * kept + input) * conv.shares.channels : 0;
+}
+
+template <typename R> struct Taps {
+    Vec<R> weight[MOST_TAPS], bias;
+};
+
+template <typename R>
+static ALWAYS_INLINE void load_taps(const Convolution &conv, Long channel, int lanes, Taps<R> &taps) {
+    for (int tap = 0; tap < conv.taps; tap++) taps.weight[tap] = Vec<R>{};
+    const R *weight = (const R *)conv.weight + channel * conv.taps;
+    for (int lane = 0; lane < lanes; lane++)
+        for (int tap = 0; tap < conv.taps; tap++) taps.weight[tap][lane] = weight[lane * conv.taps + tap];
+    taps.bias = conv.bias ? load_some<R>((const R *)conv.bias + channel, lanes) : Vec<R>{};
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void load_inputs(const Convolution &conv, Long row, Long channel, int lanes, Long first,
+                                      int count, Vec<R> *inputs) {
+    Long stop = length_of(conv.shares, row) + conv.taps - 1;
+    for (int each = 0; each < count; each++) {
+        Long input = first + each;
+        const T *from = input < 0 || input >= stop ? 0 : input_at<T>(conv, row, input);
+        inputs[each] = from ? load_some<R>(from + channel, lanes) : Vec<R>{};
+    }
+}
+
+// The first tap of a token that reads an input of the token's own sequence.
+static ALWAYS_INLINE int first_tap(const Convolution &conv, Long row, Long token) {
+    if (!conv.shares.positions) return 0;
+    Long missing = conv.taps - 1 - position_of(conv.shares, row, token);
+    return missing > 0 ? (int)missing : 0;
+}
+
+template <typename R>
+static ALWAYS_INLINE Vec<R> convolve(const Taps<R> &taps, int first, int count, const Vec<R> *inputs) {
+    Vec<R> total = taps.bias;
+    for (int tap = first; tap < count; tap++) total += taps.weight[tap] * inputs[tap];
+    return total;
+}
+
+template <typename T>
+static ALWAYS_INLINE void convolve_chunk(const Convolution &conv, Long row, Long channel, int lanes, Long start,
+                                         int tokens) {
+    typedef Real<T> R;
+    Taps<R> taps;
+    Vec<R> inputs[CHUNK + MOST_TAPS];
+    load_taps<R>(conv, channel, lanes, taps);
+    load_inputs<T, R>(conv, row, channel, lanes, start, tokens + conv.taps - 1, inputs);
+    for (int token = 0; token < tokens; token++) {
+        Vec<R> total = convolve<R>(taps, first_tap(conv, row, start + token), conv.taps, inputs + token);
+        store_some<R>(total * sigmoid<R>(total), at<T>(conv.y, row, start + token) + channel, lanes);
+    }
+}
+
+template <typename T> static void convolve_share(const Convolution &conv, Long row, Long first, Long last) {
+    Long length = length_of(conv.shares, row), kept = conv.taps - 1;
+    for (Long start = 0; start < length; start += CHUNK)
+        for (Long channel = first; channel < last; channel += Lanes<Real<T>>::count)
+            convolve_chunk<T>(conv, row, channel, least(Lanes<Real<T>>::count, last - channel), start,
+                              least(CHUNK, length - start));
+    clear<T>(conv.y, row, length, conv.shares.length, first, last);
+    for (Long input = 0; input < kept && first < last; input++) {
+        const T *from = input_at<T>(conv, row, length + input);
+        T *to = (T *)conv.final_state + (row * kept + input) * conv.shares.channels;
+        copy_or_clear<T>(from ? from + first : 0, to + first, last - first);
+    }
+}
+
+// Gradients of some inputs, from the tokens that read them, and the share of these tokens in the gradients of the
+// taps.
+template <typename T>
+static ALWAYS_INLINE void convolve_chunk_back(const ConvolutionGradient &gradient, Long row, Long channel, int lanes,
+                                              Long start, int count) {
+    typedef Real<T> R;
+    const Convolution &conv = gradient.of;
+    const Long kept = conv.taps - 1, length = length_of(conv.shares, row), channels = conv.shares.channels;
+    const T *dfinal_state = gradient.dfinal_state ? (const T *)gradient.dfinal_state + row * kept * channels : 0;
+    Taps<R> taps, dtaps = {};
+    Vec<R> inputs[CHUNK + 2 * MOST_TAPS], dtotal[CHUNK + MOST_TAPS];
+    int first[CHUNK + MOST_TAPS];
+    load_taps<R>(conv, channel, lanes, taps);
+    load_inputs<T, R>(conv, row, channel, lanes, start - kept, count + 2 * kept, inputs);
+    for (int each = 0; each < count + kept; each++) {
+        Long token = start - kept + each;
+        dtotal[each] = Vec<R>{}, first[each] = 0;
+        if (token < 0 || token >= length || !gradient.dy.data) continue;
+        first[each] = first_tap(conv, row, token);
+        Vec<R> total = convolve<R>(taps, first[each], conv.taps, inputs + each);
+        Vec<R> dy = load_some<R>(at<const T>(gradient.dy, row, token) + channel, lanes);
+        dtotal[each] = dy * silu_slope<R>(total);
+        if (each < kept) continue;
+        dtaps.bias += dtotal[each];
+        for (int tap = first[each]; tap < conv.taps; tap++) dtaps.weight[tap] += dtotal[each] * inputs[each + tap];
+    }
+    for (int each = 0; each < count; each++) {
+        Long input = start + each;
+        Vec<R> dinput = {};
+        for (int tap = 0; tap < conv.taps; tap++)
+            if (tap >= first[each + kept - tap]) dinput += taps.weight[tap] * dtotal[each + kept - tap];
+        if (dfinal_state && input >= length)
+            dinput += load_some<R>(dfinal_state + (input - length) * channels + channel, lanes);
+        T *to = input >= kept ? at<T>(gradient.dx, row, input - kept)
+                              : (T *)gradient.dinitial_state + (row * kept + input) * channels;
+        store_some<R>(dinput, to + channel, lanes);
+    }
+    for (int lane = 0; lane < lanes; lane++) {
+        Long own = row * channels + channel + lane;
+        ((R *)gradient.dbias)[own] += dtaps.bias[lane];
+        for (int tap = 0; tap < conv.taps; tap++)
+            ((R *)gradient.dweight)[own * conv.taps + tap] += dtaps.weight[tap][lane];
+    }
+}
+
+template <typename T>
+static void convolve_share_back(const ConvolutionGradient &gradient, Long row, Long first, Long last) {
+    typedef Real<T> R;
+    const Convolution &conv = gradient.of;
+    Long length = length_of(conv.shares, row), inputs = length + conv.taps - 1;
+    for (Long start = 0; start < inputs; start += CHUNK)
+        for (Long channel = first; channel < last; channel += Lanes<R>::count)
+            convolve_chunk_back<T>(gradient, row, channel, least(Lanes<R>::count, last - channel), start,
+                                   least(CHUNK, inputs - start));
+    clear<T>(gradient.dx, row, length, conv.shares.length, first, last);
+}
+#line 4 "csrc/kernels.cpp"
 #line 1 "csrc/expert_vector.h"
 // Expert vectors: y = x + Q ((z - 1) * Q^T x) with Q (width, rank), on the input or the output of a product.
 
@@ -854,10 +1146,10 @@ static void multiply_coded(const Weight *w, const float *x, Long rows, Long firs
 }
 
 // y = x W^T + bias for all products; with a residual, y = residual + x W^T + bias.
-template <typename T, typename A, int COUNT>
-TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual = 0) {
-    Long ends[COUNT], blocks = 0;
-    for (int i = 0; i < COUNT; i++) {
+template <typename T, typename A>
+TEAM void products(const Product<A> *all, int count, Long rows, const A *residual = 0) {
+    Long ends[MOST_TOGETHER], blocks = 0;
+    for (int i = 0; i < count; i++) {
         const Long size = rows_at_a_time(all[i].weight);
         ends[i] = blocks += (all[i].weight->outputs + size - 1) / size;
     }
@@ -868,14 +1160,14 @@ TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual 
         const Weight *w = all[i].weight;
         const T *bias = (const T *)w->bias;
         const Long N = w->outputs, K = w->inputs, size = rows_at_a_time(w);
-        const Long first = block * size, count = least((int)size, N - first);
+        const Long first = block * size, width = least((int)size, N - first);
         A found[MOST_ROWS * MOST_AT_A_TIME];
         if (w->kind == PLAIN)
-            multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, count, K, found, size);
-        else multiply_coded(w, all[i].x, rows, first, count, found);
+            multiply_any<A, T>(all[i].x, rows, (const T *)w->data + first * K, 0, width, K, found, size);
+        else multiply_coded(w, all[i].x, rows, first, width, found);
         for (Long m = 0; m < rows; m++) {
             A *to = all[i].y + m * N + first;
-            for (Long n = 0; n < count; n++) {
+            for (Long n = 0; n < width; n++) {
                 A value = as_stored<T>(found[m * size + n] + (bias ? to_float(bias[first + n]) : (A)0));
                 to[n] = residual ? as_stored<T>(residual[m * N + first + n] + value) : value;
             }
@@ -886,22 +1178,20 @@ TEAM void products(const Product<A> (&all)[COUNT], Long rows, const A *residual 
 template <typename T> static void linear(const T *x, Long rows, const Weight *weight, T *y, int threads) {
     typedef Real<T> A;
     A *wide = widened<A>(x, rows * weight->inputs), *found = room_for<A>(y, rows * weight->outputs);
-    const Product<A> product[] = {{weight, wide, found}};
+    const Product<A> product = {weight, wide, found};
 #pragma omp parallel num_threads(threads) if (weight -> outputs * weight->inputs > SMALL)
-    products<T>(product, rows);
+    products<T>(&product, 1, rows);
     narrowed(found, rows * weight->outputs, y);
     dropped(wide, x);
 }
 #line 5 "csrc/expert_vector.h"
-
-static const int CHANNELS_AT_A_TIME = 32;
 
 static Long width_of_expert(const Weight *w) { return w->on_outputs ? w->outputs : w->inputs; }
 static Long strips_of(Long width) { return (width + CHANNELS_AT_A_TIME - 1) / CHANNELS_AT_A_TIME; }
 // The number of elements that `rescale` needs in `room`: coordinates (rows, rank) for each strip, and a sum for each
 // thread.
 static Long room_to_rescale(const Weight *w, Long rows, int threads) {
-    return w->rank ? (strips_of(width_of_expert(w)) + threads) * rows * w->rank : 0;
+    return (strips_of(width_of_expert(w)) + threads) * rows * w->rank;
 }
 // The contribution of some channels to Q^T x, for all rows: found (rows, rank).
 template <typename A, typename T>
@@ -943,19 +1233,18 @@ template <typename A> static void add_up(const Weight *w, Long rows, const A *fo
 
 // The expert vectors of several products; y may be x. A thread changes the channels that it has read, so it reads its
 // part of Q from memory once.
-template <typename T, typename A, int COUNT>
-TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int threads, const A *residual = 0) {
-    Long ends[COUNT], strips = 0;
-    A *found[COUNT], *total[COUNT];
-    for (int i = 0; i < COUNT; i++) {
+template <typename T, typename A>
+TEAM void rescale(const Product<A> *all, int count, Long rows, A *room, int threads, const A *residual = 0) {
+    Long ends[MOST_TOGETHER], strips = 0;
+    A *found[MOST_TOGETHER], *total[MOST_TOGETHER];
+    for (int i = 0; i < count; i++) {
         const Weight *w = all[i].weight;
-        const Long own = w->rank ? strips_of(width_of_expert(w)) : 0;
+        const Long own = strips_of(width_of_expert(w));
         ends[i] = strips += own;
         found[i] = room;
         total[i] = room + (own + own_number()) * rows * w->rank;
         room += room_to_rescale(w, rows, threads);
     }
-    if (!strips) return;
 #pragma omp for schedule(static)
     for (Long number = 0; number < strips; number++) {
         Long strip = number;
@@ -965,8 +1254,7 @@ TEAM void rescale(const Product<A> (&all)[COUNT], Long rows, A *room, int thread
         coordinates_of<A, T>(all[i].x, rows, width, (const T *)w->basis, w->basis_stride, w->rank, first,
                              first + least(CHANNELS_AT_A_TIME, width - first), found[i] + strip * rows * w->rank);
     }
-    for (int i = 0; i < COUNT; i++)
-        if (all[i].weight->rank) add_up(all[i].weight, rows, found[i], total[i]);
+    for (int i = 0; i < count; i++) add_up(all[i].weight, rows, found[i], total[i]);
 #pragma omp for schedule(static)
     for (Long number = 0; number < strips; number++) {
         Long strip = number;
@@ -992,14 +1280,16 @@ template <typename T> static void rescale_all(const T *x, Long rows, const Weigh
     const Long count = rows * weight->inputs;
     A *wide = widened<A>(x, count), *found = room_for<A>(y, count);
     A *room = (A *)malloc(room_to_rescale(weight, rows, threads) * sizeof(A));
-    const Product<A> product[] = {{weight, wide, found}};
+    const Product<A> product = {weight, wide, found};
 #pragma omp parallel num_threads(threads) if (count * weight -> rank > SMALL)
-    rescale<T>(product, rows, room, threads);
+    rescale<T>(&product, 1, rows, room, threads);
     free(room);
     narrowed(found, count, y);
     dropped(wide, x);
 }
-#line 6 "csrc/blocks.h"
+#line 5 "csrc/kernels.cpp"
+
+
 
 #line 1 "csrc/norm_rope_gate.h"
 // RMS norm, rotary position embedding, gated activation.
@@ -1071,7 +1361,18 @@ static void rotate_all(const T *x, Long rows, Long heads, Long tokens, Long half
                         sines + angle, y + ((row * heads + head) * tokens + token) * 2 * half);
             }
 }
-#line 8 "csrc/blocks.h"
+#line 9 "csrc/kernels.cpp"
+#line 1 "csrc/program.h"
+// The decode program: a list of operations over a workspace, run by one team of threads.
+//
+// Python writes the list and plans the workspace (`decode_builder_mambaformer.py`). All threads run all operations,
+// and each operation ends with a barrier. Activations are of type A, rounded to T, the type that they are stored in.
+
+
+
+
+
+
 #line 1 "csrc/scan.h"
 // The selective scan (Mamba, equations 2a and 2b), forward and backward, in chunks of tokens.
 //
@@ -1332,168 +1633,152 @@ static void scan_share_back(const ScanGradient &gradient, Long row, Long split, 
     clear<T>(gradient.ddt, row, length, scan.shares.length, first, last);
     clear<T>(gradient.dgate, row, length, scan.shares.length, first, last);
 }
-#line 9 "csrc/blocks.h"
+#line 12 "csrc/program.h"
 
-template <typename A> struct Room {
-    A *x, *normed, *wide, *changed, *scaled, *found, *mixed, *experts;
+// The decode step that operations are run for. `rows` counts all tokens: an activation is (rows, width).
+template <typename A> struct Run {
+    const ProgramInputs &inputs;
+    A *workspace;
+    Long rows;
     int threads;
+
+    A *at(Long buffer) const { return buffer < 0 ? 0 : workspace + buffer * rows; }
+    View view(const Columns &columns) const { return {at(columns.buffer) + columns.first, columns.stride, 0}; }
 };
 
-static Long most(Long one, Long other) { return one > other ? one : other; }
+template <typename T, typename A> TEAM void run(const NormOp &op, const Run<A> &run) {
+    const double eps = run.inputs.settings[op.eps];
+    rms_norm<T>(run.at(op.x), run.rows, op.width, (const T *)op.weight, eps, run.at(op.y));
+}
 
-// One piece of memory for the activations and for all intermediate results of a block; the caller frees `x`.
+// ---- products and expert vectors
+
 template <typename A>
-static Room<A> make_room(const Tokens &t, const Block *blocks, Long count, const Plan *plans, int threads) {
-    Long wide = 0, changed = 0, heads = 0, found = 0, experts = 0;
-    const Long all = t.rows * t.count;
-    for (const Block *b = blocks; b < blocks + count; b++) {
-        // The first weights have the same input and are used together; the others are used one after the other.
-        const int together = b->kind == ATTENTION ? 3 : b->kind == MLP ? 2 : 1, weights = b->kind == MLP ? 3 : 4;
-        Long outputs = 0, needed = 0;
-        for (int i = 0; i < weights; i++) {
-            const Weight *w = b->weights + i;
-            if (i < together || b->kind == MAMBA) outputs += w->outputs;
-            needed = i < together ? needed + room_to_rescale(w, all, threads)
-                                  : most(needed, room_to_rescale(w, all, threads));
-            changed = most(changed, i < together ? together * w->inputs : w->inputs);
-        }
-        const Recurrence &m = b->mamba;
-        if (b->kind == MAMBA) outputs += 2 * m.channels + m.rank + m.channels * m.numbers + m.channels;
-        wide = most(wide, outputs);
-        experts = most(experts, needed);
-        if (b->kind != ATTENTION) continue;
-        heads = most(heads, b->heads * b->head_dim);
-        found = most(found, b->heads * parts_of(plans[b->plan].keys, threads) * (2 + b->head_dim));
-    }
-    const Long sizes[] = {all * t.width, all * t.width, all * wide,  all * changed,
-                          all * heads,   all * found,   all * heads, experts};
-    Long sum = 0;
-    for (Long size : sizes) sum += size;
-    A *pieces[8], *next = (A *)malloc(sum * sizeof(A));
-    for (int i = 0; i < 8; i++) pieces[i] = next, next += sizes[i];
-    return {pieces[0], pieces[1], pieces[2], pieces[3], pieces[4], pieces[5], pieces[6], pieces[7], threads};
+static void resolve(const Projection *projections, Long count, const Run<A> &run, Product<A> *to) {
+    for (const Projection *p = projections; p < projections + count; p++)
+        *to++ = {p->weight, run.at(p->x), run.at(p->y)};
 }
 
-// Products of the same x with several weights, each with its expert vector: y[i] = W'[i] x, or residual + W'[i] x.
-template <typename T, int COUNT, typename A>
-TEAM void project(const Weight *weights, const A *x, Long rows, A *const (&y)[COUNT], const Room<A> &room,
-                  const A *residual = 0) {
-    static const Weight none = {};
-    Product<A> before[COUNT], between[COUNT], after[COUNT];
-    for (int i = 0; i < COUNT; i++) {
-        const Weight *w = weights + i;
-        const bool on_inputs = w->rank && !w->on_outputs, on_outputs = w->rank && w->on_outputs;
-        before[i] = {on_inputs ? w : &none, x, room.changed + i * rows * w->inputs};
-        between[i] = {w, on_inputs ? before[i].y : x, on_outputs && residual ? room.normed : y[i]};
-        after[i] = {on_outputs ? w : &none, between[i].y, y[i]};
-    }
-    rescale<T>(before, rows, room.experts, room.threads);
-    products<T>(between, rows, after[0].weight->rank ? 0 : residual);
-    rescale<T>(after, rows, room.experts, room.threads, residual);
+template <typename T, typename A> TEAM void run(const LinearOp &op, const Run<A> &run) {
+    Product<A> all[MOST_TOGETHER];
+    resolve(op.projections, op.count, run, all);
+    products<T>(all, op.count, run.rows, run.at(op.residual));
 }
 
-// Rotates queries and keys, scales queries for `attend`, and writes keys and values to their slots.
+template <typename T, typename A> TEAM void run(const ScaleOp &op, const Run<A> &run) {
+    Product<A> all[MOST_TOGETHER];
+    resolve(op.projections, op.count, run, all);
+    rescale<T>(all, op.count, run.rows, run.at(op.scratch), run.threads, run.at(op.residual));
+}
+
+template <typename T, typename A> TEAM void run(const GateOp &op, const Run<A> &run) {
+    gate<T>(run.at(op.gates), run.at(op.x), run.rows * op.width, run.at(op.y));
+}
+
+// ---- attention
+
+// Writes one key or value to its slot.
 template <typename T, typename A>
-TEAM void place(const Block &b, const Plan &p, const Tokens &t, const Shape &s, A *query, A *key, const A *value,
-                A *scaled) {
-    const Long width = b.head_dim;
+static void write_slot(const A *from, Long width, const KeySlots &stored, const KeyLayout &layout, Long row,
+                       Long token, Long head, Long heads, void *slots) {
+    const Long slot = layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
+    T *to = (T *)slots + ((row * heads + head) * stored.capacity + slot) * width;
+    for (Long c = 0; c < width; c++) from_float(from[c], to + c);
+}
+
+template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run<A> &run) {
+    const ProgramInputs &inputs = run.inputs;
+    const KeySlots &stored = inputs.key_slots[op.key_slots];
+    const KeyLayout &layout = inputs.layouts[stored.layout];
+    const Long width = op.head_dim, key_heads = op.key_heads;
+    const A factor = (A)(inputs.settings[op.scaling] * LOG2_E);
+    A *query = run.at(op.query), *key = run.at(op.key), *value = run.at(op.value), *scaled = run.at(op.scaled);
+    Shape shape = {};
+    shape.key_heads = key_heads, shape.group = op.heads / key_heads, shape.queries = inputs.tokens,
+    shape.width = width;
 #pragma omp for schedule(static) collapse(3)
-    for (Long row = 0; row < t.rows; row++)
-        for (Long head = 0; head < b.heads + 2 * b.key_heads; head++)
-            for (Long token = 0; token < t.count; token++) {
-                const Long index = row * t.count + token, own = (head - b.heads) % b.key_heads;
-                const bool is_query = head < b.heads, is_value = head >= b.heads + b.key_heads;
-                A *from = is_query   ? query + (index * b.heads + head) * width
-                          : is_value ? (A *)value + (index * b.key_heads + own) * width
-                                     : key + (index * b.key_heads + own) * width;
-                if (t.cosines && !is_value) {
-                    const Long angle = row * t.angle_row + token * width;
-                    turn<T>(from, width / 2, (const T *)t.cosines + angle, (const T *)t.sines + angle, from);
+    for (Long row = 0; row < inputs.rows; row++)
+        for (Long head = 0; head < op.heads + 2 * key_heads; head++)
+            for (Long token = 0; token < inputs.tokens; token++) {
+                const Long index = row * inputs.tokens + token, own = (head - op.heads) % key_heads;
+                const bool is_query = head < op.heads, is_value = head >= op.heads + key_heads;
+                A *from = is_query   ? query + (index * op.heads + head) * width
+                          : is_value ? value + (index * key_heads + own) * width
+                                     : key + (index * key_heads + own) * width;
+                if (inputs.cosines && !is_value) {
+                    const Long angle = row * inputs.angle_row + token * width;
+                    turn<T>(from, width / 2, (const T *)inputs.cosines + angle, (const T *)inputs.sines + angle, from);
                 }
                 if (is_query) {
-                    A *to = place_of(scaled, s, row, head, token);
-                    for (Long c = 0; c < width; c++) to[c] = from[c] * (A)(b.scaling * LOG2_E);
+                    A *to = place_of(scaled, shape, row, head, token);
+                    for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
                 } else {
-                    const Long *slots = (const Long *)p.slots;
-                    const Long slot = slots ? slots[row * p.slots_row + token] : p.first_slot + token;
-                    T *to = (T *)(is_value ? b.values : b.keys);
-                    to += ((row * b.key_heads + own) * b.capacity + slot) * width;
-                    for (Long c = 0; c < width; c++) from_float(from[c], to + c);
+                    void *slots = is_value ? stored.values : stored.keys;
+                    write_slot<T>(from, width, stored, layout, row, token, own, key_heads, slots);
                 }
             }
 }
 
-template <typename T, typename A>
-TEAM void attention(const Block &b, const Plan &p, const Tokens &t, const Room<A> &room) {
-    const Long all = t.rows * t.count, row = b.key_heads * b.capacity * b.head_dim, head = b.capacity * b.head_dim;
-    Shape s = {};
-    s.rows = t.rows, s.key_heads = b.key_heads, s.group = b.heads / b.key_heads;
-    s.queries = t.count, s.keys = p.keys, s.width = b.head_dim;
-    s.key[0] = s.value[0] = row, s.key[1] = s.value[1] = head, s.key[2] = s.value[2] = b.head_dim;
-    s.mask_row = p.mask_row, s.mask_query = p.mask_query;
-    A *query = room.wide, *key = query + all * b.weights[0].outputs, *value = key + all * b.weights[1].outputs;
-    A *const inputs[] = {query, key, value}, *const outputs[] = {room.x};
-    rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
-    project<T>(b.weights, room.normed, all, inputs, room);
-    place<T>(b, p, t, s, query, key, value, room.scaled);
-    attend<T>(room.scaled, (const T *)b.keys, (const T *)b.values, (const uint8_t *)p.mask, s, room.threads,
-              room.found, room.mixed);
-    project<T>(b.weights + 3, room.mixed, all, outputs, room, room.x);
+template <typename T, typename A> TEAM void run(const AttendOp &op, const Run<A> &run) {
+    const KeySlots &stored = run.inputs.key_slots[op.key_slots];
+    const KeyLayout &layout = run.inputs.layouts[stored.layout];
+    const Long head = stored.capacity * op.head_dim, row = op.key_heads * head;
+    const Shape shape = {
+        run.inputs.rows,  op.key_heads, op.heads / op.key_heads,  run.inputs.tokens,        layout.keys,
+        op.head_dim,      {},           {row, head, op.head_dim}, {row, head, op.head_dim}, layout.mask_row,
+        layout.mask_query};
+    attend<T>(run.at(op.scaled), (const T *)stored.keys, (const T *)stored.values, layout.mask, shape, run.threads,
+              run.at(op.scratch), run.at(op.mixed));
 }
 
-template <typename T, typename A> TEAM void gated_mlp(const Block &b, const Tokens &t, const Room<A> &room) {
-    const Long all = t.rows * t.count, inner = b.weights[0].outputs;
-    A *gates = room.wide, *up = gates + all * inner;
-    A *const inputs[] = {gates, up}, *const outputs[] = {room.x};
-    rms_norm<T>(room.x, all, t.width, (const T *)b.norm, b.eps, room.normed);
-    project<T>(b.weights, room.normed, all, inputs, room);
-    gate<T>(gates, up, all * inner, gates);
-    project<T>(b.weights + 2, gates, all, outputs, room, room.x);
-}
+// ---- recurrences
 
-// One token: silu of the convolution of x (rows, channels) with the stride of its rows, and the next window.
-template <typename T, typename A>
-TEAM void convolve_token(const Recurrence &m, Long rows, const A *x, Long stride, A *u) {
+template <typename T, typename A> TEAM void run(const ConvStepOp &op, const Run<A> &run) {
     const int lanes = Lanes<A>::count;
-    const Long kept = m.taps - 1, D = m.channels;
-    const T *window = (const T *)m.window, *weight = (const T *)m.conv_weight, *bias = (const T *)m.conv_bias;
-    T *next = (T *)m.next_window;
+    const Long kept = op.taps - 1, D = op.channels;
+    const T *window = (const T *)run.inputs.states[op.state].before;
+    const T *weight = (const T *)op.weight, *bias = (const T *)op.bias;
+    T *next = (T *)run.inputs.states[op.state].after;
+    const View x = run.view(op.x);
+    A *y = run.at(op.y);
 #pragma omp for schedule(static) collapse(2)
-    for (Long row = 0; row < rows; row++)
+    for (Long row = 0; row < run.rows; row++)
         for (Long c = 0; c < D; c += lanes) {
             const int count = least(lanes, D - c);
             Vec<A> total = bias ? load_some<A>(bias + c, count) : Vec<A>{};
-            for (Long tap = 0; tap < m.taps; tap++) {
+            for (Long tap = 0; tap < op.taps; tap++) {
                 Vec<A> input = {}, taps = {};
-                if (tap == kept) input = load_some<A>(x + row * stride + c, count);
+                if (tap == kept) input = load_some<A>(at<A>(x, row, 0) + c, count);
                 else if (window) input = load_some<A>(window + (row * kept + tap) * D + c, count);
-                for (int lane = 0; lane < count; lane++) taps[lane] = to_float(weight[(c + lane) * m.taps + tap]);
+                for (int lane = 0; lane < count; lane++) taps[lane] = to_float(weight[(c + lane) * op.taps + tap]);
                 total += taps * input;
                 if (tap) store_some<A>(input, next + (row * kept + tap - 1) * D + c, count);
             }
-            store_rounded<T, A>(total * sigmoid<A>(total), u + row * D + c, count);
+            store_rounded<T, A>(total * sigmoid<A>(total), y + row * D + c, count);
         }
 }
 
+template <typename T, typename A> TEAM void run(const InnerNormsOp &op, const Run<A> &run) {
+    const Long first = op.widths[0], stride = first + op.widths[1] + op.widths[2];
+    A *x = run.at(op.x), *y = run.at(op.y);
+#pragma omp for schedule(static)
+    for (Long row = 0; row < run.rows; row++) {
+        A *part = x + row * stride;
+        for (int i = 0; i < 3; part += op.widths[i], i++)
+            if (op.weights[i]) {
+                const double eps = run.inputs.settings[op.eps[i]];
+                rms_norm_of_row<T>(part, op.widths[i], (const T *)op.weights[i], eps, part);
+            }
+        memcpy(y + row * first, x + row * stride, first * sizeof(A));
+    }
+}
+
 // A weight in the type of the arithmetic: in place, or converted into `room`.
-template <typename A> TEAM const A *wide_weight(Long weight, Long, A *, const A *) { return (const A *)weight; }
-template <typename A> TEAM const A *wide_weight(Long weight, Long count, A *room, const bfloat16 *) {
+template <typename A> TEAM const A *wide_weight(const void *weight, Long, A *, const A *) { return (const A *)weight; }
+template <typename A> TEAM const A *wide_weight(const void *weight, Long count, A *room, const bfloat16 *) {
 #pragma omp for schedule(static)
     for (Long i = 0; i < count; i++) room[i] = to_float(((const bfloat16 *)weight)[i]);
     return room;
-}
-
-// Applies the inner norms, if there are any, to dt, B and C in `chosen` (rows, rank + 2 numbers), and copies dt to
-// `dt`.
-template <typename T, typename A> TEAM void part(const Recurrence &m, Long rows, A *chosen, A *dt) {
-    const Long widths[] = {m.rank, m.numbers, m.numbers}, stride = m.rank + 2 * m.numbers;
-#pragma omp for schedule(static)
-    for (Long row = 0; row < rows; row++) {
-        A *from = chosen + row * stride;
-        for (int i = 0; i < 3; from += widths[i], i++)
-            if (m.norms[i]) rms_norm_of_row<T>(from, widths[i], (const T *)m.norms[i], m.eps[i], from);
-        memcpy(dt + row * m.rank, chosen + row * stride, m.rank * sizeof(A));
-    }
 }
 
 // One token of the selective scan, in shares of channels.
@@ -1511,209 +1796,47 @@ template <typename T, typename A> TEAM void scan_token(const Scan &scan) {
         }
 }
 
-template <typename T, typename A> TEAM void mamba(const Block &b, const Tokens &t, const Room<A> &room) {
-    const Recurrence &m = b.mamba;
-    const Long rows = t.rows, D = m.channels, N = m.numbers, chosen_width = m.rank + 2 * N;
-    A *both = room.wide, *u = both + rows * 2 * D, *chosen = u + rows * D, *dt_inputs = chosen + rows * chosen_width;
-    A *dt = dt_inputs + rows * m.rank, *y = dt + rows * D, *widened = y + rows * D;
-    A *const after_in[] = {both}, *const after_x[] = {chosen}, *const after_dt[] = {dt}, *const outputs[] = {room.x};
-    rms_norm<T>(room.x, rows, t.width, (const T *)b.norm, b.eps, room.normed);
-    project<T>(b.weights, room.normed, rows, after_in, room);
-    convolve_token<T>(m, rows, both, 2 * D, u);
-    project<T>(b.weights + 1, u, rows, after_x, room);
-    part<T>(m, rows, chosen, dt_inputs);
-    project<T>(b.weights + 2, dt_inputs, rows, after_dt, room);
-    const A *A_log = wide_weight<A>(m.A_log, D * N, widened, (const T *)0);
-    const A *skip = wide_weight<A>(m.D, D, widened + D * N, (const T *)0);
+template <typename T, typename A> TEAM void run(const RecurrenceStepOp &op, const Run<A> &run) {
+    const Long D = op.channels, N = op.numbers;
+    A *scratch = run.at(op.scratch);
+    const State &state = run.inputs.states[op.state];
     Scan scan = {};
-    scan.B = {chosen + m.rank, chosen_width, 0}, scan.C = {chosen + m.rank + N, chosen_width, 0};
-    scan.u = {u, D, 0}, scan.dt = {dt, D, 0}, scan.gate = {both + D, 2 * D, 0}, scan.y = {y, D, 0};
-    scan.A = A_log, scan.D = skip, scan.initial_state = (const void *)m.state, scan.final_state = (void *)m.next_state;
+    scan.A = wide_weight<A>(op.A_log, D * N, scratch, (const T *)0);
+    scan.D = wide_weight<A>(op.D, D, scratch + D * N, (const T *)0);
+    scan.B = run.view(op.B), scan.C = run.view(op.C), scan.gate = run.view(op.gate);
+    scan.u = {run.at(op.u), D, 0}, scan.dt = {run.at(op.dt), D, 0}, scan.y = {run.at(op.y), D, 0};
+    scan.initial_state = state.before, scan.final_state = state.after;
     scan.numbers = N, scan.dt_softplus = scan.A_is_log = 1;
-    scan.shares = {0, rows, 1, D, 2 * room.threads, room.threads, 0};
+    scan.shares = {0, run.rows, 1, D, 2 * run.threads, run.threads, 0};
     scan_token<T, A>(scan);
-    project<T>(b.weights + 3, y, rows, outputs, room, room.x);
 }
 
-// Whether all keys that are read, and all slots that are written, lie within the capacity of their blocks.
-static bool fits(const Tokens &t, const Block *blocks, Long count, const Plan *plans) {
-    for (const Block *b = blocks; b < blocks + count; b++) {
-        if (b->kind != ATTENTION) continue;
-        const Plan &p = plans[b->plan];
-        const Long *slots = (const Long *)p.slots;
-        if (p.keys < 0 || p.keys > b->capacity) return false;
-        if (!slots && (p.first_slot < 0 || p.first_slot + t.count > b->capacity)) return false;
-        for (Long row = 0; slots && row < (p.slots_row ? t.rows : 1); row++)
-            for (Long token = 0; token < t.count; token++) {
-                const Long slot = slots[row * p.slots_row + token];
-                if (slot < 0 || slot >= b->capacity) return false;
-            }
+// ---- the loop
+
+template <typename T, typename A> TEAM void run_operations(const Op *first, const Op *last, const Run<A> &program) {
+#define CASE(kind, type)                                                                                              \
+    case kind: run<T>(*(const type *)op, program); break;
+    for (const Op *op = first; op < last; op = (const Op *)((const char *)op + op->size)) {
+        switch (op->kind) { FOR_EACH_OPERATION(CASE) }
     }
-    return true;
+#undef CASE
 }
 
-// Runs all blocks on x (rows, tokens, width); y is the output of the last one.
+// Runs the operations from `first` up to `last` on x (rows, tokens, width), the first buffer of the workspace; y is
+// that buffer afterwards.
 template <typename T>
-static void run_blocks(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans, T *y,
-                       int threads) {
+static void run_program(const T *x, const ProgramInputs &inputs, const Op *first, const Op *last, T *y, int threads) {
     typedef Real<T> A;
-    const Tokens t = *tokens;
-    const Room<A> room = make_room<A>(t, blocks, count, plans, threads);
-    const Long numbers = t.rows * t.count * t.width;
-    for (Long i = 0; i < numbers; i++) room.x[i] = to_float(x[i]);
-#pragma omp parallel num_threads(threads) if (t.width * t.width > SMALL)
-    for (const Block *b = blocks; b < blocks + count; b++) {
-        if (b->kind == ATTENTION) attention<T>(*b, plans[b->plan], t, room);
-        else if (b->kind == MLP) gated_mlp<T>(*b, t, room);
-        else mamba<T>(*b, t, room);
-    }
-    for (Long i = 0; i < numbers; i++) from_float(room.x[i], y + i);
-    free(room.x);
+    const Long rows = inputs.rows * inputs.tokens, count = rows * inputs.width;
+    A *workspace = (A *)malloc(rows * inputs.workspace * sizeof(A));
+    const Run<A> run = {inputs, workspace, rows, threads};
+    for (Long i = 0; i < count; i++) workspace[i] = to_float(x[i]);
+#pragma omp parallel num_threads(threads) if (inputs.width * inputs.width > SMALL)
+    run_operations<T>(first, last, run);
+    for (Long i = 0; i < count; i++) from_float(workspace[i], y + i);
+    free(workspace);
 }
-#line 4 "csrc/kernels.cpp"
-#line 1 "csrc/convolution.h"
-// Causal depthwise convolution with silu, forward and backward.
-//
-// Inputs are numbered from the first one of the initial state, so token t reads inputs t to t + K - 1. T is the type
-// that activations are stored in, R the type of the arithmetic.
-
-
-
-
-template <typename T> static const T *input_at(const Convolution &conv, Long row, Long input) {
-    Long kept = conv.taps - 1;
-    if (input >= kept) return at<T>(conv.x, row, input - kept);
-    return conv.initial_state ? (const T *)conv.initial_state + (row * kept + input) * conv.shares.channels : 0;
-}
-
-template <typename R> struct Taps {
-    Vec<R> weight[MOST_TAPS], bias;
-};
-
-template <typename R>
-static ALWAYS_INLINE void load_taps(const Convolution &conv, Long channel, int lanes, Taps<R> &taps) {
-    for (int tap = 0; tap < conv.taps; tap++) taps.weight[tap] = Vec<R>{};
-    const R *weight = (const R *)conv.weight + channel * conv.taps;
-    for (int lane = 0; lane < lanes; lane++)
-        for (int tap = 0; tap < conv.taps; tap++) taps.weight[tap][lane] = weight[lane * conv.taps + tap];
-    taps.bias = conv.bias ? load_some<R>((const R *)conv.bias + channel, lanes) : Vec<R>{};
-}
-
-template <typename T, typename R>
-static ALWAYS_INLINE void load_inputs(const Convolution &conv, Long row, Long channel, int lanes, Long first,
-                                      int count, Vec<R> *inputs) {
-    Long stop = length_of(conv.shares, row) + conv.taps - 1;
-    for (int each = 0; each < count; each++) {
-        Long input = first + each;
-        const T *from = input < 0 || input >= stop ? 0 : input_at<T>(conv, row, input);
-        inputs[each] = from ? load_some<R>(from + channel, lanes) : Vec<R>{};
-    }
-}
-
-// The first tap of a token that reads an input of the token's own sequence.
-static ALWAYS_INLINE int first_tap(const Convolution &conv, Long row, Long token) {
-    if (!conv.shares.positions) return 0;
-    Long missing = conv.taps - 1 - position_of(conv.shares, row, token);
-    return missing > 0 ? (int)missing : 0;
-}
-
-template <typename R>
-static ALWAYS_INLINE Vec<R> convolve(const Taps<R> &taps, int first, int count, const Vec<R> *inputs) {
-    Vec<R> total = taps.bias;
-    for (int tap = first; tap < count; tap++) total += taps.weight[tap] * inputs[tap];
-    return total;
-}
-
-template <typename T>
-static ALWAYS_INLINE void convolve_chunk(const Convolution &conv, Long row, Long channel, int lanes, Long start,
-                                         int tokens) {
-    typedef Real<T> R;
-    Taps<R> taps;
-    Vec<R> inputs[CHUNK + MOST_TAPS];
-    load_taps<R>(conv, channel, lanes, taps);
-    load_inputs<T, R>(conv, row, channel, lanes, start, tokens + conv.taps - 1, inputs);
-    for (int token = 0; token < tokens; token++) {
-        Vec<R> total = convolve<R>(taps, first_tap(conv, row, start + token), conv.taps, inputs + token);
-        store_some<R>(total * sigmoid<R>(total), at<T>(conv.y, row, start + token) + channel, lanes);
-    }
-}
-
-template <typename T> static void convolve_share(const Convolution &conv, Long row, Long first, Long last) {
-    Long length = length_of(conv.shares, row), kept = conv.taps - 1;
-    for (Long start = 0; start < length; start += CHUNK)
-        for (Long channel = first; channel < last; channel += Lanes<Real<T>>::count)
-            convolve_chunk<T>(conv, row, channel, least(Lanes<Real<T>>::count, last - channel), start,
-                              least(CHUNK, length - start));
-    clear<T>(conv.y, row, length, conv.shares.length, first, last);
-    for (Long input = 0; input < kept && first < last; input++) {
-        const T *from = input_at<T>(conv, row, length + input);
-        T *to = (T *)conv.final_state + (row * kept + input) * conv.shares.channels;
-        copy_or_clear<T>(from ? from + first : 0, to + first, last - first);
-    }
-}
-
-// Gradients of some inputs, from the tokens that read them, and the share of these tokens in the gradients of the
-// taps.
-template <typename T>
-static ALWAYS_INLINE void convolve_chunk_back(const ConvolutionGradient &gradient, Long row, Long channel, int lanes,
-                                              Long start, int count) {
-    typedef Real<T> R;
-    const Convolution &conv = gradient.of;
-    const Long kept = conv.taps - 1, length = length_of(conv.shares, row), channels = conv.shares.channels;
-    const T *dfinal_state = gradient.dfinal_state ? (const T *)gradient.dfinal_state + row * kept * channels : 0;
-    Taps<R> taps, dtaps = {};
-    Vec<R> inputs[CHUNK + 2 * MOST_TAPS], dtotal[CHUNK + MOST_TAPS];
-    int first[CHUNK + MOST_TAPS];
-    load_taps<R>(conv, channel, lanes, taps);
-    load_inputs<T, R>(conv, row, channel, lanes, start - kept, count + 2 * kept, inputs);
-    for (int each = 0; each < count + kept; each++) {
-        Long token = start - kept + each;
-        dtotal[each] = Vec<R>{}, first[each] = 0;
-        if (token < 0 || token >= length || !gradient.dy.data) continue;
-        first[each] = first_tap(conv, row, token);
-        Vec<R> total = convolve<R>(taps, first[each], conv.taps, inputs + each);
-        Vec<R> dy = load_some<R>(at<const T>(gradient.dy, row, token) + channel, lanes);
-        dtotal[each] = dy * silu_slope<R>(total);
-        if (each < kept) continue;
-        dtaps.bias += dtotal[each];
-        for (int tap = first[each]; tap < conv.taps; tap++) dtaps.weight[tap] += dtotal[each] * inputs[each + tap];
-    }
-    for (int each = 0; each < count; each++) {
-        Long input = start + each;
-        Vec<R> dinput = {};
-        for (int tap = 0; tap < conv.taps; tap++)
-            if (tap >= first[each + kept - tap]) dinput += taps.weight[tap] * dtotal[each + kept - tap];
-        if (dfinal_state && input >= length)
-            dinput += load_some<R>(dfinal_state + (input - length) * channels + channel, lanes);
-        T *to = input >= kept ? at<T>(gradient.dx, row, input - kept)
-                              : (T *)gradient.dinitial_state + (row * kept + input) * channels;
-        store_some<R>(dinput, to + channel, lanes);
-    }
-    for (int lane = 0; lane < lanes; lane++) {
-        Long own = row * channels + channel + lane;
-        ((R *)gradient.dbias)[own] += dtaps.bias[lane];
-        for (int tap = 0; tap < conv.taps; tap++)
-            ((R *)gradient.dweight)[own * conv.taps + tap] += dtaps.weight[tap][lane];
-    }
-}
-
-template <typename T>
-static void convolve_share_back(const ConvolutionGradient &gradient, Long row, Long first, Long last) {
-    typedef Real<T> R;
-    const Convolution &conv = gradient.of;
-    Long length = length_of(conv.shares, row), inputs = length + conv.taps - 1;
-    for (Long start = 0; start < inputs; start += CHUNK)
-        for (Long channel = first; channel < last; channel += Lanes<R>::count)
-            convolve_chunk_back<T>(gradient, row, channel, least(Lanes<R>::count, last - channel), start,
-                                   least(CHUNK, inputs - start));
-    clear<T>(gradient.dx, row, length, conv.shares.length, first, last);
-}
-#line 5 "csrc/kernels.cpp"
-
-
-
-
-
+#line 10 "csrc/kernels.cpp"
 
 
 #define DEFINE_FOR_STORAGE(name, T)                                                                                   \
@@ -1758,9 +1881,9 @@ static void convolve_share_back(const ConvolutionGradient &gradient, Long row, L
                        const Shape *shape, int threads) {                                                             \
         attend_all<T>(query, key, value, mask, scaling, y, shape, threads);                                           \
     }                                                                                                                 \
-    void run_blocks_##name(const T *x, const Tokens *tokens, const Block *blocks, Long count, const Plan *plans,      \
-                           T *y, int threads) {                                                                       \
-        run_blocks<T>(x, tokens, blocks, count, plans, y, threads);                                                   \
+    void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
+                            int threads) {                                                                            \
+        run_program<T>(x, *inputs, first, last, y, threads);                                                          \
     }
 DEFINE_FOR_STORAGE(float32, float)
 DEFINE_FOR_STORAGE(bfloat16, bfloat16)
@@ -1778,39 +1901,12 @@ DEFINE_FOR_INT4(bfloat16, bfloat16, bfloat16, bfloat16)
 
 int rows_of_block(void) { return ROWS_OF_BLOCK; }
 
-int fits(const Tokens *tokens, const Block *blocks, Long count, const Plan *plans) {
-    return fits(*tokens, blocks, count, plans);
-}
-
-#define CONSTANT(name) {#name, name}
-#define SIZE(type) {#type, sizeof(type)}
+#define CONSTANT(name) {#name, name},
+#define SIZE(type) {#type, sizeof(type)},
 static const struct {
     const char *name;
     Long value;
-} INTERFACE[] = {
-    CONSTANT(INTERFACE_VERSION),
-    CONSTANT(CHUNK),
-    CONSTANT(MOST_TAPS),
-    CONSTANT(MOST_ROWS),
-    CONSTANT(PLAIN),
-    CONSTANT(INT8),
-    CONSTANT(INT4),
-    CONSTANT(ATTENTION),
-    CONSTANT(MLP),
-    CONSTANT(MAMBA),
-    SIZE(View),
-    SIZE(Shares),
-    SIZE(Convolution),
-    SIZE(ConvolutionGradient),
-    SIZE(Scan),
-    SIZE(ScanGradient),
-    SIZE(Weight),
-    SIZE(Shape),
-    SIZE(Recurrence),
-    SIZE(Block),
-    SIZE(Plan),
-    SIZE(Tokens),
-};
+} INTERFACE[] = {FOR_EACH_CONSTANT(CONSTANT) FOR_EACH_STRUCTURE(SIZE)};
 
 Long interface_value(const char *name) {
     for (const auto &entry : INTERFACE)
