@@ -8,7 +8,6 @@ two forwards (to save a session during a chat, for example) is allowed, and the 
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -31,7 +30,7 @@ class CacheLock:
         self.is_open = False
         self.owner: int | None = None
 
-    def __getattr__(self, name: str) -> Any:  # as `object.__getattribute__` is annotated
+    def __getattr__(self, name: str) -> threading.RLock:
         if name != "rlock":
             raise AttributeError(name)
         return vars(self).setdefault("rlock", threading.RLock())  # the same one for all threads

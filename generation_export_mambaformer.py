@@ -1,4 +1,4 @@
-"""One decoding step as a module of its own, for `torch.export` and what comes after it."""
+"""One decode step as a module, for `torch.export` and deployment without Python."""
 
 import torch
 from torch import nn
@@ -8,28 +8,28 @@ from .cache_mambaformer import MambaFormerCache
 
 
 class DecodeStep(nn.Module):
-    """Feeds one token a row behind a text; all that moves on from step to step is in its buffers.
+    """Feeds one token per row after a cached sequence; all state that changes is in the module's buffers.
 
-    Make one with `model.decode_step(cache)` and hand it to `torch.export.export(step, (input_ids,))`. The module goes
-    on from a fork, so the cache itself stays as it is. The expert that the cache has in force becomes part of it.
-    All modules of one exported program share these buffers: together they go on with one text.
+    Make one with `model.decode_step(cache)` and pass it to `torch.export.export(step, (input_ids,))`. The module
+    continues from a fork, so the cache itself stays as it is. The expert vector in force becomes part of the module.
+    All modules of one exported program share the buffers: together they continue one sequence.
 
     Args:
         model: a `MambaFormerForCausalLM`.
-        cache: static, with the text to go on from.
+        cache: a static cache of the sequence to continue.
 
     Raises:
-        ValueError: the cache is not static, holds no text, or has to encode its text again first.
+        ValueError: the cache is not static, is empty, or has to encode its sequence again first.
     """
 
     def __init__(self, model: nn.Module, cache: MambaFormerCache):
         super().__init__()
         if cache.max_columns is None:
-            raise ValueError("A step needs tensors of fixed size: make the cache with storage='static'.")
+            raise ValueError("A decode step needs tensors of fixed size: make the cache with storage='static'.")
         if cache.status != Status.CURRENT:
-            raise ValueError("The cache holds no text that is encoded as it is now: feed a token first.")
+            raise ValueError("The cache has no sequence with current states: feed it to the model once, then export.")
         self.model, self.cache = model, cache.fork()
-        # The name of a buffer has no dots.
+        # Names of buffers may not have dots.
         self.buffer_names = {name: name.replace(".", "_") for name in self.cache.buffers()}
         for name, tensor in self.cache.buffers().items():
             self.register_buffer(self.buffer_names[name], tensor, persistent=False)

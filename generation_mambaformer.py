@@ -1,26 +1,31 @@
-"""`generate` with experts. The private hooks of Transformers are in `library_mambaformer`.
+"""`generate` with expert vectors. The private hooks of Transformers are in `library_mambaformer`.
 
-Everything becomes a schedule of experts, and the cache does the rest: it encodes again what a change of expert asks
-for, and takes back what a draft got wrong.
+Every request becomes a schedule of expert vectors. The cache does the rest: it encodes a sequence again after a change
+of expert vector, and takes back wrong drafts.
 """
 
 import copy
 import functools
-from typing import Any
+from collections.abc import Callable
+from types import EllipsisType
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
+from transformers import GenerationConfig
 
 from .cache_history_mambaformer import Status
 from .cache_lock_mambaformer import GenerateLock
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
-from .expert_vectors_mambaformer import resolve_expert_vector
+from .expert_vectors_mambaformer import ExpertVectorsLike, resolve_expert_vector
 from .generation_schedule_mambaformer import (
     BoundedDrafts,
+    ExpertFields,
     ExpertSchedule,
     ExpertSwitchLogitsProcessor,
     first_schedule,
-    names_experts,
+    read_expert_fields,
 )
 from .inputs_mambaformer import (
     EXPERT_FIELDS,
@@ -29,45 +34,53 @@ from .inputs_mambaformer import (
     check_keywords_of_generate,
     check_token_ids,
 )
-from .inputs_packing_mambaformer import drop_borders
-from .inputs_prompt_mambaformer import num_columns_again
+from .inputs_packing_mambaformer import Keywords, drop_borders
+from .inputs_prompt_mambaformer import num_repeated_columns
 from .library_mambaformer import CACHE_NAMES, GenerationHooks, cache_of, take_cache
 from .weights_version_mambaformer import weights_stamp
 
-# What this model's `generate` tells its own hooks, and no assistant. No field of a `GenerationConfig` may have such a
-# name: the library would take the argument for the field.
+if TYPE_CHECKING:
+    from .expert_runtime_mambaformer import ExpertRuntimeMixin as Model
+else:
+    Model = object  # a mixin: the class that uses it is such a model
+
+# Keywords that `generate` passes to the hooks below, and not to an assistant. No field of a `GenerationConfig` may
+# have such a name: the library would take the argument for the field.
 OWN_GENERATION_KWARGS = ("resolved_schedule", "is_speculative", "num_embeds_cached")
 
 
-class MambaFormerGenerationMixin(GenerationHooks):
-    """Generation of a model that makes its own caches and knows experts by name."""
+class MambaFormerGenerationMixin(GenerationHooks, Model):
+    """Generation of a model that makes its own caches and has expert vectors by name."""
+
+    model: Model  # the stack
+    make_cache: Callable[..., MambaFormerCache]
 
     @torch.no_grad()
     def generate(
         self,
-        inputs=None,
-        generation_config=None,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args,
-        expert_vector: Any = ...,
-        expert_schedule=None,
+        expert_vector: ExpertVectorsLike | EllipsisType = ...,
+        expert_schedule: dict[int, ExpertVectorsLike] | None = None,
         prefix_cache: PrefixCache | None = None,
         **kwargs,
     ):
-        """`generate` of Transformers, with experts.
+        """`generate` of Transformers, with expert vectors.
 
-        An expert may be named here, in `generation_config` or in `model.generation_config`, in this order; a schedule
-        without an entry for token 0 starts from the next `expert_vector` in that order. Without any, the expert in
-        force is the cache's.
+        An expert vector may be passed here, in `generation_config` or in `model.generation_config`; the first of these
+        counts. A schedule without an entry for token 0 starts from the next `expert_vector` in that order. Without
+        any, the expert vector of the cache stays in force.
 
         Args:
-            expert_vector: the expert in force, in the forms of `forward`.
-            expert_schedule: {n: expert}, the expert in force when new token n (0-based) is predicted.
+            expert_vector: the expert vector in force, in the forms that `forward` takes.
+            expert_schedule: {n: expert vector}, the expert vector that predicts new tokens from number n (0-based) on.
             prefix_cache: the prompt continues from the longest prefix that it stores, and the sequence at the end of
                 generation is stored in it.
 
         Raises:
-            ValueError, TypeError: an expert that does not fit, both arguments for token 0, or a prompt of several
-                sequences packed into a row; nothing has run then.
+            ValueError, TypeError: an expert vector that does not fit, both arguments for token 0, or a prompt of
+                several sequences packed into a row; nothing has run then.
         """
         if "custom_generate" not in kwargs:  # which has arguments of its own
             functions = [self.generate, self.library_arguments, self.prepare_inputs_for_generation, self.forward]
@@ -78,58 +91,61 @@ class MambaFormerGenerationMixin(GenerationHooks):
         kwargs = drop_borders(prompt, kwargs)
         check_cache_type(cache)
         embed_tokens = self.get_input_embeddings()
-        again = num_columns_again(cache, embed_tokens, prompt, generation_config=generation_config, **kwargs)
+        num_repeated = num_repeated_columns(cache, embed_tokens, prompt, generation_config=generation_config, **kwargs)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         for config in configs:
             check_config_fields(config)
-        of_configs = [names_experts(config) for config in configs]
-        entries = first_schedule((expert_vector, expert_schedule), *of_configs)
+        entries = self._resolve_schedule((expert_vector, expert_schedule), *map(read_expert_fields, configs))
         if entries:
-            for expert in entries.values():
-                self._prepare_in_force(expert, None)
-            entries = {n: resolve_expert_vector(expert, self._expert_library) for n, expert in entries.items()}
             has_embeds = kwargs.get("inputs_embeds") is not None
             length = prompt.shape[1] if prompt is not None else 0 if has_embeds else 1
             kwargs["resolved_schedule"] = ExpertSchedule(entries, length)
-        if again:
-            kwargs["num_embeds_cached"] = again
-        if prefix_cache is None:
-            with GenerateLock(cache):
-                return self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
-        cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
+        if num_repeated:
+            kwargs["num_embeds_cached"] = num_repeated
+        if prefix_cache is not None:
+            cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
         with GenerateLock(cache):
             output = self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
-        if cache.batch_size == prompt.shape[0]:
+        if prefix_cache is not None and prompt is not None and cache.batch_size == prompt.shape[0]:
             prefix_cache.insert(cache)
         return output
+
+    def _resolve_schedule(self, *levels: ExpertFields) -> dict[int, ExpertVectorsLike]:
+        """The entries of `first_schedule`, prepared, and looked up where they are names."""
+        entries = first_schedule(*levels)
+        for expert_vector in entries.values():
+            self._prepare_in_force(expert_vector, None)
+        return {n: resolve_expert_vector(each, self._expert_library) for n, each in entries.items()}
 
     def _continue_prefix(
         self,
         prefix_cache: PrefixCache,
         prompt: torch.Tensor | None,
-        cache: Any,
-        expert_vector: Any,
-        options: list[Any],
+        cache: MambaFormerCache | None,
+        expert_vector: ExpertVectorsLike | EllipsisType,
+        options: list[Keywords | GenerationConfig],
     ) -> MambaFormerCache:
-        """A cache with the longest prefix of the prompt that is stored; with all of it for several answers to it.
+        """A cache with the longest stored prefix of the prompt; with the complete prompt if it gets several answers.
 
         Args:
-            options: the keywords of `generate` and its configurations, the first of which decides.
+            options: the keywords of `generate` and its configurations; the first that has an option decides.
         """
-        chosen = [each if isinstance(each, dict) else vars(each) for each in options]
-        asked = functools.partial(_first_of, chosen)
-        if prompt is None or asked("inputs_embeds") is not None:
-            raise ValueError("A prefix cache looks tokens up: give the prompt as `input_ids`, or leave it out.")
-        if cache is not None or asked("use_cache") is False or asked("cache_implementation") not in (None, "dynamic"):
+        option = functools.partial(_first_of, [each if isinstance(each, dict) else vars(each) for each in options])
+        if prompt is None or option("inputs_embeds") is not None:
+            raise ValueError(
+                "`prefix_cache` looks up token ids: pass the prompt as `input_ids`, or leave `prefix_cache` out."
+            )
+        implementation = option("cache_implementation")
+        if cache is not None or option("use_cache") is False or implementation not in (None, "dynamic"):
             raise ValueError(
                 "`prefix_cache` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
-                "`use_cache=False` out, or give `cache=prefix_cache.fetch(input_ids)` without `prefix_cache`."
+                "`use_cache=False` out, or pass `cache=prefix_cache.fetch(input_ids)` without `prefix_cache`."
             )
-        mask = asked("attention_mask")
-        if mask is None and asked("pad_token_id") is not None:
-            mask = prompt != asked("pad_token_id")  # the library takes such tokens for padding too
+        mask = option("attention_mask")
+        if mask is None and option("pad_token_id") is not None:
+            mask = prompt != option("pad_token_id")  # the library takes such tokens for padding too
         cache = prefix_cache.fetch(prompt, mask, expert_vector)
-        if max(asked("num_beams") or 1, asked("num_return_sequences") or 1) > 1:
+        if max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1:
             prefix_cache.encode(prompt, cache)
         return cache
 
@@ -146,35 +162,35 @@ class MambaFormerGenerationMixin(GenerationHooks):
         next_sequence_length: int | None = None,
         cache: MambaFormerCache | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         resolved_schedule: ExpertSchedule | None = None,
         is_speculative: bool = False,
         num_embeds_cached: int = 0,
         past_key_values: MambaFormerCache | None = None,
         **kwargs,
-    ) -> dict[str, Any]:
-        """What the next forward is fed: the new tokens, or all of them when a change of expert dropped the cache."""
+    ) -> Keywords:
+        """Inputs of the next forward: the new tokens, or all if a change of expert vector has dropped the others."""
         cache = cache_of(cache, past_key_values)
         num_cached = 0 if cache is None else cache.get_seq_length()
         if resolved_schedule is not None:
             num_new_tokens = max(input_ids.shape[1] - resolved_schedule.prompt_length, 0)
-            expert = resolved_schedule.in_force(num_new_tokens)
+            expert_vector = resolved_schedule.in_force(num_new_tokens)
             if cache is None:
-                kwargs["expert_vector"] = expert
-            elif expert is not ...:
-                cache.set_expert_vector(expert)
+                kwargs["expert_vector"] = expert_vector
+            elif expert_vector is not ...:
+                cache.set_expert_vector(expert_vector)
         if inputs_embeds is not None and is_first_iteration:
-            # The library takes the columns of the cache away from embeddings that may not repeat them.
+            # The library removes the columns of the cache from embeddings even if they do not repeat them.
             inputs_embeds, next_sequence_length = inputs_embeds[:, num_embeds_cached:], None
         was_dropped = cache is not None and not cache.has_previous_state()
         if was_dropped and (num_cached or not is_first_iteration):
             next_sequence_length = None
-            self._check_whole_text(input_ids, inputs_embeds, num_cached)
+            self._check_is_complete(input_ids, inputs_embeds, num_cached)
         elif not is_first_iteration and next_sequence_length == 1:
-            attention_mask = None  # pads are in the prompt; to look for one in each new token would stop a GPU
+            attention_mask = None  # new tokens have no pads, and a check would synchronize host and device
         elif is_speculative and is_first_iteration and num_cached:
-            # The library's speculative loop would feed the cached text a second time.
+            # The library's speculative loop would feed the cached sequence a second time.
             next_sequence_length = input_ids.shape[1] - num_cached
         return self.library_inputs(
             input_ids,
@@ -187,53 +203,61 @@ class MambaFormerGenerationMixin(GenerationHooks):
         )
 
     @staticmethod
-    def _check_whole_text(input_ids, inputs_embeds, num_dropped: int) -> None:
+    def _check_is_complete(input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None, num_dropped: int) -> None:
         if inputs_embeds is not None or input_ids.shape[1] <= num_dropped:
             raise ValueError(
-                "The change of expert dropped the cached text (on_expert_change='reset'), and `generate` was not given"
-                " all of it as `input_ids` to feed it again: pass the whole text, or use on_expert_change='recompute'."
+                "The change of expert vector dropped the cached sequence (on_expert_change='reset'), and `input_ids` "
+                "have only a part of it to feed again: pass the complete sequence as `input_ids`, or make the cache "
+                "with on_expert_change='recompute'."
             )
 
     def first_layers(self, num_layers: int) -> "MambaFormerGenerationMixin":
-        """The first layers with the final norm and the head, as a model that shares this one's weights.
+        """The first layers with the final norm and the head, as a model that shares the weights of this one.
 
         It drafts for `generate(assistant_early_exit=num_layers)` (LayerSkip, arXiv 2404.16710, section 4.3).
 
         Raises:
-            ValueError: there are not so many layers.
+            ValueError: the model has fewer layers.
         """
         if not isinstance(num_layers, int) or not 0 < num_layers <= self.config.num_hidden_layers:
             raise ValueError(
-                f"The model has {self.config.num_hidden_layers} layers and cannot end after {num_layers!r} of them: "
-                "give `assistant_early_exit` a number of layers."
+                f"`assistant_early_exit` must be a number of layers from 1 to {self.config.num_hidden_layers}, got "
+                f"{num_layers!r}."
             )
         config = copy.deepcopy(self.config)
         config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
         model, stack = copy.copy(self), copy.copy(self.model)
-        stack._modules = {**self.model._modules, "layers": self.model.layers[:num_layers]}
+        layers = cast(nn.ModuleList, self.model.layers)[:num_layers]
+        stack._modules = {**stack._modules, "layers": layers}
         model._modules = {**self._modules, "model": stack}
-        model.config = stack.config = config
-        model.generation_config = _without_experts(self.generation_config)  # they may scale layers that it lacks
+        model.config, stack.config = config, config
+        # Its expert vectors may scale layers that this model lacks.
+        model.generation_config = _without_expert_vectors(self.generation_config)
         return model
 
-    # What `GenerationHooks` asks for.
+    # ---- methods that `GenerationHooks` calls
 
     def cache_for_generation(
-        self, cache: MambaFormerCache | None, generation_config, is_speculative: bool, batch_size: int, max_length: int
+        self,
+        cache: MambaFormerCache | None,
+        generation_config: GenerationConfig,
+        is_speculative: bool,
+        batch_size: int,
+        max_length: int,
     ) -> MambaFormerCache | None:
-        """The cache that generation runs on: the user's, or a new one; `None` where `use_cache` is false."""
+        """The cache of a generation: the user's, or a new one; `None` if `use_cache` is false."""
         implementation = generation_config.cache_implementation
         if implementation == "offloaded" and self.device.type == "cpu":
-            implementation = None  # the cache is where it would be offloaded to
+            implementation = None  # offloaded caches are on the CPU
         is_assistant = getattr(generation_config, "is_assistant", False)
         if cache is not None:
             if implementation is not None:
-                raise ValueError("Give either `cache` or `cache_implementation`, not both.")
+                raise ValueError("Pass either `cache` or `cache_implementation`, not both.")
             check_cache_type(cache)
             cache._is_user_defined = True
         elif generation_config.use_cache is False:
             if is_speculative:
-                raise ValueError("Speculative decoding takes wrong drafts back from a cache: pass `use_cache=True`.")
+                raise ValueError("Speculative decoding removes wrong drafts from a cache: pass `use_cache=True`.")
             return None
         elif implementation in (None, "dynamic"):
             cache = self.make_cache()
@@ -248,33 +272,33 @@ class MambaFormerGenerationMixin(GenerationHooks):
         if is_speculative or is_assistant:
             if batch_size > 1:
                 raise ValueError(
-                    f"Speculative decoding takes one row at a time, and there are {batch_size}: call `generate` for "
-                    "each, or leave it out."
+                    f"Speculative decoding takes one row at a time, and the batch has {batch_size}: call `generate` "
+                    "for each row, or leave speculative decoding out."
                 )
-            drafted = generation_config.prompt_lookup_num_tokens or 0
-            cache.activate_past_recording(max(drafted + 1, DEFAULT_REACH))
+            num_drafted = generation_config.prompt_lookup_num_tokens or 0
+            cache.activate_past_recording(max(num_drafted + 1, DEFAULT_REACH))
         return cache
 
     def candidate_generator(
         self,
-        make_generator,
+        make_generator: Callable,
         cache: MambaFormerCache,
-        model_kwargs,
+        model_kwargs: Keywords,
         *,
-        generation_config,
-        assistant_model=None,
+        generation_config: GenerationConfig,
+        assistant_model: nn.Module | None = None,
         **kwargs,
-    ):
-        """What drafts tokens when decoding is speculative; an assistant knows nothing of this model's experts."""
+    ) -> BoundedDrafts:
+        """The source of drafts in speculative decoding; an assistant does not get this model's expert vectors."""
         processors = kwargs.get("logits_processor") or ()
         if any(type(processor).__name__ == ExpertSwitchLogitsProcessor.__name__ for processor in processors):
             raise ValueError(
-                "`ExpertSwitchLogitsProcessor` changes the expert after tokens that were drafted under the old one: "
+                "`ExpertSwitchLogitsProcessor` changes the expert vector after tokens are drafted with the old one: "
                 "pass `expert_schedule` to `generate` instead, or leave speculative decoding out."
             )
         self._check_can_draft(generation_config, cache, model_kwargs, kwargs["input_ids"])
         schedule = model_kwargs.get("resolved_schedule")
-        generation_config = _without_experts(generation_config)
+        generation_config = _without_expert_vectors(generation_config)
         if generation_config.assistant_early_exit is not None:
             assistant_model = self.first_layers(generation_config.assistant_early_exit)
             generation_config.assistant_early_exit = None
@@ -287,31 +311,38 @@ class MambaFormerGenerationMixin(GenerationHooks):
         return BoundedDrafts(drafter, schedule, cache.max_columns)
 
     @staticmethod
-    def _check_can_draft(generation_config, cache: MambaFormerCache, model_kwargs, input_ids) -> None:
-        """Drafts are looked up in all of the text, or an assistant is fed all of it; so there has to be one."""
+    def _check_can_draft(
+        generation_config: GenerationConfig,
+        cache: MambaFormerCache,
+        model_kwargs: Keywords,
+        input_ids: torch.Tensor,
+    ) -> None:
+        """Refuses prompts without the complete sequence, from which drafts are looked up or an assistant is fed."""
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "Speculative decoding drafts from token ids, and the library would neither feed the first draft behind"
-                " `inputs_embeds` nor keep their mask: give the prompt as `input_ids`."
+                "Speculative decoding drafts from token ids, and the library would neither feed the first draft after "
+                "`inputs_embeds` nor keep their mask: pass the prompt as `input_ids`."
             )
         num_cached, length = cache.get_seq_length(), input_ids.shape[1]
         mask = model_kwargs.get("attention_mask")
         mask_length = getattr(generation_config, "_mask_length", length) if mask is None else mask.shape[1]
         if num_cached and (length <= num_cached or mask_length != length):
             raise ValueError(
-                f"The cache holds {num_cached} columns, and speculative decoding goes on from it with the whole text "
-                f"only, cached and new: `generate` was given {length} columns, with a mask of {mask_length}."
+                f"The cache holds {num_cached} columns, and speculative decoding needs the cached and the new columns "
+                f"as `input_ids`, but got {length} columns with a mask of {mask_length}: pass the complete sequence."
             )
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
-        """The new tokens' part of the 2-D mask, whose shape stays the same from token to token."""
+    def create_masks_for_generate(
+        config: object, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> torch.Tensor | None:
+        """The part of the 2-D mask for the new tokens, whose shape stays the same from token to token."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
-    def expanded_kwargs(self, num_rows: int, expand_size: int, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords of `generate` for a batch whose rows are repeated, as beams and several answers are.
+    def expanded_kwargs(self, num_rows: int, expand_size: int, model_kwargs: Keywords) -> Keywords:
+        """The keywords of `generate` for a batch whose rows are repeated, for beams or several answers.
 
-        The rows of a cache of the prompt are repeated with it.
+        The rows of the prompt's cache are repeated too.
         """
         cache = cache_of(*(model_kwargs.get(name) for name in CACHE_NAMES))
         if cache is not None and expand_size > 1 and cache.batch_size == num_rows:
@@ -322,13 +353,13 @@ class MambaFormerGenerationMixin(GenerationHooks):
         return model_kwargs
 
 
-def _first_of(options: list[dict[str, Any]], name: str) -> Any:
-    """The value of the first option that is given."""
+def _first_of(options: list[Keywords], name: str):
+    """The first value of this name that is not `None`."""
     return next((option[name] for option in options if option.get(name) is not None), None)
 
 
-def _without_experts(generation_config):
-    """A copy for a model that drafts, which has other experts or none."""
+def _without_expert_vectors(generation_config: GenerationConfig) -> GenerationConfig:
+    """A copy for a model that drafts, which has other expert vectors or none."""
     generation_config = copy.copy(generation_config)
     for name in EXPERT_FIELDS:
         vars(generation_config).pop(name, None)

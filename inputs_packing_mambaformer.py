@@ -6,7 +6,7 @@ in compiled graphs, which cannot look at the borders, all tokens under a mask.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -21,8 +21,11 @@ BORDER_KEYWORDS = frozenset({"seq_idx", *CUMULATIVE_LENGTHS, *LONGEST_LENGTHS})
 # Least length of a sequence in a group, as a share of the longest sequence there.
 SHORTEST_OF_GROUP = 0.8
 
+Keywords: TypeAlias = dict[str, Any]  # of any function, passed on to others
+Borders: TypeAlias = dict[str, object]  # keyword arguments that mark borders, not checked yet
 
-def split_borders(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+
+def split_borders(kwargs: Keywords) -> tuple[Borders, Keywords]:
     """The keyword arguments that mark borders and are not `None`, and all other keyword arguments."""
     if BORDER_KEYWORDS.isdisjoint(kwargs):
         return {}, kwargs
@@ -31,7 +34,7 @@ def split_borders(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def sequence_starts(
-    borders: dict[str, Any],
+    borders: Borders,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     shape: tuple[int, int],
@@ -105,7 +108,7 @@ def _conflict(one: str, other: str) -> str:
     return f"`{one}` and `{other}` mark different borders of sequences: pass only one of them."
 
 
-def _sequence_indices(name: str, value: Any, shape: tuple[int, int]) -> torch.Tensor:
+def _sequence_indices(name: str, value: object, shape: tuple[int, int]) -> torch.Tensor:
     """Integers (rows, tokens) that change at every border."""
     rows, num_tokens = shape
     if not isinstance(value, torch.Tensor) or value.is_floating_point():
@@ -249,7 +252,7 @@ class Sequences:
         return replace(self, **_moved(self, device, non_blocking), grouping=grouping)
 
 
-def _moved(of: SequenceGrouping | Sequences, device: torch.device, non_blocking: bool) -> dict[str, Any]:
+def _moved(of: SequenceGrouping | Sequences, device: torch.device, non_blocking: bool) -> dict[str, torch.Tensor]:
     """The fields that are tensors, on another device."""
     fields = {name: value for name, value in vars(of).items() if isinstance(value, torch.Tensor)}
     return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in fields.items()}
@@ -304,7 +307,7 @@ def _select(rows: torch.Tensor, index: torch.Tensor, is_zero: torch.Tensor | Non
 def packed_sequences(
     inputs: ForwardInputs,
     alignment: LeftAlignment,
-    borders: dict[str, Any],
+    borders: Borders,
     attention_mask: torch.Tensor | None,
     cache: object,
     use_cache: bool | None,
@@ -333,7 +336,7 @@ def starts_in_input_order(
     like: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    borders: dict[str, Any],
+    borders: Borders,
 ) -> torch.Tensor | None:
     """Whether a sequence starts at each token (rows, tokens) of the input; `None` when each row is one sequence.
 
@@ -347,7 +350,7 @@ def refuse_packed_rows(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    borders: dict[str, Any],
+    borders: Borders,
 ) -> None:
     """Raises a ValueError if the rows of a classifier are packed; a compiled graph raises a RuntimeError."""
     starts, _ = _starts_of_call(hidden_states, attention_mask, position_ids, borders)
@@ -357,7 +360,7 @@ def refuse_packed_rows(
     )
 
 
-def drop_borders(prompt: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+def drop_borders(prompt: torch.Tensor | None, kwargs: Keywords) -> Keywords:
     """The keyword arguments of `generate` without those that mark borders, which would not fit the next tokens.
 
     Raises:
@@ -389,7 +392,7 @@ def _starts_of_call(
     like: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    borders: dict[str, Any],
+    borders: Borders,
 ) -> tuple[torch.Tensor | None, LeftAlignment]:
     """`sequence_starts` of arguments as a user passes them, and the alignment of their rows."""
     rows, num_tokens = like.shape[:2]

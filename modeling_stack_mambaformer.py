@@ -8,7 +8,7 @@ in the stack: `Place` gives the layer its own part of the cache and its own expe
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .expert_vectors_mambaformer import ExpertVector
 
 T = TypeVar("T")
+Layer: TypeAlias = Any  # a `MambaFormerLayer`, which is defined above this room, or `None`
 
 
 class ModelStack(Protocol):
@@ -73,7 +74,7 @@ class Place:
 
     position: int
     module: nn.Module
-    layer: Any  # a `MambaFormerLayer`, which is defined above this room
+    layer: Layer
     spec: LayerSpec
     first: int
 
@@ -156,7 +157,7 @@ def places_of(layers: Iterable[nn.Module]) -> list[Place]:
     return places
 
 
-def layer_inside(module: nn.Module) -> Any:  # a `MambaFormerLayer`, which is defined above this room
+def layer_inside(module: nn.Module) -> Layer:
     """Our layer that `module` is or wraps; `None` for a layer of another kind.
 
     Raises:

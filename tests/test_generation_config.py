@@ -91,10 +91,10 @@ def test_bad_experts_of_a_configuration_are_refused_before_anything_has_run(mode
     bad = {
         "no expert vector named 'ghost'": {"expert_vector": "ghost"},
         "no expert vector named 'spectre'": {"expert_schedule": {0: "bold", 5: "spectre"}},
-        "both name the first": {"expert_vector": "bold", "expert_schedule": {"0": "calm"}},
-        "counts? new tokens": {"expert_schedule": {"soon": "bold"}},
-        "a new token twice": {"expert_schedule": {"0": "bold", 0: "calm"}},
-        "is a dict": {"expert_schedule": ["bold"]},
+        "both for new token 0": {"expert_vector": "bold", "expert_schedule": {"0": "calm"}},
+        "keys of a schedule number new tokens": {"expert_schedule": {"soon": "bold"}},
+        "two entries for one new token": {"expert_schedule": {"0": "bold", 0: "calm"}},
+        "must be a dict": {"expert_schedule": ["bold"]},
         "takes None, a name": {"expert_vector": 7},
     }
     for message, named in bad.items():
@@ -147,7 +147,7 @@ def test_vectors_serve_in_a_configuration_and_are_refused_when_it_is_saved(model
     for given in (expert, dict(expert.vectors), [expert]):
         model.generation_config.expert_vector = given
         assert answer(model, **GREEDY) == expected
-        with pytest.raises(ValueError, match=r"generation_config\.expert_vector.*names only"):
+        with pytest.raises(ValueError, match=r"generation_config\.expert_vector.*only names"):
             model.save_pretrained(tmp_path / "new")
     del model.generation_config.expert_vector
     model.generation_config.expert_schedule = {2: ExpertVector(dict(expert.vectors))}

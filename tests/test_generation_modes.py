@@ -238,7 +238,7 @@ def test_the_cache_that_beams_hand_back_is_of_the_texts_that_it_says(pattern, st
         wanted = [answer + greedy(pattern, answer, 3) for answer in answers]
         assert model.generate(**goes_on).tolist() == wanted
     else:
-        with pytest.raises(ValueError, match="give the whole sequence"):
+        with pytest.raises(ValueError, match="pass the complete sequence"):
             model.generate(**goes_on)
     logits = feed(model, cache, [one_turn([[5, 9]] * len(texts))])
     assert_same_logits(logits, [one[-2:] for one in expected(model, [[*text, 5, 9] for text in texts])])
@@ -485,7 +485,7 @@ def test_a_part_of_a_chat_that_would_be_taken_for_all_of_it_is_refused(storage):
     hook = model.model.register_forward_pre_hook(lambda *_: forwards.append(1))
     for wrong in (other, other[:2], row, row[:3]):
         for mask in (None, torch.ones(1, len(wrong), dtype=torch.long)):
-            with pytest.raises(ValueError, match="give the whole sequence"):
+            with pytest.raises(ValueError, match="pass the complete sequence"):
                 model.generate(torch.tensor([wrong]), attention_mask=mask, past_key_values=cache, **GREEDY)
     hook.remove()
     assert not forwards and cache.get_seq_length() == 6

@@ -337,7 +337,7 @@ def test_generate_refuses_another_cache_beside_a_prefix_cache(options):
         model.generate(ids, prefix_cache=prefixes, max_new_tokens=2, **options, **GREEDY)
     with pytest.raises(ValueError, match="brings a dynamic cache of its own"):
         model.generate(ids, prefix_cache=prefixes, cache=model.make_cache(), max_new_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="looks tokens up"):
+    with pytest.raises(ValueError, match="looks up token ids"):
         embeds = model.get_input_embeddings()(ids)
         model.generate(inputs_embeds=embeds, prefix_cache=prefixes, max_new_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="integers of shape"):

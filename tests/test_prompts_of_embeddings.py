@@ -201,7 +201,7 @@ def test_a_filled_cache_without_a_prompt_is_refused():
     model = random_model(tiny_config("paper", bos_token_id=1))
     cache = model.make_cache()
     model(torch.tensor([[3, 4]]), cache=cache)
-    with pytest.raises(ValueError, match="give the new tokens"):
+    with pytest.raises(ValueError, match="pass the new tokens"):
         model.generate(cache=cache, **GREEDY)
     assert cache.get_seq_length() == 2
 

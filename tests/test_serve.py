@@ -149,8 +149,8 @@ def test_a_prompt_without_a_chat_is_continued_under_the_expert_that_it_names(ser
 
 MISTAKES = {
     "takes None, a name": {"expert_vector": 3},
-    "keys count new tokens": {"expert_schedule": {"soon": "bold"}},
-    "A schedule is a dict": {"expert_schedule": ["bold"]},
+    "keys of a schedule number new tokens": {"expert_schedule": {"soon": "bold"}},
+    "A schedule must be a dict": {"expert_schedule": ["bold"]},
     "did you mean `expert_vector`": {"expert_vectors": "bold"},
 }
 

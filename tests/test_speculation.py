@@ -357,8 +357,8 @@ def test_what_cannot_be_speculated_is_refused_before_anything_runs():
         "one row at a time": {"inputs": prompt().repeat(2, 1)},
         "use_cache=True": {"inputs": prompt(), "use_cache": False},
         "drafts from token ids": {"inputs_embeds": model.get_input_embeddings()(prompt())},
-        "give the whole sequence": {"inputs": prompt()[:, :3], "past_key_values": full},
-        "whole text only": {"inputs": prompt()[:, :3], "past_key_values": full, "attention_mask": whole},
+        "pass the complete sequence, or only": {"inputs": prompt()[:, :3], "past_key_values": full},
+        "pass the complete sequence": {"inputs": prompt()[:, :3], "past_key_values": full, "attention_mask": whole},
     }
     forwards, counting = counted_forwards(model)
     for message, options in bad.items():
@@ -386,7 +386,7 @@ def test_drafts_on_a_static_cache_fit_or_are_refused(pattern):
 
 @pytest.mark.parametrize("wrong", [0, 6, -1, 1.5])
 def test_an_exit_that_no_layer_has_is_refused(wrong):
-    with pytest.raises(ValueError, match="cannot end after"):
+    with pytest.raises(ValueError, match="must be a number of layers"):
         shared_model("everything").first_layers(wrong)
 
 

@@ -219,7 +219,7 @@ def test_a_chat_whose_expert_vector_changes_under_reset_is_fed_again(variant):
     text = torch.cat([first, ids[:, :3]], dim=1)
     options = {"max_new_tokens": 4, "expert_vector": expert, **GREEDY}
     assert model.generate(text, past_key_values=cache, **options).tolist() == model.generate(text, **options).tolist()
-    with pytest.raises(ValueError, match="whole sequence"):
+    with pytest.raises(ValueError, match="complete sequence"):
         model.generate(ids[:, :2], past_key_values=cache, max_new_tokens=4, expert_vector=None, **GREEDY)
 
 

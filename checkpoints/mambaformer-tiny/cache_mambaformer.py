@@ -66,6 +66,7 @@ class MambaFormerCache(Cache):
     """
 
     layers: list[CacheLayer]
+    _is_user_defined = False  # `generate` sets it on a cache that it is given, and the library reads it
 
     def __init__(
         self,
