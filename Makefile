@@ -10,25 +10,36 @@ OLDER_VERSIONS := 5.16.1 5.23.0
 LAWS := library laws surgery switches isolation forms gradients transactions rollback cache remote_code readme generate generation_modes generation_config speculation \
 	sessions session_crashes session_files packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
+# A file's tests share models and processes, so one worker runs them all; files with slow tests come first.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Compiled once, as long as their source stays as it is.
+export MAMBAFORMER_TEST_KERNELS ?= $(abspath $(VENV))/kernels
 
-.PHONY: demo test test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-fast test-all test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/09_demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
 
-test: $(VENV)/.dev test-recipes  ## all tests, on both cores; and some laws without CPU kernels
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/recipes
-	MAMBAFORMER_CPU_KERNELS=0 $(BIN)/python -m pytest -n 2 -m without_kernels_too --ignore tests/recipes
+test-fast: $(VENV)/.dev  ## for the working loop, two minutes: each test once, on its hardest case, but for slow ones
+	$(BIN)/python -m pytest $(PARALLEL) --lane fast --ignore tests/recipes
+
+test: LANE ?= gate
+test: $(VENV)/.dev  ## the gate: every test but long ones, on both cores; and some laws without CPU kernels
+	$(BIN)/python -m pytest $(PARALLEL) --lane $(LANE) --ignore tests/recipes
+	MAMBAFORMER_CPU_KERNELS=0 $(BIN)/python -m pytest $(PARALLEL) --lane $(LANE) -m without_kernels_too --ignore tests/recipes
+
+test-all: test-recipes  ## every case of every test: the gate, long tests and trainings; what CI runs
+	$(MAKE) test LANE=all
 
 test-recipes: $(VENV)/.dev  ## the trainings at toy size: equal budgets, kills that change nothing, figures and cards
-	$(BIN)/python -m pytest -n 2 tests/recipes
+	$(BIN)/python -m pytest $(PARALLEL) tests/recipes
 
 test-oldest:  ## all tests on the oldest supported transformers, in an environment of its own
-	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=$(OLDEST)
+	$(MAKE) test-all VENV=.venv-oldest TRANSFORMERS=$(OLDEST)
 
 test-newest:  ## all tests on whatever transformers is newest today, in an environment of its own
 	rm -f .venv-newest/.base
-	$(MAKE) test VENV=.venv-newest TRANSFORMERS="--upgrade transformers"
+	$(MAKE) test-all VENV=.venv-newest TRANSFORMERS="--upgrade transformers"
 
 test-versions:  ## laws, remote code, generation and sessions on each older version that is supported
 	for version in $(OLDER_VERSIONS); do \
@@ -86,7 +97,7 @@ types: $(VENV)/.dev  ## the types of the shipped package, by pyright in basic mo
 	$(BIN)/pip install --quiet --editable ".[types]"
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint test  ## style, then all tests
+check: lint test  ## style, then the gate
 
 bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8k window" or "--missing" for some of it
 	$(BIN)/python benchmarks/bench.py $(ARGS)

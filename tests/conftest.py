@@ -8,13 +8,17 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["MAMBAFORMER_CACHE"] = tempfile.mkdtemp(prefix="mambaformer-tests-")
 # Workers inherit the folder from the process that starts them, so that each kernel is compiled once a run.
 kernels = os.environ.setdefault("MAMBAFORMER_TEST_KERNELS", tempfile.mkdtemp(prefix="mambaformer-kernels-"))
+Path(kernels).mkdir(mode=0o700, exist_ok=True)
 Path(os.environ["MAMBAFORMER_CACHE"], "kernels").symlink_to(kernels)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from lanes import LANES, chosen  # noqa: E402
 
 torch.set_num_threads(1)
 torch.utils.deterministic.fill_uninitialized_memory = True  # acts in deterministic mode only
@@ -23,6 +27,16 @@ if os.environ.get("MAMBAFORMER_TEST_DEVICE"):
     from on_device import OnDevice
 
     OnDevice(os.environ["MAMBAFORMER_TEST_DEVICE"]).__enter__()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--lane", choices=LANES, default="all", help="which cases run: see tests/lanes.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    every = list(items)
+    items[:] = chosen(every, config.getoption("lane"))
+    config.hook.pytest_deselected(items=[item for item in every if item not in set(items)])
 
 
 @pytest.fixture(autouse=True)

@@ -289,6 +289,7 @@ def test_weights_in_another_dtype_are_not_weights_in_training(tmp_path):
     assert len(basis_files(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_training_a_model_under_an_expert_leaves_the_files_of_its_start(tmp_path):
     """20 steps with an expert vector in force, all weights trained, left 20 files for each module that it scales."""
     model = new_model("everything")
@@ -414,6 +415,7 @@ def first_use(model, folder):
     model(torch.zeros(1, 3, dtype=torch.long), expert_vector={name: torch.tensor([2.0]).double() for name in names})
 
 
+@pytest.mark.slow
 def test_the_first_use_of_an_expert_says_what_it_does_once(long_work, tmp_path, caplog, capfd):
     """129 seconds passed without a word: the bar was for `prepare_expert_vectors` alone."""
     for _ in range(2):

@@ -50,6 +50,7 @@ def test_the_names_of_all_cases_are_known(suite):
     assert [case.name for case in suite.CASES] == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SLOW])
 def test_a_case_runs_and_says_what_it_found(suite, name, capsys):

@@ -33,6 +33,7 @@ def compiled(model):
     return torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", MIXED)
 def test_one_graph_serves_every_token_expert_and_cache(pattern):
     model, row = shared_model(pattern), random_rows(1, [24])[0]
@@ -48,6 +49,7 @@ def test_one_graph_serves_every_token_expert_and_cache(pattern):
     assert num_graphs() == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_cache_made_in_a_graph_is_fed_by_eager_forwards():
     """The graph was refused: it made the lock that keeps threads apart, and no compiler can."""
@@ -58,6 +60,7 @@ def test_a_cache_made_in_a_graph_is_fed_by_eager_forwards():
     assert cache.get_seq_length() == 9 and cache.lock.rlock is cache.lock.rlock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["mamba", "everything"])
 def test_generate_compiles_its_steps_and_leaves_changes_of_expert_out_of_the_graph(pattern):
     model, ids = shared_model(pattern), torch.tensor([random_rows(2, [10])[0]])
@@ -73,6 +76,7 @@ def test_generate_compiles_its_steps_and_leaves_changes_of_expert_out_of_the_gra
     assert num_graphs() <= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_compiled_call_takes_the_cache_under_both_names(name):
     """Since `generate` says `cache`, a call with `past_key_values` was left to the model, which is slow and silent."""
@@ -105,6 +109,7 @@ def test_generate_sees_weights_that_changed_under_a_compiled_step():
     assert_same_logits(found, expected(model, [row])[0][8:])
 
 
+@pytest.mark.long
 def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
     """The plan of the experts is made anew then, which no graph can do: the call around it leaves it to the model."""
     model, rows = shared_model("everything"), random_rows(7, (12, 12))
@@ -120,6 +125,7 @@ def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
     assert num_graphs() > 0
 
 
+@pytest.mark.long
 def test_going_back_to_the_base_between_compiled_steps_is_left_out_of_the_graph():
     """The base needs no plan, so only the text tells that it has to be encoded again."""
     model, row = shared_model("mamba"), random_rows(8, [12])[0]
@@ -132,6 +138,7 @@ def test_going_back_to_the_base_between_compiled_steps_is_left_out_of_the_graph(
     assert num_graphs() == 2  # with an expert and without
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pattern", MIXED)
 def test_an_exported_step_decodes_like_the_model(pattern):
     model, row = shared_model(pattern), random_rows(4, [16])[0]
@@ -145,6 +152,7 @@ def test_an_exported_step_decodes_like_the_model(pattern):
     assert_same_logits(feed_row(model, cache, row[8:]), expected(model, [row])[0][8:])  # it is as it was
 
 
+@pytest.mark.long
 def test_an_exported_step_goes_on_from_pads_under_experts_of_each_row():
     model, rows = shared_model("everything"), random_rows(5, (12, 9))
     experts = [shared_expert("everything", 1), None]

@@ -95,6 +95,7 @@ def test_a_library_is_compiled_once_and_found_again(folder, monkeypatch):
     assert cpu_library(ANSWER).answer() == 42
 
 
+@pytest.mark.slow
 def test_without_a_compiler_pytorch_computes_the_same_and_one_warning_says_so(folder, monkeypatch, caplog):
     expected = [selective_scan(**scan_arguments()), causal_conv1d(**conv_arguments())]
     monkeypatch.setattr(compiler, "_libraries", {})
@@ -275,6 +276,7 @@ def test_the_first_compilation_says_so_once_and_for_how_long(folder, caplog):
     assert "seconds, once for this machine" in record.getMessage() and str(folder) in record.getMessage()
 
 
+@pytest.mark.slow
 def test_a_user_sees_the_announcement_on_stderr_and_only_the_first_time(tmp_path):
     """Loggers of this package have no handler, so a message below `WARNING` is shown to nobody."""
     script = f"from mambaformer.ops_cpu_build_mambaformer import cpu_library; print(cpu_library({ANSWER!r}).answer())"
@@ -321,6 +323,7 @@ UNTRUSTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no POSIX owners")
 @pytest.mark.parametrize("name", UNTRUSTED)
 def test_a_library_that_another_user_could_have_put_there_never_runs(name, folder, monkeypatch, caplog, warnings):
@@ -407,6 +410,7 @@ def test_a_cache_folder_in_the_home_of_no_user_is_named_and_costs_no_result(fold
     assert "~no-such-user/cache" in message and "MAMBAFORMER_CACHE" in message and "compiler" not in message
 
 
+@pytest.mark.slow
 def test_two_processes_that_compile_at_once_both_get_the_library(tmp_path):
     script = f"""
 from mambaformer.ops_cpu_build_mambaformer import cpu_library
@@ -417,6 +421,7 @@ print(cpu_library({ANSWER!r}).answer())
     assert len(list((tmp_path / "kernels").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_an_import_compiles_nothing(tmp_path):
     script = "import mambaformer, mambaformer.ops_mambaformer, mambaformer.modeling_mambaformer"
     output_of(run(script, MAMBAFORMER_CACHE=str(tmp_path)))
@@ -450,6 +455,7 @@ def all_results():
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in compiler.CAPABILITIES, reason="not on x86-64")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_processors_with_shorter_vectors_compute_the_same(capability):

@@ -371,12 +371,14 @@ def greedy_story(model, ids):
     return model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=64, max_new_tokens=64)[0].tolist()
 
 
+@pytest.mark.long
 def test_smollm2_converted_gives_the_sources_logits_and_64_greedy_tokens(smollm2, smollm2_tokens, prompt_ids):
     converted = convert(smollm2)
     assert_same_logits(all_logits(converted, prompt_ids), all_logits(smollm2, prompt_ids), 1e-5)
     assert greedy_story(converted, prompt_ids) == smollm2_tokens
 
 
+@pytest.mark.long
 def test_smollm2_upcycled_from_its_gguf_file_answers_as_before(smollm2, smollm2_tokens, prompt_ids, upcycled_folder):
     upcycled = transformers.AutoModelForCausalLM.from_pretrained(upcycled_folder, trust_remote_code=True)
     assert [upcycled.config.layer_types[layer_idx] for layer_idx in (0, 1, 29)] == [

@@ -447,6 +447,7 @@ def test_a_damaged_file_is_refused_wherever_it_was_cut(tmp_path):
             convert(cut)
 
 
+@pytest.mark.slow
 def test_bytes_that_were_changed_are_refused_or_do_no_harm(tmp_path):
     whole = write_gguf(tmp_path / "model.gguf", gguf_source("llama_tied")).read_bytes()
     end, draw, outcomes = whole.index(b"output_norm.weight"), np.random.default_rng(0), set()

@@ -176,6 +176,7 @@ def stop(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files_before_the_end", [0, 1, 20])
 @pytest.mark.parametrize("was_there", [False, True])
 def test_an_interrupted_conversion_leaves_the_folder_as_it_was(files_before_the_end, was_there, tmp_path, monkeypatch):
@@ -318,6 +319,7 @@ MISTAKES_MADE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES_MADE)
 def test_a_mistake_is_one_line_that_says_error_and_exit_code_2(name, mistakes):
     code, said = mistakes[name]

@@ -24,6 +24,11 @@ LAST_LINES = {
     "05_batch_of_chats": "Each row of the batch equals the chat run alone.",
     "06_convert_a_model": "of their scale before training.",
 }
+CASES = [
+    "01_generate",
+    "04_save_and_resume_a_session",
+    *(pytest.param(name, marks=pytest.mark.long) for name in LAST_LINES if name[:2] in ("02", "03", "05")),
+]
 TESTED_ELSEWHERE = {"07_chat", "08_serve", "09_demo"}
 
 
@@ -42,7 +47,8 @@ def test_every_example_has_a_number_and_is_tested():
     assert [int(name[:2]) for name in names] == list(range(1, len(names) + 1))
 
 
-@pytest.mark.parametrize("name", [name for name in LAST_LINES if name != "06_convert_a_model"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_an_example_runs_on_a_copied_model_folder_without_the_package(name, tmp_path):
     assert not re.search(r"^(from|import) mambaformer", (EXAMPLES / f"{name}.py").read_text(), re.MULTILINE)
     folder = shutil.copytree(TINY, tmp_path / "copy")
@@ -53,6 +59,7 @@ def test_an_example_runs_on_a_copied_model_folder_without_the_package(name, tmp_
         assert first.partition(":")[2].strip() == second.partition(":")[2].strip()
 
 
+@pytest.mark.slow
 def test_a_model_is_converted_by_the_example(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4)).save_pretrained(tmp_path / "llama")

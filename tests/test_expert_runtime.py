@@ -175,6 +175,7 @@ def test_no_forward_has_an_argument_for_prepared_vectors(model):
         model(torch.tensor([[1, 2]]), expert_plan=None)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_prepares_new_vectors_outside_of_its_graphs(model, prepared):
     """The compiler traced hashes, files and decompositions: 50 seconds and a warning for a new expert vector."""
     torch.compiler.reset()

@@ -27,6 +27,7 @@ def exported(model, names, dims):
     return program.module()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("input_ids",), ("input_ids", "attention_mask")], ids=["all real", "padded"])
 @pytest.mark.parametrize("pattern", ["mamba", "full", "sliding_sinks", "hybrid", "hybrid_sliding", "everything"])
 def test_an_exported_forward_takes_any_number_of_rows_and_tokens(pattern, names):

@@ -69,6 +69,7 @@ def by_zip(target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [by_copy, by_zip])
 def test_a_copied_folder_loads_and_generates_without_the_package(copied, tmp_path):
     """`cp -r checkpoints/mambaformer-tiny` did not load: its code was relative links, broken in the copy."""

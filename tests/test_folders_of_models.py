@@ -88,6 +88,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_save_that_fails_anywhere_leaves_the_old_model_and_no_half_files(step, models, folder, monkeypatch):
     """A save that failed at the weights left the new configuration with the old weights: nothing could be loaded."""

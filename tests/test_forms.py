@@ -81,6 +81,7 @@ def test_attention_implementations_agree_with_the_oracle(pattern, variant, atten
     assert_same_logits(feed_row(model, new_cache(model, variant), rows[0], [5, 1, 6]), wanted[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_expert", [False, True], ids=["base", "expert"])
 def test_one_graph_decodes_any_number_of_tokens_from_a_static_cache(with_expert):
     """`aot_eager` captures as any compiler does and spares the test the C++ one; so does the single layer."""
@@ -95,6 +96,7 @@ def test_one_graph_decodes_any_number_of_tokens_from_a_static_cache(with_expert)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.long
 @every_cache
 def test_a_compiled_model_equals_the_eager_one(variant):
     torch._dynamo.reset()
@@ -191,6 +193,7 @@ def test_the_attention_implementation_can_be_changed():
     assert_same_logits(outputs.attentions[0].sum(-1), torch.ones(1, 4, 9, dtype=torch.float64))
 
 
+@pytest.mark.long
 def test_flex_attention_sees_what_sdpa_sees():
     """Flex attention asks for whole blocks of positions, and read behind the end of ours."""
     model = random_model(tiny_config("sliding_sinks")).float()

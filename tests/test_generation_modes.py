@@ -521,6 +521,7 @@ def answer(pattern, request):
     return shared_model(pattern).generate(max_new_tokens=8, **made, **GREEDY).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["paper", "everything"])
 def test_eight_threads_on_one_model_answer_as_if_alone(pattern):
     alone = [answer(pattern, request) for request in requests(pattern)]

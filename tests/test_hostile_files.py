@@ -258,6 +258,7 @@ def forge_many(path, load, times, seed):
     return refused
 
 
+@pytest.mark.slow
 def test_a_few_hundred_forgeries_of_each_kind_are_refused_or_loaded(kind):
     """The checksum tells damage, not malice: who writes a file can seal it."""
     assert forge_many(*kind, times=300, seed=1) > 100

@@ -302,6 +302,7 @@ print("agrees after", calls, "calls")
 '''
 
 
+@pytest.mark.slow
 def test_decoding_runs_the_real_triton_kernel_of_mamba_ssm():
     """In a process of its own: Triton chooses its interpreter when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -125,6 +125,7 @@ def test_a_newer_version_is_named_once_and_still_imports(warnings_of_transformer
     assert len(warnings_of_transformers.records) == 1
 
 
+@pytest.mark.slow
 def test_import_of_the_package_warns_of_nothing():
     code = "import mambaformer, transformers; print(transformers.__version__)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300)

@@ -209,6 +209,7 @@ FORMS = {"plain": lambda model: model, "adapter": with_adapter, "subclass": of_s
 # ---- gradient accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "middle"])
 def test_accumulated_micro_batches_make_the_step_of_one_batch(tmp_path, side):
     """The sum over each micro-batch is divided by the targets of all of them."""
@@ -220,6 +221,7 @@ def test_accumulated_micro_batches_make_the_step_of_one_batch(tmp_path, side):
     assert_same_gradients(found, {name: -g for name, g in gradients(alone, loss_alone(alone, ROWS)).items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_a_subclass_under_any_name_takes_the_step_of_the_rows_alone(tmp_path, accumulated):
     """`Trainer` reads in a class's name whether labels are shifted, and counted first tokens of others as targets."""
@@ -229,6 +231,7 @@ def test_a_subclass_under_any_name_takes_the_step_of_the_rows_alone(tmp_path, ac
     assert_same_gradients(found, {name: -g for name, g in gradients(alone, loss_alone(alone, ROWS)).items()})
 
 
+@pytest.mark.slow
 def test_left_pads_accumulate_exactly_when_first_tokens_have_no_label(tmp_path):
     models = [random_model(tiny_config("everything"), loudness=0.8) for _ in range(3)]
     collator = collate("left", first_label=False)
@@ -239,6 +242,7 @@ def test_left_pads_accumulate_exactly_when_first_tokens_have_no_label(tmp_path):
     assert_same_gradients(found, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", SIDES)
 def test_one_step_of_trainer_is_that_of_the_rows_alone(tmp_path, side):
     """Left pads made the step of short rows 12% smaller."""
@@ -284,6 +288,7 @@ def collate_labels(examples):
     return {**batch, "labels": torch.tensor([example["labels"] for example in examples])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_classifiers_step_does_not_grow_with_accumulation(tmp_path, problem):
     """`Trainer` leaves the division to a forward with `**kwargs`; this one ignored the count: x8 for 8 parts."""
@@ -413,6 +418,7 @@ def test_a_classifier_is_evaluated_and_predicts_as_row_by_row(tmp_path, problem)
     assert_same_logits(torch.tensor(trainer.predict(examples).predictions), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 4])
 def test_label_smoothing_of_classes_scores_each_row_by_its_own_logits(tmp_path, accumulated):
     """Only causal models shift labels."""
@@ -460,6 +466,7 @@ def test_bfloat16_autocast_trains_with_a_loss_in_float32():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_collator_for_language_modeling_trains_as_rows_alone(tmp_path):
     """It takes every pad id for a pad, in labels too, and pads on the side that the tokenizer says."""
     from tokenizers import Tokenizer, models

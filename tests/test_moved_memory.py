@@ -123,6 +123,7 @@ def test_memory_that_moves_between_two_steps_is_found(move, has_expert):
     torch.testing.assert_close(torch.cat(found, dim=1), wanted[:, 4:], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("move", ["inner tensors shared", "inner tensors replaced"])
 def test_memory_of_quantized_weights_that_moves_is_found(kind, move):

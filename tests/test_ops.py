@@ -322,6 +322,7 @@ def test_one_token_takes_a_handful_of_operations():
     assert census(causal_conv1d, conv_arguments(length=1)).operations <= 8
 
 
+@pytest.mark.slow
 @FUNCTIONS
 def test_compiled_equals_eager(function, make_arguments):
     torch.compiler.reset()

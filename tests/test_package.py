@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from patterns import ROOT
 
 # The order of imports could decide which of the two a name is bound to.
@@ -28,6 +30,7 @@ for statement in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_convert_is_the_function_whatever_is_imported_first():
     done = subprocess.run([sys.executable, "-c", EACH_FIRST, *IMPORTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

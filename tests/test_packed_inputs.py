@@ -172,6 +172,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_a_compiled_forward_with_a_cache_fails_on_packed_rows_alone():
@@ -186,6 +187,7 @@ def test_a_compiled_forward_with_a_cache_fails_on_packed_rows_alone():
         compiled(IDS, position_ids=RESTARTS, use_cache=True)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("others", ["cu_seq_lens", "mask"])
 def test_a_compiled_forward_fails_on_borders_that_contradict_each_other(others):
@@ -203,6 +205,7 @@ def test_a_compiled_forward_fails_on_borders_that_contradict_each_other(others):
             compiled(IDS, position_ids=RESTARTS, max_length_q=40, **short)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_a_compiled_classifier_fails_on_packed_rows_alone():

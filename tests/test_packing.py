@@ -269,7 +269,15 @@ def test_every_attention_implementation_keeps_the_borders(implementation, form):
     assert_same_logits(run(model, packed, form), expected(model, packed.sequences))
 
 
-@pytest.mark.parametrize("form", ["position_ids", "seq_idx", "integer_mask", "cu_seq_lens", "everything"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form",
+    [
+        "position_ids",
+        "everything",
+        *(pytest.param(form, marks=pytest.mark.long) for form in ("seq_idx", "integer_mask", "cu_seq_lens")),
+    ],
+)
 def test_a_compiled_forward_keeps_the_borders(form):
     """Under `torch.compile` nothing was looked at, and sequences saw each other."""
     torch._dynamo.reset()
@@ -357,6 +365,7 @@ TOLD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("told", TOLD)
 def test_trainer_with_flattened_batches_trains_as_with_padded_ones(tmp_path, told, smoothing):

@@ -33,9 +33,6 @@ from patterns import CACHE_VARIANTS
 from sequences import feed, one_turn
 from tiny_models import random_expert, random_model
 
-# One worker runs all of this file, so that the two processes are started once.
-pytestmark = pytest.mark.xdist_group("placement")
-
 IDS = torch.tensor(ROWS)
 LAUNCH = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1"
 LAUNCH += " --mixed_precision no --dynamo_backend no --main_process_port 0"  # port 0 is any that is free
@@ -65,6 +62,7 @@ def offloaded(folder, pattern="everything"):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CACHE_VARIANTS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_offloaded_layers_compute_what_layers_in_memory_compute(folder, pattern, variant):
@@ -76,6 +74,7 @@ def test_offloaded_layers_compute_what_layers_in_memory_compute(folder, pattern,
     assert torch.equal(model.generate(IDS, **GENERATE), plain.generate(IDS, **GENERATE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_experts_scale_offloaded_weights(folder, pattern):
     model, plain = offloaded(folder, pattern), source(pattern)
@@ -171,6 +170,7 @@ def of_both(split, pattern, name):
     return [tensors[f"{pattern}.{name}"] for tensors, _ in split]
 
 
+@pytest.mark.long
 def test_split_logits_are_those_of_one_process_however_the_text_is_fed(split, pattern):
     model = source(pattern)
     for name in ("logits", "steps"):
@@ -181,6 +181,7 @@ def test_split_logits_are_those_of_one_process_however_the_text_is_fed(split, pa
             assert_same_logits(found, torch.cat(expected(model, RAGGED)))
 
 
+@pytest.mark.long
 def test_split_models_say_what_one_process_says_and_encode_every_token_once(split, pattern):
     model = source(pattern)
     expert = random_expert(model, EXPERT_SEED)
@@ -192,6 +193,7 @@ def test_split_models_say_what_one_process_says_and_encode_every_token_once(spli
         assert notes[pattern]["encoded"] == [9, *[1] * 7, 9, 1, 1, 12, *[1] * 4]
 
 
+@pytest.mark.long
 def test_weights_and_caches_are_shared_out(split, pattern):
     model = source(pattern)
     cache = model.make_cache()
@@ -205,6 +207,7 @@ def test_weights_and_caches_are_shared_out(split, pattern):
             assert {name: factor * size for name, size in sizes.items()} == whole[kind]
 
 
+@pytest.mark.long
 def test_experts_scale_split_weights_on_the_fly_and_merged(split, pattern):
     model = source(pattern)
     expert = random_expert(model, EXPERT_SEED)
@@ -216,6 +219,7 @@ def test_experts_scale_split_weights_on_the_fly_and_merged(split, pattern):
         assert_same_logits(list(found), expected(model, ROWS, [None, expert]))
 
 
+@pytest.mark.long
 def test_split_gradients_are_those_of_one_process(split, pattern):
     model = source(pattern)
     wanted = learn(model, random_expert(model, EXPERT_SEED))
@@ -225,6 +229,7 @@ def test_split_gradients_are_those_of_one_process(split, pattern):
             assert difference < 1e-9, f"{name} is off by {difference:.1e}"
 
 
+@pytest.mark.long
 def test_a_cache_notices_a_write_to_split_weights(split, pattern):
     model = source(pattern)
     with torch.no_grad():
@@ -234,17 +239,20 @@ def test_a_cache_notices_a_write_to_split_weights(split, pattern):
         assert_same_logits(list(found), [row[5:] for row in expected(model, ROWS)])
 
 
+@pytest.mark.long
 def test_a_split_model_is_saved_whole(split, folder, pattern):
     again = MambaFormerForCausalLM.from_pretrained(folder / f"{pattern}-again", dtype=torch.float64)
     for name, weight in source(pattern).state_dict().items():
         assert torch.equal(again.state_dict()[name], weight), name
 
 
+@pytest.mark.long
 def test_heads_that_cannot_be_dealt_out_evenly_are_refused(split):
     for _, notes in split:
         assert "num_key_value_heads" in notes["refused"] and "2 processes" in notes["refused"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrap", FSDP_WRAPS)
 def test_two_processes_with_fsdp_learn_what_one_learns_from_all_of_the_batch(split, wrap):
     model, optimizer, ids = start_of_training()

@@ -511,6 +511,7 @@ def chat(request, tmp_path_factory):
         return model, folder, model(ids, expert_vector=None).logits, model(ids, past_key_values=cache).logits
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_in_another_process_bit_for_bit(chat):
     model, folder, alone, logits = chat
     found = seen_by(folder, folder / "session", None)
@@ -518,6 +519,7 @@ def test_a_session_goes_on_in_another_process_bit_for_bit(chat):
     assert found[2] == model.weights_fingerprint()[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_a_processor_of_another_order_reads_the_same_weights(chat, capability):
     model, folder, alone, logits = chat
@@ -551,6 +553,7 @@ AS_A_USER = """
 """
 
 
+@pytest.mark.slow
 def test_remote_code_is_quantized_while_it_is_loaded_and_saved_and_loaded_again(saved, tmp_path):
     script = [sys.executable, "-c", textwrap.dedent(AS_A_USER), saved[1], tmp_path / "again"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)

@@ -81,6 +81,7 @@ def assert_close(found, wanted, kind):
     assert (found - wanted).abs().max() <= TOLERANCES.get(kind, 1e-4) * scale
 
 
+@pytest.mark.slow
 @over_kinds
 def test_an_expert_acts_on_the_dequantized_matrix(kind, load, folder):
     """The packed shape was compared, (8192, 1) for (256, 64): "it was made for another model"."""
@@ -128,6 +129,7 @@ def test_an_expert_is_not_merged_into_quantized_weights(kind, load):
     assert torch.equal(logits(model, IDS), before)
 
 
+@pytest.mark.long
 def test_a_module_that_quantizes_in_every_forward_is_read_as_it_multiplies(folder):
     """quanto's modules keep full weights until they are frozen, but multiply with rounded ones."""
     from optimum import quanto

@@ -10,7 +10,7 @@ from mambaformer.cache_states_mambaformer import ReplaySegment
 from oracle import assert_same_logits, expected, uncached_logits
 from patterns import PATTERNS, VOCAB
 from sequences import draw_row, feed, feed_row, one_turn, padded_turn, random_ids, random_rows, rows_of
-from tiny_models import MODELS, TRAINED_PARAMS, shared_expert, shared_model
+from tiny_models import MODELS, TRAINED_SMALL, shared_expert, shared_model
 
 REACH = 8
 # How a cache comes by its reach: from the start, in mid-text, or not at all; the last two always encode again.
@@ -128,7 +128,7 @@ def test_a_prompt_of_uneven_rows_longer_than_the_reach(pattern):
     text.feed([2, 2, 2], is_padded=False)
 
 
-@pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything", *TRAINED_PARAMS])
+@pytest.mark.parametrize("pattern", ["mamba", "sliding_sinks", "everything", *TRAINED_SMALL])
 def test_surgery_takes_the_past_along(pattern):
     text = make_text(pattern, "recorded", 3, seed=4)
     text.feed([5, 5, 5], is_padded=False)
@@ -155,7 +155,7 @@ def test_a_fork_rolls_back_alone(pattern, reach):
     text.feed([3, 3], is_padded=False)
 
 
-@pytest.mark.parametrize("pattern", ["mamba", "hybrid_sliding", "everything", *TRAINED_PARAMS])
+@pytest.mark.parametrize("pattern", ["mamba", "hybrid_sliding", "everything", *TRAINED_SMALL])
 def test_embeddings_come_back_within_the_reach_and_nothing_changes_beyond_it(pattern):
     """What was fed as embeddings is not remembered, so beyond the reach there is nothing to encode again."""
     model = shared_model(pattern)
@@ -242,6 +242,7 @@ def test_what_is_recorded_stays_small():
     assert max(sizes) < 2 * (REACH + 8) * state_of_a_layer
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_that_records_nothing_ends_the_past():
     """Were it kept, `crop` would run the tokens of the eager forwards again, and take the rest for never fed."""
     torch.compiler.reset()

@@ -29,6 +29,7 @@ def two_sessions(tmp_path):
     return model, caches, contents, tmp_path / "s"
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_the_old_or_the_new_session(two_sessions):
     model, caches, contents, path = two_sessions
     chance, seen = random.Random(0), [0, 0]

@@ -74,6 +74,7 @@ def run_child(script, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_in_a_fresh_process_bit_for_bit(tmp_path):
     wanted, differing = {}, []
 

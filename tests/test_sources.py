@@ -50,6 +50,7 @@ def test_a_header_that_is_not_included_is_refused(repository):
     assert done.returncode != 0 and "other.h" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_the_compiler_warns_about_nothing_but_a_planted_fault(repository):
     assert run(repository, "--warnings").returncode == 0

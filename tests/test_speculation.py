@@ -310,6 +310,7 @@ def test_an_assistant_with_another_tokenizer_drafts_through_the_text():
     assert found[0].tolist() == greedy("paper", tuple(prompt()[0].tolist()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("pattern", ["mamba", "hybrid_sliding", "everything"])
 def test_samples_follow_the_seed_whatever_the_cache_takes_back_and_how(pattern, name):
@@ -403,6 +404,7 @@ def test_a_model_of_the_first_layers_shares_weights_and_changes_nothing():
     assert model.config.to_dict() == before and len(model.model.layers) == 5
 
 
+@pytest.mark.long
 def test_smollm2_as_a_hybrid_says_the_same_however_its_tokens_are_drafted(tmp_path, monkeypatch):
     """A small round of `make bench-speculation`, in float32: real weights, prompts and tokenizer."""
     path = Path(__file__).resolve().parent.parent / "benchmarks/speculation.py"

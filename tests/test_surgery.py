@@ -72,6 +72,7 @@ def test_surgery_takes_each_rows_remembered_text_along(pattern, variant, operati
     read_on(model, cache, rows, [expert] * len(rows))
 
 
+@pytest.mark.slow
 @main_patterns
 @every_cache
 @pytest.mark.parametrize("operation", SURGERY)

@@ -83,6 +83,7 @@ def test_an_expert_that_is_not_given_is_the_one_in_force(pattern, variant):
     assert_same_logits(feed_row(model, None, row, use_cache=False), expected(model, [row])[0])
 
 
+@pytest.mark.slow
 @main_patterns
 def test_every_way_to_name_an_expert_means_the_same(pattern, tmp_path):
     model, rows, expert = new_model(pattern), rows_of(pattern, 1), shared_expert(pattern, 1)

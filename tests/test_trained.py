@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from oracle import assert_same_logits
 from patterns import NO_TOKEN, ROOT, TINY
 from sequences import feed, feed_row, one_turn, ragged_turns, random_cut, rows_of
-from tiny_models import ALL_TRAINED_PARAMS, TRAINED_PARAMS, new_model, shared_expert, shared_model
+from tiny_models import ALL_TRAINED_PARAMS, TRAINED_SMALL, new_model, shared_expert, shared_model
 
 LENGTHS = (280, 190, 235)
 STORAGES = {"dense": {}, "recorded": {"rollback_reach": 64}, "static": {"storage": "static", "max_cache_len": 700}}
@@ -27,7 +27,7 @@ STORAGES = {"dense": {}, "recorded": {"rollback_reach": 64}, "static": {"storage
 MOVED = {"trained_tiny": 1e-4, "trained_smollm2": 5e-7}
 
 every_model = pytest.mark.parametrize("name", ALL_TRAINED_PARAMS)
-small_model = pytest.mark.parametrize("name", TRAINED_PARAMS)
+small_model = pytest.mark.parametrize("name", TRAINED_SMALL)
 every_storage = pytest.mark.parametrize("storage", STORAGES)
 dense_and_static = pytest.mark.parametrize("storage", ["dense", "static"])
 
@@ -52,6 +52,7 @@ def states_of(cache, state):
     return [(store, store.states[state]) for store in stores]
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("state", ["ssm", "conv"])
 def test_the_mamba_states_of_a_text_move_the_logits(name, state):
@@ -78,6 +79,7 @@ def test_the_mamba_states_of_a_text_move_the_logits(name, state):
 # ------------------------------------------------------------------------------------------------- laws on long texts
 
 
+@pytest.mark.slow
 @every_model
 @dense_and_static
 def test_a_long_text_in_pieces_is_one_forward(name, storage):
@@ -98,6 +100,7 @@ def test_a_long_text_in_pieces_loses_only_the_digits_of_its_dtype(name, dtype, t
     assert_same_logits(found.double(), plain(shared_model(name), row), tolerance)
 
 
+@pytest.mark.slow
 @every_model
 @dense_and_static
 def test_long_rows_with_pads_anywhere_are_what_they_are_alone(name, storage):
@@ -106,6 +109,7 @@ def test_long_rows_with_pads_anywhere_are_what_they_are_alone(name, storage):
     assert_same_logits(feed(model, new_cache(model, storage), turns), [plain(model, row) for row in rows])
 
 
+@pytest.mark.long
 @every_model
 @every_storage
 def test_drafts_that_are_taken_back_leave_no_trace_in_a_long_text(name, storage):
@@ -124,6 +128,7 @@ def test_drafts_that_are_taken_back_leave_no_trace_in_a_long_text(name, storage)
     assert_same_logits(found, [plain(model, row)[-len(tokens) :] for row, tokens in zip(rows, rest, strict=True)])
 
 
+@pytest.mark.slow
 @every_model
 @dense_and_static
 def test_rows_of_long_texts_are_reordered_repeated_selected_and_forked(name, storage):
@@ -140,6 +145,7 @@ def test_rows_of_long_texts_are_reordered_repeated_selected_and_forked(name, sto
         assert_same_logits(found, wanted)
 
 
+@pytest.mark.slow
 @small_model
 @dense_and_static
 def test_a_long_text_follows_the_expert_and_comes_back_to_the_base_bit_for_bit(name, storage):
@@ -182,6 +188,7 @@ def descend(model, name):
     torch.optim.SGD(model.parameters(), lr=0.05).step()
 
 
+@pytest.mark.slow
 @small_model
 @pytest.mark.parametrize("write", [merge, load, descend], ids=lambda write: write.__name__)
 def test_a_long_text_that_other_weights_have_encoded_is_never_used(name, write):
@@ -205,6 +212,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @small_model
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_says_after_a_long_text_what_greedy_decoding_says(name, mode):
@@ -249,6 +257,7 @@ USER_SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_session_on_a_long_text_goes_on_bit_for_bit_in_a_process_that_has_the_folder_alone(tmp_path):
     model, (row, *_) = new_model("trained_tiny"), rows_of("trained_tiny", 1, LENGTHS)
     prompt = AutoTokenizer.from_pretrained(TINY)("This License does not grant permission to", return_tensors="pt")

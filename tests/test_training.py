@@ -65,6 +65,7 @@ def losses(run):
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_to_the_very_weights_of_one_that_was_not(tmp_path):
     whole = trainer(tmp_path / "whole")
     whole.train()
@@ -79,6 +80,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_very_weights_of_one_that_was_not(
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_with_gradient_checkpointing_ends_where_one_without_ends(tmp_path):
     plain, checkpointed = trainer(tmp_path / "plain"), trainer(tmp_path / "saving", gradient_checkpointing=True)
     plain.train()

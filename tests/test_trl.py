@@ -83,6 +83,7 @@ PACKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PACKED)
 def test_packed_runs_of_trl_are_padded_runs(tmp_path, options):
     """TRL's default packing was refused: its positions start again at 0 within a row."""
@@ -93,12 +94,14 @@ def test_packed_runs_of_trl_are_padded_runs(tmp_path, options):
     assert_same_run(packed, padded)
 
 
+@pytest.mark.slow
 def test_packed_rows_accumulate_over_micro_batches(tmp_path):
     padded = train(tmp_path / "padded", rows_a_step=len(ROWS))
     packed = train(tmp_path / "packed", rows_a_step=1, packing=True, gradient_accumulation_steps=4)
     assert_same_run(packed, padded)
 
 
+@pytest.mark.slow
 def test_packed_rows_train_adapters_as_padded_ones(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "in_proj", "out_proj"], init_lora_weights=False)
     padded = train(tmp_path / "padded", rows_a_step=len(ROWS), peft_config=config)
@@ -106,6 +109,7 @@ def test_packed_rows_train_adapters_as_padded_ones(tmp_path):
     assert_same_run(packed, padded)
 
 
+@pytest.mark.slow
 def test_label_smoothing_of_packed_rows(tmp_path):
     padded = train(tmp_path / "padded", rows_a_step=len(ROWS), label_smoothing_factor=0.1)
     packed = train(tmp_path / "packed", rows_a_step=4, packing=True, label_smoothing_factor=0.1)

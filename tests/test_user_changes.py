@@ -513,6 +513,7 @@ def test_expert_vectors_follow_the_layers_that_users_move(change, monkeypatch):
 COMPILED = ["replaced: norm that adds one", "wrapped: mlp", "layers: sliding one removed", "layers: one repeated"]
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("change", COMPILED)
 def test_a_change_counts_in_a_compiled_step(change, monkeypatch):

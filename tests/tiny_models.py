@@ -53,18 +53,16 @@ TRAINED = {
     "trained_smollm2": load_smollm2,
 }
 TRAINED_SMALL = ["trained_tiny"]  # small enough for the oracle, and for decomposing all weights
-# One worker runs all that is tried on a trained model: it loads and decomposes the weights only once.
-ALL_TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED]
-TRAINED_PARAMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAINED_SMALL]
+ALL_TRAINED_PARAMS = [*TRAINED_SMALL, pytest.param("trained_smollm2", marks=pytest.mark.long)]
 # What a law is tried on; a trained model stands beside the patterns as one more.
-MODELS = [*PATTERNS, *TRAINED_PARAMS]
+MODELS = [*PATTERNS, *TRAINED_SMALL]
 
 MAIN_PATTERNS = ["mamba", "paper", "llama", "everything"]
 
 every_pattern = pytest.mark.parametrize("pattern", MODELS)
 every_random_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 every_cache = pytest.mark.parametrize("variant", CACHE_VARIANTS)
-main_patterns = pytest.mark.parametrize("pattern", [*MAIN_PATTERNS, *TRAINED_PARAMS])
+main_patterns = pytest.mark.parametrize("pattern", [*MAIN_PATTERNS, *TRAINED_SMALL])
 without_kernels_too = pytest.mark.without_kernels_too
 
 
