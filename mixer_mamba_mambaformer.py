@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .weights_parallel_mambaformer import mesh_of_inputs, used_by_shards
 
 @replaceable_by_kernels
 class MambaFormerConv1d(nn.Conv1d):
-    """The causal convolution of `causal_conv1d`, as a module, so that whoever moves or splits weights sees it run."""
+    """`causal_conv1d` as a module, so that hooks that move or split weights see it run."""
 
     def forward(
         self,
@@ -42,11 +43,8 @@ class MambaFormerMambaMixer(RecurrentMixer):
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        channels, self.state_size, self.rank = (
-            config.mamba_intermediate_size,
-            config.mamba_d_state,
-            config.mamba_dt_rank,
-        )
+        channels, self.state_size = config.mamba_intermediate_size, config.mamba_d_state
+        self.rank = cast(int, config.mamba_dt_rank)  # the configuration fills in "auto"
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
         self.conv1d = MambaFormerConv1d(
             channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"

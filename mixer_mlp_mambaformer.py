@@ -1,5 +1,7 @@
 """The gated MLP that ends a layer."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -21,14 +23,15 @@ class MambaFormerMLP(MambaFormerMixer):
 
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        width = self.split_sizes(config)["intermediate_size"]
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     @classmethod
     def split_sizes(cls, config: MambaFormerConfig) -> dict[str, int]:
-        return {"intermediate_size": config.intermediate_size}
+        return {"intermediate_size": cast(int, config.intermediate_size)}  # a layer without an MLP has `None`
 
     def forward(self, hidden_states: torch.Tensor, vectors: dict[str, ScaledBasis]) -> torch.Tensor:
         gates = apply_expert_linear(self.gate_proj, hidden_states, vectors.get("gate_proj"))

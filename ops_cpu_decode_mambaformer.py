@@ -9,7 +9,6 @@ Each backend of `ops_mambaformer` here returns `None` if it does not take its ar
 """
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, nn
@@ -71,8 +70,9 @@ def packed_linear_on_cpu(states: Tensor, packed: PackedWeight, bias: Tensor | No
     bias = hold_memory(bias)
     if bias is not None and not _is_bias(bias, described.outputs):
         return None
-    if described.kind == INT4 and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
-        weight, scales = states.new_empty(packed.shape[::-1]), packed.scale_and_zero
+    scales = packed.scale_and_zero
+    if scales is not None and states.numel() // described.inputs > MOST_ROWS[states.dtype]:
+        weight = states.new_empty(packed.shape[::-1])
         unpack = kernel_of("unpack_int4", states.dtype, scales.dtype)
         unpack(described.data, *packed.shape, packed.group_size, described.scale, weight.data_ptr(), get_num_threads())
         return states @ weight if bias is None else states @ weight + bias
@@ -92,7 +92,9 @@ def _product(states: Tensor, weight: Weight) -> Tensor | None:
 
 def _describe_packed(packed: PackedWeight, dtype: torch.dtype) -> Weight | None:
     scale = packed.scale if packed.kind == "int8" else packed.scale_and_zero
-    if dtype not in MOST_ROWS or dtype is torch.float64 or not (are_readable(packed.qdata, scale) and packed.fits()):
+    if scale is None or dtype not in MOST_ROWS or dtype is torch.float64:
+        return None
+    if not (are_readable(packed.qdata, scale) and packed.fits()):
         return None
     if packed.kind == "int8":
         is_known = scale.dtype is torch.float32
@@ -184,19 +186,18 @@ def attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     `mask` is boolean (rows or 1, 1, queries, keys), true where a query sees a key; `None` where a single query sees
     all. Returns (rows, queries, heads, width); a query that sees nothing gets zeros.
     """
-    shape = _attention_shape(query, key, value, mask)
-    kernel = None if shape is None else kernel_of("attend", query.dtype)
-    if kernel is None:
+    shape, kernel = _attention_shape(query, key, value, mask), kernel_of("attend", query.dtype)
+    if shape is None or kernel is None:
         return None
     rows, heads, queries, width = query.shape
     outputs = query.new_empty((rows, queries, heads, width))
-    mask = None if mask is None else mask.data_ptr()
-    kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), mask, scaling, outputs.data_ptr(),
+    address_of_mask = None if mask is None else mask.data_ptr()
+    kernel(query.data_ptr(), key.data_ptr(), value.data_ptr(), address_of_mask, scaling, outputs.data_ptr(),
            ctypes.addressof(shape), get_num_threads())  # fmt: skip
     return outputs
 
 
-def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> ctypes.Array | None:
     """The C structure `Shape`; `None` for shapes and layouts that the kernel does not take."""
     if not takes(query, key, value):  # asked first: a comparison of sizes would fix them in a graph
         return None
@@ -243,6 +244,8 @@ def describe_linear(module: nn.Module, dtype: torch.dtype) -> Weight | None:
     if type(module) is not nn.Linear or not has_parameters(module):
         return None
     weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if weight is None:
+        return None
     if type(weight) is nn.Parameter:
         is_known = is_stored(weight, dtype, weight.shape) and weight.ndim == 2
         described = Weight(PLAIN, weight.data_ptr(), 0, 0, *weight.shape) if is_known else None

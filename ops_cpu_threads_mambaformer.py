@@ -1,13 +1,12 @@
-"""Work on many small matrices side by side: Python threads whose PyTorch operations run on one thread each.
+"""Parallel work on many small matrices: Python threads whose PyTorch operations run on one thread each.
 
-Threads of OpenMP wait for each other several times in a decomposition, which costs milliseconds each time where other
-programs need the processors too. Threads that share nothing do not wait.
+OpenMP threads synchronize several times in a decomposition, which costs milliseconds each time on a busy machine.
+Threads that share nothing do not synchronize.
 """
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 
@@ -15,20 +14,21 @@ SECONDS_TO_START = 60
 
 
 class SideBySide:
-    """A context manager whose `submit(function, *arguments)` runs it in one of `workers` threads, or at once for 1.
+    """A context manager whose `submit(function, *arguments)` runs a function in one of `workers` threads.
 
-    The threads start at the first call. Leaving waits for the functions that run, and drops the others.
+    With one worker the function runs in the caller's thread. The threads start at the first call. The end of the
+    context waits for running functions and cancels the others.
     """
 
     def __init__(self, workers: int):
         self.workers = workers
         self._pool: ThreadPoolExecutor | None = None
 
-    def submit(self, function: Callable, *arguments: Any) -> Future:
+    def submit(self, function: Callable, *arguments: object) -> Future:
         if self.workers <= 1:
             return completed(function, *arguments)
         if self._pool is None:
-            self._pool = _started(self.workers)
+            self._pool = _start_workers(self.workers)
         return self._pool.submit(function, *arguments)
 
     def __enter__(self) -> "SideBySide":
@@ -39,18 +39,19 @@ class SideBySide:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def completed(function: Callable, *arguments: Any) -> Future:
-    """Runs a function here and now; an exception is that of the caller."""
+def completed(function: Callable, *arguments: object) -> Future:
+    """Runs a function in the caller's thread, which gets its exception."""
     future: Future = Future()
     future.set_result(function(*arguments))
     return future
 
 
-def _started(workers: int) -> ThreadPoolExecutor:
-    """PyTorch has a number of threads for each Python thread, and one with which new threads begin.
+def _start_workers(workers: int) -> ThreadPoolExecutor:
+    """A pool whose threads run PyTorch operations on one thread each.
 
-    The first operation of a thread reads the latter, and setting the former sets both. So all workers set it, and the
-    caller sets it back when the last one has read it.
+    PyTorch has a number of threads for each Python thread, and a default for new ones. The first operation of a thread
+    reads the default, and setting the number sets both. So all workers set it, and the caller restores the default
+    when the last worker has read it.
     """
     before = torch.get_num_threads()
     everyone = threading.Barrier(workers + 1, timeout=SECONDS_TO_START)
@@ -63,7 +64,7 @@ def _started(workers: int) -> ThreadPoolExecutor:
 
     pool = ThreadPoolExecutor(workers, "mambaformer", initializer=begin)
     try:
-        for _ in range(workers):  # each starts a thread, because none is idle before all have begun
+        for _ in range(workers):  # each call starts a thread, because none is idle before all have started
             pool.submit(int)
         everyone.wait()
     except BaseException:

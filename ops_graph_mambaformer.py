@@ -6,7 +6,7 @@ a process (a model folder's, the package's) registers operations under a name of
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ def convolve_in_graph(
     arguments = (x, weight, bias, initial_state, lengths, positions)
     if not may_join_graph(*arguments) or x.shape[1] == 1 or weight.shape[1] > MOST_TAPS or not _has_kernels():
         return None
-    return causal_conv1d(*arguments)
+    y, final_state = causal_conv1d(*arguments)
+    return y, final_state
 
 
 def scan_in_graph(
@@ -71,7 +72,8 @@ def scan_in_graph(
     if not may_join_graph(*tensors) or u.shape[1] == 1 or not _has_kernels():
         return None
     A = -torch.exp(A.to(arithmetic_dtype(*tensors[:8]))) if A_is_log else A
-    return selective_scan(u, dt, A, *tensors[3:], dt_softplus)
+    y, final_state = selective_scan(u, dt, A, *tensors[3:], dt_softplus)
+    return y, final_state
 
 
 @torch.compiler.assume_constant_result
@@ -82,7 +84,17 @@ def _has_kernels() -> bool:
 # ---- the operations
 
 
-def _register(name: str, schema: str, compute: Callable, empty_results: Callable) -> torch.library.CustomOpDef:
+class Operation(Protocol):
+    """The result of `torch.library.custom_op`."""
+
+    def __call__(self, *arguments: object) -> tuple[Tensor, ...]: ...
+    def register_fake(self, fn: Callable, /) -> Callable: ...
+    def register_autograd(self, backward: Callable, /, *, setup_context: Callable | None = None) -> None: ...
+    def register_vmap(self, func: Callable) -> Any: ...
+
+
+def _register(name: str, schema: str, compute: Callable, empty_results: Callable) -> Operation:
+    """An operation on the CPU; `empty_results` has the results' shapes and dtypes, for fake tensors."""
     operation = torch.library.custom_op(
         f"mambaformer::{name}_{COPY}", compute, mutates_args=(), device_types="cpu", schema=schema
     )
@@ -109,8 +121,9 @@ def _convolve_back(dy: Tensor, dfinal_state: Tensor, *arguments) -> tuple[Tensor
 @torch.no_grad()
 def _scan(*arguments) -> tuple[Tensor, Tensor]:
     *tensors, positions, dt_softplus = arguments
-    results = scan_on_cpu(*tensors, dt_softplus, False, positions)
-    return scan(*tensors, dt_softplus, False, positions) if results is None else results
+    options = {"dt_softplus": dt_softplus, "A_is_log": False, "positions": positions}
+    results = scan_on_cpu(*tensors, **options)
+    return scan(*tensors, **options) if results is None else results
 
 
 def _scan_results(u: Tensor, dt: Tensor, A: Tensor, *others) -> tuple[Tensor, Tensor]:
@@ -165,7 +178,7 @@ _selective_scan_back = _register(
 # ---- gradients and functorch
 
 
-def _differentiate(operation: torch.library.CustomOpDef, back: torch.library.CustomOpDef, count: int) -> None:
+def _differentiate(operation: Operation, back: Operation, count: int) -> None:
     """The gradients of the first `count` arguments are the results of `back`."""
 
     def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -183,7 +196,7 @@ def _differentiate(operation: torch.library.CustomOpDef, back: torch.library.Cus
     operation.register_autograd(backward, setup_context=save)
 
 
-def _batch(operation: torch.library.CustomOpDef) -> None:
+def _batch(operation: Operation) -> None:
     """Under `torch.vmap`, each entry of the batch is a call."""
 
     def batched(info: Any, in_dims: tuple, *arguments: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

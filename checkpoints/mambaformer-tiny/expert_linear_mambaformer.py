@@ -1,4 +1,4 @@
-"""Linear modules computed with scaled singular values: on the fly, and merged into the weight.
+"""Linear modules with scaled singular values: on the fly, and merged into the weight.
 
 For a weight `W = U diag(s) V^T` and scales `z`, `W' = U diag(s * z) V^T`. With `Q` the singular vectors on W's narrow
 side, the same is
@@ -12,7 +12,7 @@ so W itself is never touched, may be quantized or sharded, and every row of a ba
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,40 +28,44 @@ from .weights_parallel_mambaformer import (
     used_by_shards,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 @dataclass(frozen=True, eq=False)
 class ScaledBasis:
     """An expert vector at one module: `vectors` Q (n, r), `side`, and `delta` = z - 1 (r,), or (B, 1, r) per row.
 
-    `mesh` names the processes that the module is split over by tensor parallelism; Q is whole in each of them.
+    `mesh` names the processes that tensor parallelism splits the module over; each of them has all of Q.
     """
 
     vectors: Tensor
     delta: Tensor
     side: str
-    mesh: Any = None
+    mesh: "DeviceMesh | None" = None
 
 
 def scale_basis(
-    basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None, mesh: Any = None
+    basis: SingularBasis, z: Tensor | Sequence[Tensor | None] | None, mesh: "DeviceMesh | None" = None
 ) -> ScaledBasis | None:
-    """Prepares `z` (r,), or a list with one (None = base) per row, for `apply_expert_linear`.
+    """Prepares `z` (r,), or a list with one (`None` = base) per row, for `apply_expert_linear`.
 
-    The result is None if nothing is scaled. `delta` is float32, or float64 if the basis is; shorter vectors are filled
-    up with the base.
+    The result is `None` if nothing is scaled. `delta` is float32, or float64 if the basis is; shorter vectors are
+    extended with zeros, the base.
     """
     if isinstance(z, Tensor):
         return ScaledBasis(_compact(basis, z.numel()), _delta(basis, z), basis.side, mesh)
-    rank = max((vector.numel() for vector in z or () if vector is not None), default=0)
+    vectors = [] if z is None else list(z)
+    rank = max((vector.numel() for vector in vectors if vector is not None), default=0)
     if not rank:
         return None
-    rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in z]
+    rows = [_delta(basis, vector) if vector is not None else basis.values.new_zeros(0) for vector in vectors]
     delta = torch.stack([nn.functional.pad(row, (0, rank - row.numel())) for row in rows])
     return ScaledBasis(_compact(basis, rank), delta[:, None], basis.side, mesh)  # delta: (B, r) -> (B, 1, r)
 
 
 def _compact(basis: SingularBasis, rank: int) -> Tensor:
-    """The first `rank` directions in adjoining memory, which every token reads."""
+    """The first `rank` directions in contiguous memory, which every token reads."""
     return basis.cut(rank).vectors.contiguous()
 
 
@@ -70,11 +74,11 @@ def _delta(basis: SingularBasis, z: Tensor) -> Tensor:
 
 
 def apply_expert_linear(module: nn.Module, hidden_states: Tensor, scaled: ScaledBasis | None = None) -> Tensor:
-    """`module` (linear, seen only from outside) with its singular values scaled: (..., in) -> (..., out).
+    """`module`, linear, with its singular values scaled: (..., in) -> (..., out).
 
     Rows whose `delta` is 0 get the base's own bits. Q is used in the dtype of the activations; the scaling runs in
-    the wider of that and `delta`'s. An adapter around the linear module (W x + D x) adds what it adds to the base,
-    W'x + D x, as it does when the expert vector is merged into W.
+    the wider of that and `delta`'s. An adapter around the linear module (W x + D x) is added unchanged, W'x + D x, as
+    it is when the expert vector is merged into W.
     """
     if scaled is None:
         return apply_linear(module, hidden_states)
@@ -91,9 +95,8 @@ def apply_expert_linear(module: nn.Module, hidden_states: Tensor, scaled: Scaled
 
 def apply_linear(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """`module(hidden_states)`; a kernel may compute it if a product is all that the call would do."""
-    if not is_plain_linear(module):
-        return module(hidden_states)
-    return linear(hidden_states, module._parameters["weight"], module._parameters["bias"])
+    weight = module._parameters["weight"] if is_plain_linear(module) else None
+    return module(hidden_states) if weight is None else linear(hidden_states, weight, module._parameters["bias"])
 
 
 def _scale(hidden_states: Tensor, scaled: ScaledBasis) -> Tensor:
@@ -105,7 +108,7 @@ def _scale(hidden_states: Tensor, scaled: ScaledBasis) -> Tensor:
 
 
 def _without_bias(outputs: Tensor, module: nn.Module) -> Tensor:
-    """The outputs less the bias, which is no part of W and is not scaled."""
+    """The outputs less the bias, which is not scaled."""
     bias = bias_beside(outputs, module)
     return outputs if bias is None else outputs - bias
 

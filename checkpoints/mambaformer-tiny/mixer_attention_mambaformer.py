@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -36,12 +37,13 @@ class MambaFormerRotaryEmbedding(nn.Module):
 
     def inverse_frequencies(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
         """Frequencies (head_dim / 2,) and the factor on cosines and sines."""
-        rope_type = self.config.rope_parameters.get("rope_type", "default")
+        parameters, head_dim = self.config.rope_parameters or {}, cast(int, self.config.head_dim)
+        rope_type = parameters.get("rope_type", "default")
         if rope_type != "default":
             frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](self.config, device)
             return frequencies.to(dtype), factor
-        exponents = torch.arange(0, self.config.head_dim, 2, device=device).to(dtype) / self.config.head_dim
-        return 1.0 / (self.config.rope_parameters["rope_theta"] ** exponents), 1.0
+        exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (rows or 1, tokens) -> cosines and sines (rows or 1, tokens, head_dim) in the states' dtype."""
@@ -93,11 +95,12 @@ class MambaFormerAttention(MambaFormerMixer):
     def __init__(self, config: MambaFormerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.config = config
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        # The configuration fills in fields that are `None`.
+        self.head_dim, num_key_value_heads = cast(int, config.head_dim), cast(int, config.num_key_value_heads)
+        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
         self.is_causal, self.attention_dropout = True, config.attention_dropout
-        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        query_size, key_size = config.num_attention_heads * self.head_dim, num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)

@@ -61,7 +61,7 @@ class AttentionMasks:
     sequences: Sequences | None = None
     groups: tuple["AttentionMasks", ...] = ()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionMasks":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionMasks":
         """The same masks on `device`; Accelerate calls this where layers are on several devices."""
         if self.sequences is not None and self.groups:
             groups = tuple(masks.to(device, non_blocking) for masks in self.groups)

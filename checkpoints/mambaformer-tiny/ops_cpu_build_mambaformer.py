@@ -1,8 +1,8 @@
-"""CPU kernels as shared libraries: compiled where they are first used, and found again afterwards.
+"""CPU kernels as shared libraries: compiled at their first use, and kept in a folder.
 
-A model's folder brings source, not binaries, so every machine compiles for itself: once, in less than a minute, for
-what its processor can do (as PyTorch sees it). A library is code, so it is only loaded from a folder that no other
-user can write. Without a compiler or such a folder everything is computed by PyTorch, only slower.
+A model's folder has source, not binaries, so every machine compiles once, in less than a minute, for the instructions
+of its processor (as PyTorch reports them). A library is code, so it is only loaded from a folder that no other user
+can write. Without a compiler or such a folder PyTorch computes everything, only slower.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ from .files_mambaformer import cache_folder, check_private_file, private_folder,
 
 logger = logging.getLogger(__name__)
 
-# Set to "0", all is computed by PyTorch.
+# With "0", PyTorch computes everything.
 SWITCH = "MAMBAFORMER_CPU_KERNELS"
 # For tests: checks that the compiler builds into the kernels, such as "address,undefined".
 SANITIZERS = "MAMBAFORMER_CPU_SANITIZERS"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-w")
-# Bytes of a vector and flags, by what PyTorch calls the processor's capability; others get vectors of 16 bytes.
+# Bytes of a vector and flags, by PyTorch's name of the processor's capability; others get vectors of 16 bytes.
 CAPABILITIES = {
     "AVX512": (64, ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")),
     "AVX2": (32, ("-mavx2", "-mfma")),
@@ -47,11 +47,11 @@ _libraries: dict[str, ctypes.CDLL | None] = {}
 
 
 class _NoKernels(RuntimeError):
-    """Why there are none, and what to do about it."""
+    """There are no kernels; the message has the reason and the remedy."""
 
 
 class _CompilerFailed(_NoKernels):
-    """A compiler that ran to its end and refused; other flags may help."""
+    """The compiler refused the source; other flags may help."""
 
 
 def cpu_library(
@@ -111,7 +111,7 @@ def _library_in(folder: Path, source: str, functions: Sequence[str], values: Map
     identity = "\n".join((source, _version_of(compiler), platform.machine(), *flags))
     name = _digest(identity.encode())
     for path in folder.glob(f"{name}-*.so"):
-        library = _loaded(path, functions, values)
+        library = _load_library(path, functions, values)
         if isinstance(library, ctypes.CDLL):
             return library
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
@@ -120,18 +120,18 @@ def _library_in(folder: Path, source: str, functions: Sequence[str], values: Map
             "to another folder"
         )
     with temporary_for(folder / name) as temporary:
-        content = _compiled(compiler, source, flags)
+        content = _compile_library(compiler, source, flags)
         temporary.write_bytes(content)
         temporary.chmod(0o700)
         path = folder / f"{name}-{_digest(content)}.so"
         os.replace(temporary, path)
-    library = _loaded(path, functions, values)
+    library = _load_library(path, functions, values)
     if isinstance(library, str):
         raise _NoKernels(f"`{compiler}` made a library that {library}")
     return library
 
 
-def _loaded(path: Path, functions: Sequence[str], values: Mapping[str, int]) -> ctypes.CDLL | str:
+def _load_library(path: Path, functions: Sequence[str], values: Mapping[str, int]) -> ctypes.CDLL | str:
     """The library, or its fault; a faulty file is removed. Raises `PermissionError` as in `files_`.
 
     Its name ends in its content, for a process dies of a library that was cut short.
@@ -140,7 +140,7 @@ def _loaded(path: Path, functions: Sequence[str], values: Mapping[str, int]) -> 
     with open(path, "rb") as file:
         check_private_file(cache_folder("kernels") / path.name, os.fstat(file.fileno()))
         content = file.read()
-    if path.stem.endswith(f"-{_digest(content)}") and _is_whole(content):
+    if path.stem.endswith(f"-{_digest(content)}") and _is_complete(content):
         try:
             # Reports of sanitizers name lines only of a file that is still there under the name it was loaded by.
             library = ctypes.CDLL(str(path.resolve() if os.environ.get(SANITIZERS) else path))
@@ -169,7 +169,7 @@ def _disagreement(library: ctypes.CDLL, functions: Sequence[str], values: Mappin
     return ""
 
 
-def _is_whole(library: bytes) -> bool:
+def _is_complete(library: bytes) -> bool:
     """Whether an ELF file has all that its program headers map: reading beyond its end kills a process (SIGBUS)."""
     if not library.startswith(b"\x7fELF\x02\x01"):  # 64 bits, little-endian; others are left to the loader
         return True
@@ -214,7 +214,7 @@ def _version_of(compiler: str) -> str:
         return _run([compiler, "--version"], Path(folder), SECONDS_TO_ANSWER)
 
 
-def _compiled(compiler: str, source: str, flags: Sequence[str]) -> bytes:
+def _compile_library(compiler: str, source: str, flags: Sequence[str]) -> bytes:
     _announce()
     with _work_folder() as folder:
         output = Path(folder, "kernels.so")
@@ -223,7 +223,7 @@ def _compiled(compiler: str, source: str, flags: Sequence[str]) -> bytes:
             content = output.read_bytes()
         except OSError as error:
             raise _NoKernels(f"`{compiler}` made no library ({error}): use another compiler") from error
-    if not _is_whole(content):
+    if not _is_complete(content):
         raise _NoKernels(f"`{compiler}` made a library that is cut short: see whether the disk is full")
     return content
 
