@@ -29,7 +29,7 @@ class CacheStore(Protocol):
     stores carry it out.
     """
 
-    def update(self, *args: Any, **kwargs: Any):  # keys and values, or a state and its name
+    def update(self, *args: Any, **kwargs: Any) -> Any:  # keys and values, or a state and its name
         """Stages the new tokens of the open forward."""
 
     def commit(self) -> None:

@@ -231,7 +231,7 @@ class TokenHistory:
         cached = self.token_ids.view(columns)
         if input_ids.dim() != 2 or input_ids.shape[0] != cached.shape[0]:
             raise ValueError(
-                f"`input_ids` must be ({cached.shape[0]}, columns) like the rows of the cache, got shape "
+                f"`input_ids` must be ({cached.shape[0]}, columns), one row for each row of the cache, got shape "
                 f"{tuple(input_ids.shape)}."
             )
         length = min(columns, input_ids.shape[1])
