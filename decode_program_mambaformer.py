@@ -25,9 +25,9 @@ from .decode_workspace_mambaformer import Buffer
 from .expert_runtime_mambaformer import ScaledBases
 from .mixer_attention_masks_mambaformer import AttentionMasks
 from .modeling_stack_mambaformer import Place
-from .ops_cpu_decode_mambaformer import MOST_ROWS, strides_of_mask, takes, takes_mask
+from .ops_cpu_decode_mambaformer import MOST_ROWS, strides_of_mask, takes_mask
 from .ops_cpu_interface_mambaformer import ProgramInputs, as_integers, kernel_of
-from .ops_eligibility_mambaformer import Watch, is_of_own_type, is_own_attention
+from .ops_eligibility_mambaformer import Watch, is_of_own_type, is_own_attention, may_run_forward
 
 Angles = tuple[Tensor, Tensor] | None
 # Programs that a model keeps, so that sessions with different expert vectors may take turns.
@@ -86,7 +86,7 @@ class DecodePrograms:
         """
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
         is_few = weights is not None and num_tokens <= MOST_ROWS.get(hidden_states.dtype, 0)
-        if cache is None or not is_few or torch.is_grad_enabled() or not takes(hidden_states):
+        if cache is None or not is_few or torch.is_grad_enabled() or not may_run_forward(hidden_states):
             return None
         modules = [id(place.module) for place in places]
         key = ProgramKey(weights, hidden_states.dtype, hidden_states.shape[-1], get_num_threads(), modules)
@@ -382,7 +382,7 @@ class ProgramStep:
 
 
 def _is_like(old: Tensor, new: Tensor) -> bool:
-    return old.shape == new.shape and old.dtype is new.dtype and old.is_contiguous() and takes(old)
+    return old.shape == new.shape and old.dtype is new.dtype and old.is_contiguous() and may_run_forward(old)
 
 
 def _are_slots(keys: Tensor, values: Tensor, like: Tensor) -> bool:
@@ -398,7 +398,7 @@ def _takes_angles(hidden_states: Tensor, angles: tuple[Tensor, Tensor], head_dim
     rows, count, _ = hidden_states.shape
     shapes = {tuple(angle.shape) for angle in angles}
     fits = len(shapes) == 1 and shapes <= {(rows, count, head_dim), (1, count, head_dim)} and head_dim % 2 == 0
-    return fits and all(angle.is_contiguous() for angle in angles) and takes(hidden_states, *angles)
+    return fits and all(angle.is_contiguous() for angle in angles) and may_run_forward(hidden_states, *angles)
 
 
 __all__ = ["DecodePrograms"]

@@ -126,7 +126,7 @@ def _change(states: Tensor, scaled: ScaledBasis) -> Tensor:
     delta = scaled.delta
     _check_rows(states, delta)
     basis = scaled.vectors.to(states.dtype)
-    if states.shape[-1] == basis.shape[0]:
+    if scaled.mesh is None or states.shape[-1] == basis.shape[0]:
         return ((states @ basis) * delta).to(states.dtype) @ basis.mT
     # The coordinates (..., r) are sums over the channels of all processes.
     basis = part_of(basis, states.shape[-1], scaled.mesh)

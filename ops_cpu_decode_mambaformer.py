@@ -23,8 +23,13 @@ from .ops_cpu_interface_mambaformer import (
     kernel_of,
     rows_of_block,
 )
-from .ops_eligibility_mambaformer import PLAIN_TENSORS, are_readable, has_parameters, hold_memory
-from .ops_eligibility_mambaformer import are_readable_without_graph as takes
+from .ops_eligibility_mambaformer import (
+    PLAIN_TENSORS,
+    are_readable,
+    has_parameters,
+    hold_memory,
+    may_run_forward,
+)
 from .weights_quantized_mambaformer import PackedWeight, packed_weight
 
 # Rows up to which our product is faster than PyTorch's, by the dtype of the activations.
@@ -45,7 +50,7 @@ def linear_on_cpu(states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 def plain_linear_on_cpu(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a plain weight (out, in), for few rows."""
-    if not takes(states, weight, bias):
+    if not may_run_forward(states, weight, bias):
         return None
     weight, bias = hold_memory(weight), hold_memory(bias)
     if weight.ndim != 2 or not weight.is_contiguous():
@@ -64,7 +69,7 @@ def _is_bias(bias: Tensor, outputs: int) -> bool:
 
 def packed_linear_on_cpu(states: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor | None:
     """(..., in) -> (..., out) with a weight as torchao packs it; int4 for any number of rows, int8 for few."""
-    described = _describe_packed(packed, states.dtype) if takes(states, bias) else None
+    described = _describe_packed(packed, states.dtype) if may_run_forward(states, bias) else None
     if described is None or states.shape[-1] != described.inputs:
         return None
     bias = hold_memory(bias)
@@ -113,7 +118,7 @@ def _has_our_blocks(packed: PackedWeight) -> bool:
 
 def scale_singular_values_on_cpu(states: Tensor, basis: Tensor, delta: Tensor) -> Tensor | None:
     """`scale_singular_values` of few rows."""
-    if not takes(states, basis):
+    if not may_run_forward(states, basis):
         return None
     rows, width, kernel = states.numel() // states.shape[-1], states.shape[-1], kernel_of("rescale", states.dtype)
     if kernel is None or width != basis.shape[0] or rows > MOST_ROWS[states.dtype]:
@@ -133,7 +138,7 @@ def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[i
     is_shared = delta.shape == (rank,)
     fits = rank > 0 and (is_shared or (delta.shape == (rows, 1, rank) and tokens == 1))
     wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
-    if not (fits and takes(basis) and takes(delta) and delta.dtype is wide):
+    if not (fits and may_run_forward(basis) and may_run_forward(delta) and delta.dtype is wide):
         return False
     weight.basis, weight.basis_stride, weight.rank = basis.data_ptr(), basis.stride(0), rank
     weight.delta, weight.delta_stride = delta.data_ptr(), 0 if is_shared else rank
@@ -142,7 +147,7 @@ def describe_expert(weight: Weight, basis: Tensor, delta: Tensor, shape: tuple[i
 
 def rms_norm_on_cpu(states: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     """`rms_norm`."""
-    kernel = kernel_of("rms_norm", states.dtype) if takes(states, weight) and states.numel() else None
+    kernel = kernel_of("rms_norm", states.dtype) if may_run_forward(states, weight) and states.numel() else None
     if kernel is None:
         return None
     weight = hold_memory(weight)
@@ -157,7 +162,7 @@ def rms_norm_on_cpu(states: Tensor, weight: Tensor, eps: float) -> Tensor | None
 
 def apply_rope_on_cpu(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """`apply_rope`."""
-    kernel = kernel_of("rotate", states.dtype) if takes(states, cos, sin) else None
+    kernel = kernel_of("rotate", states.dtype) if may_run_forward(states, cos, sin) else None
     if kernel is None:
         return None
     rows, heads, tokens, width = states.shape
@@ -172,7 +177,7 @@ def apply_rope_on_cpu(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None
 
 def silu_gate_on_cpu(gates: Tensor, states: Tensor) -> Tensor | None:
     """`silu_gate`."""
-    kernel = kernel_of("gate", states.dtype) if takes(states, gates) else None
+    kernel = kernel_of("gate", states.dtype) if may_run_forward(states, gates) else None
     if kernel is None or gates.shape != states.shape:
         return None
     gates, states, outputs = gates.contiguous(), states.contiguous(), states.new_empty(states.shape)
@@ -199,7 +204,7 @@ def attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 def _attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> ctypes.Array | None:
     """The C structure `Shape`; `None` for shapes and layouts that the kernel does not take."""
-    if not takes(query, key, value):  # asked first: a comparison of sizes would fix them in a graph
+    if not may_run_forward(query, key, value):  # asked first: a comparison of sizes would fix them in a graph
         return None
     rows, heads, queries, width = query.shape
     if mask is None and queries > 1:

@@ -165,7 +165,7 @@ def are_readable(*tensors: Tensor | None) -> bool:
     return not is_every_operation_seen()
 
 
-def are_readable_without_graph(first: Tensor, *others: Tensor | None) -> bool:
+def may_run_forward(first: Tensor, *others: Tensor | None) -> bool:
     """Whether CPU kernels without a backward may read these: of one dtype, without a graph to record or autocast."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -209,7 +209,6 @@ __all__ = [
     "SILU_TYPES",
     "Watch",
     "are_readable",
-    "are_readable_without_graph",
     "has_own_methods",
     "has_parameters",
     "hold_memory",
@@ -220,6 +219,7 @@ __all__ = [
     "is_replaceable",
     "is_silu",
     "may_join_graph",
+    "may_run_forward",
     "may_run_on_gpu",
     "replaceable_by_kernels",
 ]

@@ -90,7 +90,7 @@ class Operation(Protocol):
     def __call__(self, *arguments: object) -> tuple[Tensor, ...]: ...
     def register_fake(self, fn: Callable, /) -> Callable: ...
     def register_autograd(self, backward: Callable, /, *, setup_context: Callable | None = None) -> None: ...
-    def register_vmap(self, func: Callable) -> Any: ...
+    def register_vmap(self, func: Callable) -> object: ...
 
 
 def _register(name: str, schema: str, compute: Callable, empty_results: Callable) -> Operation:
@@ -181,6 +181,7 @@ _selective_scan_back = _register(
 def _differentiate(operation: Operation, back: Operation, count: int) -> None:
     """The gradients of the first `count` arguments are the results of `back`."""
 
+    # `Any`: PyTorch's contexts and batch infos have no public types.
     def save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         tensors = [each for each in inputs if not isinstance(each, bool)]
         ctx.save_for_backward(*tensors)
