@@ -212,10 +212,16 @@ def _layout_staged(retention: Retention, span: Span, device: torch.device, num_s
 
 @dataclass(frozen=True)
 class StateSpec:
-    """The shape of one tensor of a store's state, and whether its dtype is at least float32."""
+    """The shape of one tensor of a store's state, and its dtype.
+
+    Args:
+        is_wide: whether the dtype is at least float32, or else a dtype of the model's weights.
+        dtype: the dtype, where it does not depend on the model.
+    """
 
     shape: tuple[int, ...]
     is_wide: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +274,13 @@ class KeyValueStore:
         self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_saved: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values (rows, heads, tokens, head_dim); returns all that attention sees."""
+        stored = self._put(self.encode("keys", keys), self.encode("values", values), layout, is_saved)
+        return self.decode("keys", stored[0]), self.decode("values", stored[1])
+
+    def _put(
+        self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_saved: bool = False
+    ) -> list[torch.Tensor]:
+        """Stores new keys and values in their stored form; returns the slots that attention sees."""
         layout = layout.to(keys.device)
         seen, self.staged = [], []
         self.staged_slots = layout.num_slots
@@ -280,12 +293,24 @@ class KeyValueStore:
                 stored_and_new = torch.cat([buffer.view(layout.num_stored), new], dim=2) if layout.num_stored else new
                 self.staged.append(stored_and_new.gather(2, expand_index(layout.sources, stored_and_new, 2)))
                 seen.append(stored_and_new)
-        return seen[0], seen[1]
+        return seen
 
-    def place(self, like: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """The stored form of new `"keys"` or `"values"`: unchanged."""
+        return new
+
+    def decode(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """Stored `"keys"` or `"values"` as attention sees them: unchanged."""
+        return stored
+
+    def visible(self) -> dict[str, torch.Tensor]:
+        """The keys and values that attention sees, by name."""
+        return {name: self.decode(name, stored) for name, stored in self.state().items()}
+
+    def place(self, like: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor] | None:
         """All slots of keys and of values, for a kernel that writes keys and values shaped like `like` into them.
 
-        `layout` is one that writes in place.
+        `layout` is one that writes in place. `None`, and nothing has changed, where no kernel writes the stored form.
         """
         self.staged, self.staged_slots = [], layout.num_slots
         self.keys.reserve(like, layout.num_slots)
@@ -326,7 +351,7 @@ class KeyValueStore:
 
     def load_state(self, state: dict[str, torch.Tensor], columns: int) -> None:
         num_slots = self.keys.fixed_size or self.retention.num_slots(columns)
-        self.update(state["keys"], state["values"], Layout(num_slots, key_positions=None, slots=0))
+        self._put(state["keys"], state["values"], Layout(num_slots, key_positions=None, slots=0))
         self.commit()
 
     def spec(self, rows: int, columns: int, layer: nn.Module) -> dict[str, StateSpec]:

@@ -4,6 +4,7 @@ A layer is composed of stores: one for the keys of attention, one for the states
 composes storage and retention: a new storage is one class with the methods of `Buffer` and a row in `STORAGES`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -14,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from .cache_buffers_mambaformer import Buffer
 from .cache_history_mambaformer import CacheLengths
 from .cache_keys_mambaformer import KeyValueStore, Layout, Removal, Retention, StateSpec
+from .cache_quantized_mambaformer import QuantizedKeyValueStore
 from .cache_states_mambaformer import RecurrentStore
 from .modeling_stack_mambaformer import LayerSpec
 
@@ -86,7 +88,7 @@ class CacheStore(Protocol):
 
 
 # Storage of keys and values, by its name in `make_cache`.
-STORAGES: dict[str, Callable[[int, int | None], Buffer]] = {"dense": Buffer, "static": Buffer}
+STORAGES: dict[str, Callable[[int, int | None], Buffer]] = {"dense": Buffer, "static": Buffer, "quantized": Buffer}
 
 
 class CacheLayer:
@@ -139,7 +141,7 @@ class CacheLayer:
     def to_dict(self) -> dict[str, dict[str, torch.Tensor] | None]:
         """The layer's part of `MambaFormerCache.to_dict`, without its length."""
         mamba = None if self.recurrent is None else self.recurrent.state() or None
-        keys = None if self.attention is None else self.attention.state() or None
+        keys = None if self.attention is None else self.attention.visible() or None
         return {"mamba_cache": mamba, "attn_kv_cache": keys}
 
     def get_seq_length(self) -> int:
@@ -189,11 +191,11 @@ class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        return self.attention.state().get("keys")
+        return self.attention.visible().get("keys")
 
     @property
     def values(self) -> torch.Tensor | None:
-        return self.attention.state().get("values")
+        return self.attention.visible().get("values")
 
     @property
     def is_initialized(self) -> bool:
@@ -247,12 +249,17 @@ def make_layer(
     lengths: CacheLengths,
     storage: str = "dense",
     max_columns: int | None = None,
+    kv_bits: dict[str, int] | None = None,
 ) -> CacheLayer:
-    """An empty cache layer for a layer of this spec; its storage is fixed if `max_columns` is set."""
+    """An empty cache layer for a layer of this spec.
+
+    Its storage is fixed if `max_columns` is set, and its keys and values are codes if `kv_bits` is.
+    """
     attention = recurrent = None
     if spec.attends:
         row_shape = cast(tuple[int, int], (config.num_key_value_heads, config.head_dim))  # `None` is filled in by now
-        attention = KeyValueStore(Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage])
+        store = KeyValueStore if kv_bits is None else functools.partial(QuantizedKeyValueStore, kv_bits=kv_bits)
+        attention = store(Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage])
     if spec.is_recurrent:
         recurrent = RecurrentStore(is_fixed=max_columns is not None)
     return LAYER_CLASSES[spec.attends, spec.is_recurrent](lengths, attention, recurrent, max_columns)

@@ -29,6 +29,7 @@ from .cache_history_mambaformer import (
 from .cache_keys_mambaformer import KeyValueStore, Layout, Removal
 from .cache_layers_mambaformer import STORAGES, CacheLayer, CacheStore, make_layer
 from .cache_lock_mambaformer import CacheLock, not_while_fed
+from .cache_quantized_mambaformer import resolve_kv_bits
 from .cache_session_mambaformer import SessionModel, load_session, save_session
 from .cache_states_mambaformer import RecurrentStore
 from .cache_transaction_mambaformer import CacheTransaction
@@ -50,7 +51,8 @@ class MambaFormerCache(Cache):
 
     Args:
         config: configuration of the model that feeds the cache.
-        storage: `"dense"` grows with the sequence at amortised cost; `"static"` has a fixed size and fixed addresses.
+        storage: `"dense"` grows with the sequence at amortised cost; `"static"` has a fixed size and fixed addresses;
+            `"quantized"` is dense, with keys and values in `kv_bits`.
         max_cache_len: columns (tokens with their pads) that static storage holds.
         on_expert_change: the treatment of a sequence that was encoded with another expert vector or other weights.
             `"recompute"` encodes it again at the next forward; `"reset"` drops it, and the caller feeds it again;
@@ -59,6 +61,8 @@ class MambaFormerCache(Cache):
         rollback_reach: tokens that `crop` takes back at once. Beyond it, and under static storage, `crop` is as exact,
             but the next forward encodes the remaining tokens again. See `activate_past_recording`.
         model: the stack whose weights a saved cache is tied to; the cache does not keep it alive.
+        kv_bits: bits of each number of keys and values (8, 6, 5, 4 or 3), or `{"keys": n, "values": n}`; by default 8
+            for quantized storage, and the dtype of the activations for other storage. Static storage takes it too.
         specs: specs of the layers; by default the specs of `model`, or of `config` without a model.
 
     Raises:
@@ -78,8 +82,10 @@ class MambaFormerCache(Cache):
         rollback_reach: int = 0,
         model: ModelStack | None = None,
         specs: list[LayerSpec] | None = None,
+        kv_bits: int | dict[str, int] | None = None,
     ):
         _check_options(storage, max_cache_len, rollback_reach)
+        self.kv_bits = resolve_kv_bits(kv_bits, is_quantized=storage == "quantized")
         self.config, self.storage, self.max_columns = config, storage, max_cache_len
         self.resolve = resolve
         self._model = None if model is None else weakref.ref(model)
@@ -95,7 +101,8 @@ class MambaFormerCache(Cache):
             specs = specs_of(config) if model is None else [place.spec for place in places_of_model(model)]
         self.specs = specs
         super().__init__(layers=[])
-        self.layers = [make_layer(config, each, self.lengths, storage, max_cache_len) for each in self.specs]
+        options = storage, max_cache_len, self.kv_bits
+        self.layers = [make_layer(config, each, self.lengths, *options) for each in self.specs]
         if rollback_reach:
             self.activate_past_recording(rollback_reach)
 
@@ -448,7 +455,7 @@ class MambaFormerCache(Cache):
     def duplicate(self) -> "MambaFormerCache":
         """`fork`, allowed also in the middle of a forward."""
         options = (self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
-        other = MambaFormerCache(*options, self.rollback_reach, self.model, specs=[])
+        other = MambaFormerCache(*options, self.rollback_reach, self.model, [], self.kv_bits)
         other.specs, other.layers = self.specs, [layer.fork(other.lengths) for layer in self.layers]
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()

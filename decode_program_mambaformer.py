@@ -344,9 +344,10 @@ class ProgramStep:
             if like is None:
                 like = new_keys[shape] = self.hidden_states.new_empty((self.rows, shape[0], self.count, shape[1]))
             store = layers[slots.position].attention
-            if store is None:
+            placed = None if store is None else store.place(like, self.layouts[window])
+            if placed is None:
                 return False
-            keys, values = store.place(like, self.layouts[window])
+            keys, values = placed
             capacity = keys.shape[2]
             if not _are_slots(keys, values, like) or capacity < self.slots_needed[window]:
                 return False

@@ -264,10 +264,12 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
         elif implementation == "static":
             size = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
             cache = self.make_cache("static", max_cache_len=size)
+        elif implementation == "quantized":
+            cache = self.make_cache("quantized", kv_bits=_kv_bits_of(generation_config.cache_config))
         else:
             raise ValueError(
                 f"`cache_implementation` {implementation!r} is not supported on {self.device.type!r}: choose 'dynamic'"
-                " or 'static', or pass a cache of `model.make_cache()` as `cache`."
+                ", 'static' or 'quantized', or pass a cache of `model.make_cache()` as `cache`."
             )
         if is_speculative or is_assistant:
             if batch_size > 1:
@@ -356,6 +358,22 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
 def _first_of(options: list[Keywords], name: str):
     """The first value of this name that is not `None`."""
     return next((option[name] for option in options if option.get(name) is not None), None)
+
+
+def _kv_bits_of(cache_config: dict[str, int] | None) -> int | None:
+    """The bits of keys and values in `cache_config` of `generate`.
+
+    Raises:
+        ValueError: it has options that this cache has no use for.
+    """
+    options = dict(cache_config or {})
+    kv_bits = options.pop("nbits", None)
+    if options:
+        raise ValueError(
+            f"`cache_config` of a quantized cache has one option here, 'nbits', and {sorted(options)} was given too: "
+            "each key and value is rounded by itself, so there is neither a backend nor a residual to choose."
+        )
+    return kv_bits
 
 
 def _without_expert_vectors(generation_config: GenerationConfig) -> GenerationConfig:

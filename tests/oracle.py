@@ -61,10 +61,10 @@ class Readings:
 class Oracle:
     """What `reference.py` says of one model under any expert, as long as its weights are those of `stamp`."""
 
-    def __init__(self, model):
+    def __init__(self, model, **cache_fields):
         self.model, self.stamp = model, stamp_of(model)  # holding the model keeps its id its own
         self.weights, self.decomposed, self.tuned = model.state_dict(), {}, {}
-        self.readings = Readings(model.config.to_dict(), self.tuned.__getitem__)
+        self.readings = Readings(model.config.to_dict() | cache_fields, self.tuned.__getitem__)
 
     def logits(self, row, expert):
         """Logits (tokens, vocabulary) of a row, under an expert as `expected` takes it."""
@@ -91,15 +91,17 @@ def stamp_of(model):
 _oracles = {}
 
 
-def expected(model, rows, experts=None):
+def expected(model, rows, experts=None, **cache_fields):
     """The oracle's logits, remembered per model since the laws ask for the same ones again and again.
 
     `experts` has one entry a row: `None`, an `ExpertVector`, or a list of `(start, None or ExpertVector)` segments.
+    `cache_fields` say what a cache keeps: `kv_bits={"keys": n, "values": n}` where it rounds.
     """
     experts = [None] * len(rows) if experts is None else experts
-    oracle = _oracles.get(id(model))
+    key = id(model), str(cache_fields)
+    oracle = _oracles.get(key)
     if oracle is None or oracle.stamp != stamp_of(model):
-        oracle = _oracles[id(model)] = Oracle(model)
+        oracle = _oracles[key] = Oracle(model, **cache_fields)
     return [oracle.logits(row, expert) for row, expert in zip(rows, experts, strict=True)]
 
 
@@ -128,11 +130,12 @@ def tails(rows, counts):
     return [row[count:] for row, count in zip(rows, counts, strict=True)]
 
 
-def read_on(model, cache, rows, experts=None, seed=29, **options):
+def read_on(model, cache, rows, experts=None, seed=29, cache_fields=None, **options):
     """Feeds every row a new, ragged continuation and asserts that it is read as the oracle reads the whole row."""
     rng = random.Random(seed)
     more = rows_for(model, seed, [rng.randint(1, 4) for _ in rows])
     found = feed(model, cache, ragged_turns(rng, more, count=2), **options)
     whole = [old + new for old, new in zip(rows, more, strict=True)]
-    assert_same_logits(found, tails(expected(model, whole, experts), [len(row) for row in rows]))
+    wanted = expected(model, whole, experts, **(cache_fields or {}))
+    assert_same_logits(found, tails(wanted, [len(row) for row in rows]))
     return whole

@@ -69,6 +69,26 @@ def tuned_weight(weight, short_z):
     return tuned(*torch.linalg.svd(weight.detach(), full_matrices=False), short_z)
 
 
+def rounded(vector, bits):
+    """A key or value as a quantized cache keeps it: rotated, rounded in groups of at most 64, rotated back."""
+    size = len(vector)
+    signs = torch.tensor([1.0 if (n + 1) * 0x9E3779B1 & 1 << 15 else -1.0 for n in range(size)], dtype=vector.dtype)
+    block = max(width for width in (128, 64, 32, 16, 8, 4, 2, 1) if size % width == 0)
+    parities = torch.tensor([[bin(i & j).count("1") % 2 for j in range(block)] for i in range(block)])
+    hadamard = (1.0 - 2.0 * parities).to(vector.dtype) / block**0.5
+    rotation = torch.block_diag(*[hadamard] * (size // block)) @ torch.diag(signs)
+    levels, pieces = 2**bits, []
+    for group in (rotation @ vector).view(-(-size // 64), -1):
+        low = -group.abs().max() if bits >= 6 else group.min().bfloat16().to(group.dtype)
+        if bits >= 6:
+            step = (-low / ((levels - 1) / 2)).bfloat16().to(group.dtype)
+            low = -step * (levels - 1) / 2
+        else:
+            step = ((group.max() - low).clamp(min=0) / (levels - 1)).bfloat16().to(group.dtype)
+        pieces += [low + step * ((x - low) / (step or 1)).round().clamp(0, levels - 1) for x in group]
+    return rotation.T @ torch.stack(pieces)
+
+
 class ReferenceRow:
     """Reads one text token by token. All that it remembers is in plain sight: keys, values, conv inputs, h."""
 
@@ -116,6 +136,10 @@ class ReferenceRow:
         if config["rope_parameters"] is not None:
             theta = config["rope_parameters"]["rope_theta"]
             queries, keys = rotate(queries, self.position, theta), rotate(keys, self.position, theta)
+        bits = config.get("kv_bits")
+        if bits is not None:
+            keys = torch.stack([rounded(key, bits["keys"]) for key in keys])
+            values = torch.stack([rounded(value, bits["values"]) for value in values])
         self.keys[layer].append(keys)
         self.values[layer].append(values)
         seen = [p for p in range(self.position + 1) if self.visible(kind, p)]

@@ -146,7 +146,7 @@ def _fields_of(config: "MambaFormerConfig", names: Iterable[str]) -> dict[str, o
 
 def _options_of(cache: "MambaFormerCache") -> dict[str, object]:
     names = {"storage": "storage", "max_cache_len": "max_columns"}
-    names |= {name: name for name in ("on_expert_change", "rollback_reach")}
+    names |= {name: name for name in ("on_expert_change", "rollback_reach", "kv_bits")}
     return {option: getattr(cache, name) for option, name in names.items()}
 
 
@@ -325,7 +325,9 @@ def _check_options(options: dict) -> None:
         "max_cache_len": (int, NoneType),
         "on_expert_change": (str,),
         "rollback_reach": (int,),
+        "kv_bits": (dict, NoneType),
     }
+    options = {"kv_bits": None, **options}  # older sessions have no such option
     if options.keys() != kinds.keys() or any(type(options[name]) not in kinds[name] for name in kinds):
         raise ValueError(f"its options are {options}, not {list(kinds)}.")
 
@@ -449,7 +451,7 @@ def _expected_states(session: Session, cache: "MambaFormerCache") -> Iterator[tu
     for place, layer in zip(places_of_model(stack), cache.layers, strict=True):
         for kind, store in layer.stores.items():
             for name, spec in store.spec(rows, session.columns, place.module).items():
-                dtypes = wide if spec.is_wide else narrow
+                dtypes = {spec.dtype} if spec.dtype is not None else wide if spec.is_wide else narrow
                 yield f"layers.{place.position}.{kind}.{name}", (spec.shape, dtypes)
 
 

@@ -190,13 +190,21 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         max_cache_len: int | None = None,
         on_expert_change: str = "recompute",
         rollback_reach: int = 0,
+        kv_bits: int | dict[str, int] | None = None,
         **unknown,
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `MambaFormerCache`."""
         check_keywords(self.make_cache, unknown, frozenset())
         resolve = functools.partial(resolve_with_key, self._expert_library)
         return MambaFormerCache(
-            self.config, storage, max_cache_len, on_expert_change, resolve, rollback_reach, self.base_model
+            self.config,
+            storage,
+            max_cache_len,
+            on_expert_change,
+            resolve,
+            rollback_reach,
+            self.base_model,
+            kv_bits=kv_bits,
         )
 
     def make_prefix_cache(self, max_bytes: int, min_tokens: int = 16) -> PrefixCache:

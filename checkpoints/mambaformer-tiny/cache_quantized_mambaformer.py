@@ -1,0 +1,83 @@
+"""Quantized storage of keys and values: each token's key and value as codes of a few bits.
+
+Codes are a pure function of one token's key or value (`cache_codes_mambaformer`), so the laws of split, padding,
+rollback, surgery and disk hold among quantized caches as they do among others. Queries see the decoded keys and
+values of all tokens, the tokens of their own forward included.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from .cache_buffers_mambaformer import Buffer
+from .cache_codes_mambaformer import VectorCodec, check_bits
+from .cache_keys_mambaformer import KeyValueStore, Layout, Retention, StateSpec
+
+DEFAULT_KV_BITS = 8
+
+
+def resolve_kv_bits(kv_bits: int | Mapping[str, int] | None, is_quantized: bool) -> dict[str, int] | None:
+    """Bits of keys and of values, `{"keys": n, "values": n}`; `None` for storage in the type of the activations.
+
+    Args:
+        kv_bits: a number for both, a number for each, or `None`.
+        is_quantized: the storage is called quantized, so `None` means `DEFAULT_KV_BITS`.
+
+    Raises:
+        ValueError: a number that there is no grid for, or other names than `"keys"` and `"values"`.
+    """
+    if kv_bits is None:
+        kv_bits = DEFAULT_KV_BITS if is_quantized else None
+    if kv_bits is None:
+        return None
+    by_kind = dict(kv_bits) if isinstance(kv_bits, Mapping) else {"keys": kv_bits, "values": kv_bits}
+    if by_kind.keys() != {"keys", "values"}:
+        raise ValueError(f"`kv_bits` is a number, or {{'keys': n, 'values': n}}, and {kv_bits!r} was given.")
+    for bits in by_kind.values():
+        check_bits(bits)
+    return by_kind
+
+
+class QuantizedKeyValueStore(KeyValueStore):
+    """Keys and values as codes, (rows, heads, slots, bytes) each.
+
+    Args:
+        kv_bits: bits of `"keys"` and of `"values"`; the other arguments are those of `KeyValueStore`.
+    """
+
+    def __init__(
+        self,
+        retention: Retention,
+        row_shape: tuple[int, int],
+        max_length: int | None = None,
+        buffer: Callable[[int, int | None], Buffer] = Buffer,
+        *,
+        kv_bits: Mapping[str, int],
+    ):
+        super().__init__(retention, row_shape, max_length, buffer)
+        self.codecs = {name: VectorCodec(row_shape[1], bits) for name, bits in kv_bits.items()}
+        self.dtype = torch.float32  # of the keys and values that attention sees
+
+    def encode(self, name: str, new: Tensor) -> Tensor:
+        if new.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "Rounding has no gradient, so a quantized cache is fed without one: call the model under "
+                "`torch.no_grad()`, or train with storage='dense'."
+            )
+        self.dtype = new.dtype
+        return self.codecs[name].encode(new)
+
+    def decode(self, name: str, stored: Tensor) -> Tensor:
+        return self.codecs[name].decode(stored, self.dtype)
+
+    def place(self, like: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        return None  # no kernel writes codes
+
+    def spec(self, rows: int, columns: int, layer: torch.nn.Module) -> dict[str, StateSpec]:
+        shape = (rows, self.row_shape[0], self.retention.num_slots(columns))
+        codecs = self.codecs.items()
+        return {name: StateSpec((*shape, codec.nbytes), dtype=torch.uint8) for name, codec in codecs}
+
+
+__all__ = ["DEFAULT_KV_BITS", "QuantizedKeyValueStore", "resolve_kv_bits"]
