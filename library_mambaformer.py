@@ -10,39 +10,56 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import _C
 from torch.autograd import forward_ad
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules import module as nn_module
-from transformers.generation import GenerationMixin, GenerationMode
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput, TransformersKwargs
 
 from .cache_lock_mambaformer import FeedLock
 from .files_folders_mambaformer import staged_at
 
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel as Model
+
+    class GenerationBase(Model):
+        """A model with the methods of `GenerationMixin`, which pyright does not find."""
+
+        generate: Callable
+        prepare_inputs_for_generation: Callable
+        _get_candidate_generator: Callable
+        _expand_inputs_for_generation: Callable
+else:
+    Model = object  # a mixin: the class that uses it is a `PreTrainedModel`
+    GenerationBase = GenerationMixin
+
+T = TypeVar("T")
 logger = logging.get_logger(__name__)
 
 OLDEST_TESTED, NEWEST_TESTED = "5.16.1", "5.24.0"
 CACHE_NAMES = ("cache", "past_key_values")
 # Keyword arguments that Transformers, its trainer and its hooks pass to the forward of every model.
 LIBRARY_KEYWORDS = frozenset(TransformersKwargs.__annotations__)
-# Arguments of `generate` alone, which some of its modes pass on with those of the model.
+# Arguments of `generate` alone, which some of its modes pass to the model too.
 KEYWORDS_OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model")
-# The name under which this version of Transformers passes the cache on.
+# The name under which this version of Transformers passes the cache.
 CACHE_NAME = (
     "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    if "cache" in inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
     else "past_key_values"
 )
 
@@ -62,30 +79,30 @@ warn_if_untested(transformers.__version__)
 # ---- the two names of the cache
 
 
-def cache_of(cache: Any, past_key_values: Any) -> Any:
-    """The cache that a caller gave under either name.
+def cache_of(cache: T | None, past_key_values: T | None) -> T | None:
+    """The cache that a caller passed under either name.
 
     Raises:
-        ValueError: two different caches were given.
+        ValueError: two different caches were passed.
     """
     if cache is None or past_key_values is None or cache is past_key_values:
         return past_key_values if cache is None else cache
     raise ValueError(
-        "`cache` and `past_key_values` are two names of one argument, but two caches were given: pass one."
+        "`cache` and `past_key_values` are two names of one argument, but two caches were passed: pass one."
     )
 
 
-def take_cache(kwargs: dict[str, Any]) -> Any:
+def take_cache(kwargs: dict):
     """Removes the cache from `kwargs` under either name and returns it."""
     return cache_of(*(kwargs.pop(name, None) for name in CACHE_NAMES))
 
 
-def _field_of(name: Any) -> Any:
+def _field_of(name):
     return CACHE_NAME if name in CACHE_NAMES else name
 
 
 class CacheUnderBothNames(ModelOutput):
-    """An output whose cache can be read and given as `cache` and as `past_key_values`, without a warning."""
+    """An output whose cache can be read and passed as `cache` and as `past_key_values`, without a warning."""
 
     def __init__(self, *args, **fields):
         super().__init__(*args, **{_field_of(name): value for name, value in fields.items()})
@@ -100,7 +117,7 @@ class CacheUnderBothNames(ModelOutput):
         return super().get(_field_of(key), default)
 
 
-def _read_cache(output: ModelOutput) -> Any:
+def _read_cache(output: ModelOutput) -> object:
     return getattr(output, CACHE_NAME)
 
 
@@ -138,14 +155,19 @@ _GENERATE_OUTPUTS = {
 # ---- hooks of `generate`
 
 
-class GenerationHooks(GenerationMixin):
+class GenerationHooks(GenerationBase):
     """`GenerationMixin`, with its private hooks and the name of its cache translated to names of our own.
 
     Subclasses implement `cache_for_generation`, `candidate_generator` and `expanded_kwargs`; they see the cache as
     `cache` on every version of Transformers.
     """
 
-    def library_generate(self, *args, cache: Any = None, **kwargs) -> Any:
+    cache_for_generation: Callable
+    candidate_generator: Callable
+    expanded_kwargs: Callable[[int, int, dict], dict]
+    can_run_compiled: Callable[[object], bool]
+
+    def library_generate(self, *args, cache: object = None, **kwargs):
         """`GenerationMixin.generate`, whose result has the cache under both names."""
         if cache is not None:
             kwargs[CACHE_NAME] = cache
@@ -155,13 +177,13 @@ class GenerationHooks(GenerationMixin):
 
     @property
     def library_arguments(self) -> Callable:
-        """What has the arguments of `GenerationMixin.generate`."""
+        """A function with the arguments of `GenerationMixin.generate`."""
         return super().generate
 
-    def library_inputs(self, input_ids: torch.LongTensor, cache: Any, **kwargs) -> dict[str, Any]:
-        """`GenerationMixin.prepare_inputs_for_generation`, with the cache under the name that every caller looks for.
+    def library_inputs(self, input_ids: torch.LongTensor, cache: object, **kwargs) -> dict:
+        """`GenerationMixin.prepare_inputs_for_generation`, with the cache under the name that all callers read.
 
-        PEFT looks for `past_key_values` on all versions, and feeds its virtual tokens where it finds none.
+        PEFT reads `past_key_values` on all versions, and feeds its virtual tokens if it is missing.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in KEYWORDS_OF_GENERATE}
         inputs = super().prepare_inputs_for_generation(input_ids, **{CACHE_NAME: cache}, **kwargs)
@@ -175,7 +197,7 @@ class GenerationHooks(GenerationMixin):
 
         def call(*args, **kwargs):
             cache = cache_of(*(kwargs.get(name) for name in CACHE_NAMES))
-            if not self.can_run_compiled(cache):
+            if cache is None or not self.can_run_compiled(cache):
                 return self(*args, **kwargs)
             with FeedLock(cache.lock):  # a compiled forward does not say so itself
                 return compiled(*args, **kwargs)
@@ -187,7 +209,7 @@ class GenerationHooks(GenerationMixin):
     ) -> None:
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "`prefill_chunk_size` cuts `input_ids`, and the prompt is given as `inputs_embeds`: leave it out, or "
+                "`prefill_chunk_size` cuts `input_ids`, and the prompt is passed as `inputs_embeds`: leave it out, or "
                 "feed all pieces but the last to `model(inputs_embeds=..., cache=cache)` first."
             )
         is_speculative = generation_mode == GenerationMode.ASSISTED_GENERATION
@@ -217,13 +239,13 @@ class GenerationHooks(GenerationMixin):
         )
 
 
-# ---- what `Trainer` knows by name
+# ---- names of classes that `Trainer` recognizes
 
 
 def name_causal_model(name: str) -> None:
-    """Makes a class known by name as a causal language model.
+    """Registers the name of a class as that of a causal language model.
 
-    `Trainer` shifts labels for label smoothing only for classes of these names, and pipelines ask for them too.
+    `Trainer` shifts labels for label smoothing only for classes with registered names; pipelines read them too.
     """
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"mambaformer:{name}"] = name
@@ -232,9 +254,12 @@ def name_causal_model(name: str) -> None:
 # ---- private state of PyTorch
 
 
+_functorch = vars(_C)["_functorch"]  # a submodule without types
+
+
 def preserve_versions(tensors: list[torch.Tensor]) -> AbstractContextManager:
-    """Context at whose end these tensors have the versions that they have now."""
-    return torch.autograd._unsafe_preserve_version_counter(tuple(tensors))
+    """Context that restores the versions of these tensors at its end."""
+    return _unsafe_preserve_version_counter(tuple(tensors))
 
 
 def has_global_hooks() -> bool:
@@ -248,10 +273,10 @@ def has_global_hooks() -> bool:
 
 
 def is_every_operation_seen() -> bool:
-    """Whether something has to see every operation: fake tensors, tracers, counters, functorch, forward gradients."""
+    """Whether every operation is traced or intercepted: fake tensors, counters, functorch, forward gradients."""
     return bool(
         _C._len_torch_dispatch_stack()
-        or _C._functorch.peek_interpreter_stack() is not None
+        or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or _C._is_tracing()
     )
@@ -260,17 +285,17 @@ def is_every_operation_seen() -> bool:
 @torch.compiler.assume_constant_result  # a graph is compiled for the transforms around it
 def is_transformed() -> bool:
     """Whether a transform of functorch (`vmap`, `grad`, `jvp`) is in force, also while a graph is traced."""
-    return _C._functorch.peek_interpreter_stack() is not None
+    return _functorch.peek_interpreter_stack() is not None
 
 
 # ---- uploads
 
 
-class UploadsFolders:
+class UploadsFolders(Model):
     """A model that saves folders of its own, and uploads them too.
 
-    Transformers uploads only what changed since its own `save_pretrained` started, and may upload another folder than
-    the one that was saved.
+    Transformers uploads only files that changed since its own `save_pretrained` started, and may upload another folder
+    than the one that was saved.
     """
 
     def write_folders(self, directory: str | os.PathLike) -> list[str]:
@@ -280,10 +305,10 @@ class UploadsFolders:
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         staged = staged_at(working_dir)
         if staged is None:
-            written, before = self.write_folders(working_dir), files_timestamps
+            written, before = set(self.write_folders(working_dir)), files_timestamps
         else:
             staged.commit()  # a failing upload must not lose what was saved
-            working_dir, written = staged.target, staged.names
+            working_dir, written = staged.target, staged.names or set()
             before = dict.fromkeys(os.listdir(working_dir), math.inf)
         before = {name: time for name, time in before.items() if name not in written}
         return super()._upload_modified_files(working_dir, repo_id, before, *args, **kwargs)

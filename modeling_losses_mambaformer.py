@@ -1,10 +1,10 @@
-"""Losses: the labels that a token of the same forward predicts, and the count that divides the sum over them.
+"""Losses: the labels that count, and the number that divides their sum.
 
 `Trainer` passes `num_items_in_batch`, the number of labels in all micro-batches of one optimizer step, and then leaves
 the division to the model. A loss that ignores the count grows with the number of micro-batches.
 """
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch.nn import functional as F
@@ -18,42 +18,41 @@ def causal_loss_arguments(
     starts: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> dict[str, Any]:
+    **kwargs: object,
+) -> dict:
     """Arguments of a causal loss in which only labels count that a token of the same sequence predicts.
 
-    Pads are no targets, nor is the first real token of a sequence, wherever its pads are. `Trainer` counts labels from
+    Pads are not targets, nor is the first real token of a sequence. `Trainer` counts labels from
     column 1 on, and so counts the first token after left pads as a target. The count is therefore scaled by the share
     of counted labels that are targets: the loss is the mean over targets, weighted by the batch's share of the count.
 
     Args:
         labels: (rows, tokens), -100 where there is no label.
-        mask: boolean (rows, tokens), True at real tokens; `None` when every token is real.
+        mask: boolean (rows, tokens), True at real tokens; `None` if every token is real.
         starts: boolean (rows, tokens), True at the first token of each packed sequence.
         num_items_in_batch: labels that `Trainer` has counted in all micro-batches of this step.
-        shift_labels: (rows, tokens), labels that are shifted already: the one at a token is its next token.
+        shift_labels: (rows, tokens), labels that are shifted already: a token's label is its next token.
     """
     if mask is not None or starts is not None:
-        shifts = shift_labels is None
-        counted = labels[:, 1:] if shifts else shift_labels
-        if shifts:
-            labels = labels.masked_fill(~_are_predicted(labels, mask, starts), IGNORED)
+        predicted = _are_predicted(mask, starts)
+        if shift_labels is None:
+            counted, labels = labels[:, 1:], labels.masked_fill(~predicted, IGNORED)
+            targets = labels[:, 1:]
         else:
-            predicted = _are_predicted(shift_labels, mask, starts)
-            # The token after the last column is not part of this forward: its label is taken on trust.
+            # The token after the last column is not part of this forward, so its label is not checked.
             has_target = F.pad(predicted[:, 1:], (0, 1), value=True)
             if mask is not None:
                 has_target = has_target & (mask.cumsum(1) > 0)
-            shift_labels = shift_labels.masked_fill(~has_target, IGNORED)
-        targets = labels[:, 1:] if shifts else shift_labels
+            counted, shift_labels = shift_labels, shift_labels.masked_fill(~has_target, IGNORED)
+            targets = shift_labels
         num_items_in_batch = _count_of_targets(num_items_in_batch, counted, targets)
     return {**kwargs, "labels": labels, "num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
 
 
-def _are_predicted(labels: torch.Tensor, mask: torch.Tensor | None, starts: torch.Tensor | None) -> torch.Tensor:
+def _are_predicted(mask: torch.Tensor | None, starts: torch.Tensor | None) -> torch.Tensor:
     """Boolean (rows, tokens): real tokens that another real token of their sequence precedes."""
     if mask is None:
-        return ~starts
+        return ~cast(torch.Tensor, starts)
     has_context = F.pad(mask.cumsum(1)[:, :-1] > 0, (1, 0))
     predicted = mask & has_context
     return predicted if starts is None else predicted & ~starts
@@ -66,7 +65,7 @@ def _count_of_targets(num_items: torch.Tensor | int | None, counted: torch.Tenso
     counted, used = (counted != IGNORED).sum(), (targets != IGNORED).sum()
     if isinstance(num_items, torch.Tensor):
         num_items = num_items.to(counted.device)
-    # Multiplied first: whole numbers stay exact, whatever type a quotient has.
+    # The product comes first, because integers are exact and a quotient may be rounded.
     return torch.where(used > 0, num_items * used / counted.clamp(min=1), num_items)
 
 
@@ -77,7 +76,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORED,
     shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor:
     """Cross-entropy of the next token, in float32 or in float64 where the logits are.
 
@@ -111,7 +110,7 @@ def _divide(total: torch.Tensor, num_items: torch.Tensor | int) -> torch.Tensor:
 
 
 def problem_type_of(config, labels: torch.Tensor) -> str:
-    """`config.problem_type`, or the problem that these labels belong to; the configuration stays as it is."""
+    """`config.problem_type`, or the problem type of these labels; the configuration does not change."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -124,7 +123,7 @@ def classification_loss(
     pooled_logits: torch.Tensor,
     config,
     num_items_in_batch: torch.Tensor | int | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor:
     """Loss of a classifier for each of the three problem types of Transformers.
 
@@ -137,7 +136,7 @@ def classification_loss(
     Raises:
         ValueError: labels of another shape, or classes that do not exist.
     """
-    check_class_labels(labels, tuple(pooled_logits.shape), config)
+    check_class_labels(labels, (pooled_logits.shape[0], pooled_logits.shape[1]), config)
     logits, problem_type = _at_least_float32(pooled_logits), problem_type_of(config, labels)
     labels = labels.to(logits.device)
     if problem_type == "single_label_classification":
@@ -150,10 +149,10 @@ def classification_loss(
 
 
 def check_class_labels(labels: torch.Tensor, shape: tuple[int, int], config) -> None:
-    """Refuses labels that a classifier with logits of this `shape`, (rows, num_labels), cannot be scored by.
+    """Refuses labels that do not fit logits of this `shape`, (rows, num_labels).
 
     Raises:
-        ValueError: they have another shape, or are classes that do not exist.
+        ValueError: labels have another shape, or are classes that do not exist.
     """
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"`labels` must be a tensor, got a {type(labels).__name__}.")
@@ -177,7 +176,7 @@ def check_class_labels(labels: torch.Tensor, shape: tuple[int, int], config) -> 
 
 
 def _count_of_values(num_items: torch.Tensor | int, labels: torch.Tensor) -> torch.Tensor:
-    """`num_items` with the values of -100, which are values here and which `Trainer` has not counted."""
+    """`num_items` with the values of -100, which `Trainer` does not count although they are values here."""
     if isinstance(num_items, torch.Tensor):
         num_items = num_items.to(labels.device)
     return (num_items * labels.numel() / (labels != IGNORED).sum().clamp(min=1)).clamp(min=1)

@@ -33,6 +33,12 @@ def compiled(model):
     return torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
+def test_a_new_expert_vector_in_one_graph_raises_with_the_next_step():
+    model = shared_model("everything")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="run the first forward with this expert vector"):
+        compiled(model)(torch.tensor([random_rows(1, [4])[0]]), expert_vector=shared_expert("everything", 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", MIXED)
 def test_one_graph_serves_every_token_expert_and_cache(pattern):

@@ -38,6 +38,7 @@ from .modeling_stack_mambaformer import LayerSpec, ModelStack, places_of_model, 
 
 if TYPE_CHECKING:
     from .configuration_mambaformer import MambaFormerConfig
+    from .expert_runtime_mambaformer import PreparedExpertVectors
 
 # Tokens that `generate` can take back at once when it speculates; the library drafts 20 at a time by default.
 DEFAULT_REACH = 64
@@ -92,7 +93,9 @@ class MambaFormerCache(Cache):
         self.lengths = CacheLengths()
         self.history = TokenHistory(config, max_cache_len)
         self.provenance = Provenance(on_expert_change)
-        self.prepared_expert_vectors: object = None  # by the model, of the expert vector in force
+        self.prepared_expert_vectors: PreparedExpertVectors | None = (
+            None  # by the model, of the expert vector in force
+        )
         self.open_transaction: CacheTransaction | None = None
         self.lock = CacheLock()
         self.rollback_reach = 0

@@ -36,7 +36,7 @@ from .expert_vectors_mambaformer import (
 )
 from .inputs_mambaformer import check_cache_type
 from .library_mambaformer import is_every_operation_seen
-from .modeling_stack_mambaformer import places_of_model, without_wrappers
+from .modeling_stack_mambaformer import ModelStack, places_of_model, without_wrappers
 from .weights_parallel_mambaformer import (
     base_linear,
     broadcast_from_first,
@@ -89,6 +89,10 @@ class PreparedExpertVectors:
     def scaled_bases(self) -> ScaledBases:
         """The scaled bases; for the base, the same empty dict in all forwards, as the decode program compares it."""
         return self.scaled or NO_SCALED_BASES
+
+
+# The argument of a forward: `...` stands for the expert vector in force in the cache.
+ExpertVectorArgument: TypeAlias = ExpertVectorsLike | PreparedExpertVectors | EllipsisType
 
 
 def resolve_with_key(
@@ -232,7 +236,9 @@ class ExpertRuntimeMixin(Model):
         prefix = "" if self.base_model is not self else "model."
         named = self.named_modules()
         projections: dict[str, nn.Module] = {prefix + name: each for name, each in named if name.endswith("_proj")}
-        layers = [place.layer for place in places_of_model(self.base_model) if place.layer is not None]
+        layers = [
+            place.layer for place in places_of_model(cast(ModelStack, self.base_model)) if place.layer is not None
+        ]
         mixers = {name for layer in layers for name in layer.expert_names}
         modules, head = without_wrappers(projections, mixers), self.get_output_embeddings()
         modules = modules if head is None else {**modules, "lm_head": head}
@@ -293,7 +299,7 @@ class ExpertRuntimeMixin(Model):
 
     def _prepare_in_force(
         self,
-        expert_vector: "ExpertVectorsLike | PreparedExpertVectors | EllipsisType",
+        expert_vector: "ExpertVectorArgument",
         cache: MambaFormerCache | None,
     ) -> PreparedExpertVectors:
         """Resolves, checks and prepares the expert vectors of a forward, without any effect on other requests.
@@ -508,4 +514,10 @@ def _swap_weight(module: nn.Module, weight: torch.Tensor, is_tied: bool) -> torc
     return copy_of_old
 
 
-__all__ = ["ExpertRuntimeMixin", "PreparedExpertVectors", "is_compiled_step", "resolve_with_key"]
+__all__ = [
+    "ExpertRuntimeMixin",
+    "ExpertVectorArgument",
+    "PreparedExpertVectors",
+    "is_compiled_step",
+    "resolve_with_key",
+]

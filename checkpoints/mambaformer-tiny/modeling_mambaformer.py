@@ -1,19 +1,19 @@
 """MambaFormer (arXiv 2402.04248): Mamba and attention in one stack, with expert vectors and an exact cache.
 
-Reads from the inside out: a layer, what all models share, the stack, and what stands on it. What a forward does is in
+In order: a layer, the base class of all models, the stack, the heads. The steps of a forward are in
 `MambaFormerModel.forward`; only here do weights and cache meet.
 """
 
 import functools
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_keys_mambaformer import Span
@@ -25,7 +25,13 @@ from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import ProgramBuilder
 from .decode_program_mambaformer import DecodePrograms
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
-from .expert_runtime_mambaformer import ExpertRuntimeMixin, PreparedExpertVectors, is_compiled_step, resolve_with_key
+from .expert_runtime_mambaformer import (
+    ExpertRuntimeMixin,
+    ExpertVectorArgument,
+    PreparedExpertVectors,
+    is_compiled_step,
+    resolve_with_key,
+)
 from .files_mambaformer import digest_of
 from .generation_export_mambaformer import DecodeStep
 from .generation_mambaformer import MambaFormerGenerationMixin
@@ -133,7 +139,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
         name: str,
         hidden_states: torch.Tensor,
         expert_vectors: dict[str, dict[str, ScaledBasis]],
-        context: dict[str, Any],
+        context: dict[str, object],
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step: the hidden states after it, and the attention weights if its mixer returns them."""
@@ -157,7 +163,7 @@ class MambaFormerLayer(CountsReplacements, GradientCheckpointingLayer):
 
 
 class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingMixin, PreTrainedModel):
-    """What all MambaFormers share: initialization, caches, and by their mixins expert vectors and saved folders."""
+    """The base class of all models: initialization and caches; its mixins add expert vectors and saved folders."""
 
     config_class = MambaFormerConfig
     base_model_prefix = "model"
@@ -171,16 +177,17 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MambaFormerLayer, "attentions": MambaFormerAttention}
     _is_stateful = False  # `crop` restores every state, so speculative decoding may roll back
-
-    def __init__(self, config: MambaFormerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        self._fingerprint: tuple[Any, str] | None = None
+    _fingerprint: tuple[int | None, str] | None = None
+    if TYPE_CHECKING:  # Transformers would evaluate these annotations before the stack is defined
+        config: MambaFormerConfig
+        base_model: "MambaFormerModel"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "init_mixer_weights"):
-            module.init_mixer_weights(self.config)
+        init_mixer_weights = getattr(module, "init_mixer_weights", None)
+        if init_mixer_weights is not None:
+            init_mixer_weights(self.config)
 
     # ---- caches
 
@@ -218,22 +225,25 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         check_keywords(self.load_cache, unknown, frozenset())
         return MambaFormerCache.load(path, self, on_weights_change, max_cache_len)
 
-    def weights_fingerprint(self) -> tuple[Any, str]:
+    def weights_fingerprint(self) -> tuple[int | None, str]:
         """`weights_stamp` and hex SHA-256 of all weights that a cache depends on; read once for each stamp.
 
         Raises:
             ValueError: weights are offloaded, so that their content cannot be read.
         """
         base, stamp = self.base_model, weights_stamp(self.base_model)
-        known = base._fingerprint
-        if known is None or known[0] != stamp:
+        fingerprint = base._fingerprint
+        if fingerprint is None or fingerprint[0] != stamp:
             weights = {name: portable(weight) for name, weight in base.state_dict().items() if torch.is_tensor(weight)}
             offloaded = [name for name, weight in weights.items() if weight.is_meta]
             if offloaded:
-                raise ValueError(f"A session is tied to the weights, and these are offloaded: {offloaded[:3]}.")
-            beside = {"adapters": adapters_of(base), **quantized_activations(base)}
-            known = base._fingerprint = (stamp, digest_of(weights, beside))
-        return known
+                raise ValueError(
+                    f"A session needs the content of the weights, and {offloaded[:3]} are offloaded: load the model "
+                    "without offloading."
+                )
+            settings = {"adapters": adapters_of(base), **quantized_activations(base)}
+            fingerprint = base._fingerprint = (stamp, digest_of(weights, settings))
+        return fingerprint
 
     def weights_changed(self) -> None:
         """Tells caches and singular bases that weights were written in a way that leaves no trace.
@@ -266,13 +276,13 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         cache: MambaFormerCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        expert_vector: Any = ...,
+        expert_vector: ExpertVectorArgument = ...,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         past_key_values: MambaFormerCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: object,
     ) -> MambaFormerModelOutput:
-        """Feeds new tokens behind those of the cache.
+        """Feeds new tokens, which follow the tokens of the cache.
 
         Args:
             attention_mask: 0 (pad) or 1 for the new tokens (rows, tokens), or for those of the cache and the new ones.
@@ -303,7 +313,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             check_cache_fits(cache, places)
         change = self._change(new_inputs, prepared, cache)
         inputs = new_inputs
-        if change.recomputes:
+        if cache is not None and change.recomputes:
             inputs = prepend_history(new_inputs, cache, self.embed_tokens)
             alignment = LeftAlignment.of(inputs.mask)
         collector = OutputCollector(self.config, alignment, output_hidden_states, output_attentions)
@@ -363,19 +373,20 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
                 **kwargs,
             )
             # A layer that a user put in may return its states alone, as most layers of Transformers do.
-            hidden_states, weights = (outputs, None) if isinstance(outputs, torch.Tensor) else (*outputs, None)[:2]
+            outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+            hidden_states, weights = outputs[0], outputs[1] if len(outputs) > 1 else None
             collector.attention(weights)
         return collector.hidden(self.norm(hidden_states))
 
-    def _cache_for(self, use_cache: bool | None, given: MambaFormerCache | None) -> MambaFormerCache | None:
+    def _cache_for(self, use_cache: bool | None, cache: MambaFormerCache | None) -> MambaFormerCache | None:
         is_checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if given is not None and is_checkpointing:
+        if cache is not None and is_checkpointing:
             raise ValueError(
                 "Gradient checkpointing runs layers twice and cannot use a cache: leave it out, or run the forward "
                 "under `torch.no_grad()`."
             )
-        if given is not None:
-            return given
+        if cache is not None:
+            return cache
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         if wanted and is_checkpointing:
             logger.warning_once("Gradient checkpointing runs layers twice: `use_cache=True` is ignored.")
@@ -417,7 +428,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             return self.embed_tokens(inputs.token_ids)
         if inputs.mask is None:
             return inputs.inputs_embeds
-        # What stands at a pad may be anything, and not even a weight of zero takes a NaN out of a sum.
+        # Embeddings at a pad may be NaN, which a weight of zero would not remove from a sum.
         return inputs.inputs_embeds.masked_fill(~inputs.mask[..., None], 0)
 
 
@@ -452,20 +463,21 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        expert_vector: Any = ...,
+        expert_vector: ExpertVectorArgument = ...,
         past_key_values: MambaFormerCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: object,
     ) -> MambaFormerCausalLMOutput:
-        """Feeds new tokens behind those of the cache; what is shared with `MambaFormerModel.forward` is told there.
+        """Feeds new tokens, which follow the tokens of the cache; see `MambaFormerModel.forward` for other arguments.
 
         Args:
             labels: next-token targets are `labels` shifted by one (rows, tokens). Ignored are -100, pads, and the
                 first real token of a row, which no token of this forward predicts. So padding changes neither the
                 loss nor its gradient.
             logits_to_keep: logits of only the last so many tokens (0: of all), or of those at these indices.
-            expert_vector: what re-tunes the weights (SVF, arXiv 2501.06252): `None` (the base), a name in
-                `model.expert_vectors`, an `ExpertVector`, {module: scales}, or a list with one of these per row. Not
-                given, it is what the cache has in force. A change acts on the cached text as `on_expert_change` says.
+            expert_vector: re-tunes the weights (SVF, arXiv 2501.06252): `None` (the base), a name in
+                `model.expert_vectors`, an `ExpertVector`, {module: scales}, or a list with one of these per row.
+                Default: the expert vector in force in the cache. `on_expert_change` of the cache defines the effect of
+                a change on the cached tokens.
             kwargs: `num_items_in_batch` is the count of `labels[:, 1:]` other than -100 in all micro-batches of an
                 optimizer step, as `Trainer` passes it; the loss is then a sum divided by it. Where the count includes
                 labels that are ignored here, the batch's share of it weighs the mean over the batch's targets. Steps
@@ -493,9 +505,9 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         loss = None
         if labels is not None:
             mask = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
-            borders, kwargs = split_borders(kwargs)
+            borders, loss_arguments = split_borders(kwargs)
             starts = starts_in_input_order(labels, attention_mask, position_ids, borders)
-            targets = causal_loss_arguments(labels, mask, starts, **kwargs)
+            targets = causal_loss_arguments(labels, mask, starts, **loss_arguments)
             loss = self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **targets)
         return MambaFormerCausalLMOutput(
             loss=loss,
@@ -506,19 +518,19 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         )
 
     def decode_step(self, cache: MambaFormerCache) -> DecodeStep:
-        """One decoding step behind the text of a static cache, as a module for `torch.export`."""
+        """One decode step after the sequence of a static cache, as a module for `torch.export`."""
         return DecodeStep(self, cache)
 
 
 class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
-    """A classifier of texts: token ids -> logits (rows, num_labels), read at the last real token."""
+    """A classifier of sequences: token ids -> logits (rows, num_labels), read at the last real token."""
 
     def __init__(self, config: MambaFormerConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = cast(int, config.num_labels)
         self.model = MambaFormerModel(config)
         self.model._expert_library = self._expert_library
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.loss_function = classification_loss
         self.loss_type = "ForSequenceClassification"
         self.post_init()
@@ -533,9 +545,9 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        expert_vector: Any = ...,
+        expert_vector: ExpertVectorArgument = ...,
         past_key_values: MambaFormerCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: object,
     ) -> MambaFormerSequenceClassifierOutput:
         """Classifies rows; the other arguments are those of `MambaFormerModel.forward`.
 
@@ -583,11 +595,11 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
         )
 
     def _mask_of(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask that pad ids tell; without one the last column would be read, whichever token is there."""
+        """The mask of the pad ids; without it the last column would be read even if it is a pad."""
         pad, fed = self.config.pad_token_id, inputs_embeds if input_ids is None else input_ids
         if pad is None and fed is not None and fed.shape[0] > 1:
             raise ValueError(
-                f"The batch has {fed.shape[0]} rows and nothing tells their pads: pass an `attention_mask`, or set "
+                f"The batch has {fed.shape[0]} rows and nothing marks their pads: pass an `attention_mask`, or set "
                 "`model.config.pad_token_id`."
             )
         return None if pad is None or input_ids is None else input_ids != pad

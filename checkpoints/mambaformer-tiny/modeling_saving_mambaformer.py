@@ -1,9 +1,16 @@
-"""Folders of models: loaded and saved together with the expert vectors of the library."""
+"""Folders of models: loaded and saved together with the model's expert vectors."""
 
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import cast
 
+from torch import nn
+from transformers import GenerationConfig
+
+from .configuration_mambaformer import MambaFormerConfig
 from .expert_vectors_files_mambaformer import load_named_expert_vectors, save_expert_vectors
+from .expert_vectors_mambaformer import ExpertVectorLibrary
 from .files_folders_mambaformer import staged_folder
 from .generation_schedule_mambaformer import prepare_to_save
 from .library_mambaformer import UploadsFolders
@@ -12,12 +19,7 @@ from .weights_parallel_mambaformer import base_linear, is_shard, num_shards
 from .weights_quantized_mambaformer import is_quantized, pack_for_this_processor, saved_as_quantized
 from .weights_quantized_modules_mambaformer import keep_codes_in_order
 
-if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel as Model
-else:
-    Model = object  # a mixin: the class that uses it is a `PreTrainedModel`
-
-# Which class of the saved folder each Auto class loads.
+# The class of a saved folder that each Auto class loads.
 AUTO_MAP = {
     "AutoConfig": "configuration_mambaformer.MambaFormerConfig",
     "AutoModel": "modeling_mambaformer.MambaFormerModel",
@@ -26,18 +28,24 @@ AUTO_MAP = {
 }
 
 
-class SavingMixin(UploadsFolders, Model):
-    """The models' part that loads and saves folders, and uploads them."""
+class SavingMixin(UploadsFolders):
+    """Loads, saves and uploads the folders of models; the annotated attributes belong to `ExpertRuntimeMixin`."""
+
+    config: MambaFormerConfig
+    expert_vectors: ExpertVectorLibrary
+    linear_modules: Callable[[], dict[str, nn.Module]]
+    _check_tied_head: Callable[[str], None]
+    _is_tied: Callable[[nn.Module], bool]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Loads a model with the expert vectors that its configuration names, from a folder or the Hub.
 
-        Their files come from where the configuration came from, under `expert_vectors/`: for an adapter, from its
+        Their files are read from the source of the configuration, under `expert_vectors/`: for an adapter, from its
         base model.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = cast(SavingMixin, loaded[0] if isinstance(loaded, tuple) else loaded)
         pack_for_this_processor(model)
         keep_codes_in_order(model)
         check_can_be_split(model.config, max(map(num_shards, model.linear_modules().values()), default=1))
@@ -47,11 +55,11 @@ class SavingMixin(UploadsFolders, Model):
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """Saves weights, configuration, code and, under `expert_vectors/`, the expert vectors of the library.
 
-        A save that fails leaves the folder as it was, with the model that it held; an upload that fails leaves the
-        new one. Models that are sharded over processes are written in place.
+        If a save fails, the folder keeps its old model; if an upload fails, it has the new one. Models that are split
+        over processes are written in place.
         """
         self._check_tied_head("saving")
-        prepare_to_save(getattr(self, "generation_config", None))
+        prepare_to_save(cast(GenerationConfig, getattr(self, "generation_config", None)))
         self.config.auto_map = dict(AUTO_MAP)
         self.config.expert_vectors = list(self.expert_vectors) or None
         self._note_whether_tied()
@@ -64,7 +72,7 @@ class SavingMixin(UploadsFolders, Model):
                 self.write_folders(save_directory)
             return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
-    def write_folders(self, directory) -> list[str]:
+    def write_folders(self, directory: str | os.PathLike) -> list[str]:
         return save_expert_vectors(self.expert_vectors, directory)
 
     def _note_whether_tied(self) -> None:
