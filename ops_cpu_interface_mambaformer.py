@@ -171,7 +171,7 @@ def kernels() -> ctypes.CDLL | None:
 
 
 @lru_cache
-def kernel_of(name: str, *stored: torch.dtype) -> Any:
+def kernel_of(name: str, *stored: torch.dtype) -> Any:  # Any: some callers know that there are kernels, others ask
     """The C function for activations (and scales) of these storage types; `None` if there is none."""
     library = kernels() if all(dtype in STORED for dtype in stored) else None
     function = getattr(library, "_".join((name, *(STORED.get(dtype, "") for dtype in stored))), None)

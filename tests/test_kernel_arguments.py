@@ -481,10 +481,9 @@ def test_more_keys_than_slots_are_left_to_pytorch():
         step = stack.ProgramStep(program.linked, torch.zeros(rows, 1, 32, dtype=torch.float64), None)
         layout = Layout(num_slots, None, slots)
         store = SimpleNamespace(place=lambda *_: (keys[:rows], keys[:rows]))
-        layers = [SimpleNamespace(attention=store)] * len(model.model.layers)
-        cache = SimpleNamespace(layers=layers, layout=lambda _: layout)
+        cache = SimpleNamespace(key_store=lambda _: store, layout=lambda _: layout)
         inputs = stack.LayerArguments({None: AttentionMasks()}, None, cache, None, {})
-        return step.add_layouts([None], inputs) and step.add_key_slots(cache)
+        return step.add_layouts({None: 0}, inputs) and step.add_key_slots(cache)
 
     for num_slots, first_slot, does_fit in (
         (8, 7, True),

@@ -11,13 +11,12 @@ A step of a layer that has no lowering runs as modules, between two parts of the
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, get_num_threads, nn
 
 from .cache_keys_mambaformer import Layout
-from .cache_layers_mambaformer import CacheLayer
 from .cache_mambaformer import MambaFormerCache
 from .decode_builder_mambaformer import CannotLower, LinkedProgram, ProgramBuilder, StateOf
 from .decode_memory_mambaformer import HeldMemory
@@ -170,7 +169,7 @@ class DecodeProgram:
             self.memory.add_all(builder.memory)
         self.parts = list(_parts(self.steps, is_single=False))
         self.parts_of_single = list(_parts(self.steps, is_single=True))
-        self.windows = list(dict.fromkeys(slots.window for slots in self.linked.key_slots))
+        self.windows = {slots.window: slots.position for slots in self.linked.key_slots}
         self.head_dims = {slots.head_dim for slots in self.linked.key_slots}
 
     def may_run(self) -> bool:
@@ -287,12 +286,11 @@ class ProgramStep:
 
     # ---- attention
 
-    def add_layouts(self, windows: list[int | None], arguments: LayerArguments) -> bool:
-        """How the layers with these windows see keys, and where new keys go."""
+    def add_layouts(self, windows: Mapping[int | None, int], arguments: LayerArguments) -> bool:
+        """How the layers with each window see keys, and where new keys go; `windows` has the position of one layer."""
         numbers: list[int] = []
-        positions = {slots.window: slots.position for slots in reversed(self.linked.key_slots)}
-        for window in windows:
-            layout = self.layouts[window] = arguments.cache.layout(positions[window])
+        for window, position in windows.items():
+            layout = self.layouts[window] = arguments.cache.layout(position)
             described = self._describe_layout(window, arguments.attention[window], layout)
             if described is None:
                 return False
@@ -336,15 +334,13 @@ class ProgramStep:
         """The memory of keys and values of each attention layer, which has all slots that are read or written."""
         numbers: list[int] = []
         windows = {window: index for index, window in enumerate(self.layouts)}
-        layers = cast("list[CacheLayer]", cache.layers)
         new_keys: dict[tuple[int, int], Tensor] = {}
         for slots in self.linked.key_slots:
             window, shape = slots.window, (slots.key_heads, slots.head_dim)
             like = new_keys.get(shape)
             if like is None:
                 like = new_keys[shape] = self.hidden_states.new_empty((self.rows, shape[0], self.count, shape[1]))
-            store = layers[slots.position].attention
-            placed = None if store is None else store.place(like, self.layouts[window])
+            placed = cache.key_store(slots.position).place(like, self.layouts[window])
             if placed is None:
                 return False
             keys, values = placed
@@ -377,9 +373,8 @@ class ProgramStep:
         return True
 
     def stage_states(self, cache: MambaFormerCache) -> None:
-        layers = cast("list[CacheLayer]", cache.layers)
         for state, new in self.new_states:
-            layers[state.position].stores["recurrent"].update(state.name, new)
+            cache.recurrent_store(state.position).update(state.name, new)
 
 
 def _is_like(old: Tensor, new: Tensor) -> bool:
