@@ -191,7 +191,8 @@ def attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     `mask` is boolean (rows or 1, 1, queries, keys), true where a query sees a key; `None` where a single query sees
     all. Returns (rows, queries, heads, width); a query that sees nothing gets zeros.
     """
-    shape, kernel = _attention_shape(query, key, value, mask), kernel_of("attend", query.dtype)
+    shape = _attention_shape(query, key, value, mask)
+    kernel = None if shape is None else kernel_of("attend", query.dtype)  # a compiler warns of a call of `kernel_of`
     if shape is None or kernel is None:
         return None
     rows, heads, queries, width = query.shape
