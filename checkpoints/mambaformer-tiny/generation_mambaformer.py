@@ -115,7 +115,8 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
         entries = first_schedule(*levels)
         for expert_vector in entries.values():
             self._prepare_in_force(expert_vector, None)
-        return {n: resolve_expert_vector(each, self._expert_library) for n, each in entries.items()}
+        resolved = {n: resolve_expert_vector(each, self._expert_library) for n, each in entries.items()}
+        return cast(dict[int, ExpertVectorsLike], resolved)
 
     def _continue_prefix(
         self,
@@ -225,7 +226,7 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
                 f"{num_layers!r}."
             )
         config = copy.deepcopy(self.config)
-        config.num_hidden_layers, config.layer_types = num_layers, config.layer_types[:num_layers]
+        config.num_hidden_layers, config.layer_types = num_layers, (config.layer_types or [])[:num_layers]
         model, stack = copy.copy(self), copy.copy(self.model)
         layers = cast(nn.ModuleList, self.model.layers)[:num_layers]
         stack._modules = {**stack._modules, "layers": layers}
