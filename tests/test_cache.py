@@ -58,7 +58,7 @@ def test_to_dict_is_the_nested_view_of_the_cache_hand_out():
     assert keys.shape == (1, config.num_key_value_heads, length, config.head_dim)
 
 
-def test_a_decoding_step_costs_the_same_however_long_the_text_is_without_full_attention():
+def test_a_decoding_step_without_full_attention_costs_the_same_at_any_length():
     """Section "Performance" of the hand-out: O(1) a token. Counted in bytes held, not in seconds."""
     model = shared_model("hybrid_sliding")
     cache, sizes = model.make_cache(), []
@@ -305,7 +305,7 @@ class OpRecorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("pattern", ["mamba", "full", "sliding_sinks", "hybrid_sliding", "everything"])
-def test_a_decoding_step_does_the_same_work_at_any_length_but_for_attention_itself(pattern):
+def test_a_decoding_step_does_the_same_work_at_any_length(pattern):
     """No copy, mask or bookkeeping grows with the text: what reads all keys is the attention operation alone."""
     model, found = shared_model(pattern), []
     with torch.no_grad():

@@ -68,7 +68,7 @@ def test_a_cache_made_in_a_graph_is_fed_by_eager_forwards():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["mamba", "everything"])
-def test_generate_compiles_its_steps_and_leaves_changes_of_expert_out_of_the_graph(pattern):
+def test_generate_compiles_its_steps_without_changes_of_expert_vector(pattern):
     model, ids = shared_model(pattern), torch.tensor([random_rows(2, [10])[0]])
     config = CompileConfig(backend="aot_eager", fullgraph=True)
     config._compile_all_devices = True
@@ -132,7 +132,7 @@ def test_rows_that_change_places_between_compiled_steps_keep_their_experts():
 
 
 @pytest.mark.long
-def test_going_back_to_the_base_between_compiled_steps_is_left_out_of_the_graph():
+def test_a_return_to_the_base_between_compiled_steps_leaves_the_graph():
     """The base needs no plan, so only the text tells that it has to be encoded again."""
     model, row = shared_model("mamba"), random_rows(8, [12])[0]
     step = model.get_compiled_call(CompileConfig(backend="aot_eager", fullgraph=True))

@@ -108,7 +108,7 @@ def test_without_a_compiler_pytorch_computes_the_same_and_one_warning_says_so(fo
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_source_that_does_not_compile_is_left_to_pytorch_with_the_compilers_words(folder, caplog):
+def test_source_that_does_not_compile_is_left_to_pytorch_with_the_error(folder, caplog):
     assert cpu_library("int broken(") is None
     assert "failed" in caplog.text and not list(folder.iterdir())
 
@@ -375,7 +375,7 @@ def test_the_folder_is_made_for_its_user_alone_whatever_the_umask_is(folder):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="a folder has no path but its name")
-def test_a_folder_that_was_checked_stays_that_folder_when_its_name_is_given_away(tmp_path):
+def test_a_checked_folder_stays_that_folder_when_its_name_changes_hands(tmp_path):
     """The check is of the folder itself: between check and use another user could give its name to another folder."""
     folder = tmp_path / "kernels"
     with private_folder(folder) as private:
@@ -387,9 +387,7 @@ def test_a_folder_that_was_checked_stays_that_folder_when_its_name_is_given_away
 
 
 @pytest.mark.parametrize("kind", ["a file", "read-only", "full"])
-def test_a_folder_that_cannot_be_written_is_named_and_no_compiler_is_asked_for(
-    kind, folder, monkeypatch, tmp_path, warnings
-):
+def test_a_folder_that_cannot_be_written_is_named(kind, folder, monkeypatch, tmp_path, warnings):
     """It said to install a C++ compiler, on a machine that has one."""
     if kind == "a file":
         folder.write_text("in the way")

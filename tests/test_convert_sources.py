@@ -164,7 +164,7 @@ def test_a_sharded_folder_and_a_tied_one_without_a_head_are_converted(tmp_path):
         ("llama", {"clip_qkv": 8.0, "alibi": True}, "'clip_qkv': 8.0, 'alibi': True"),
     ],
 )
-def test_a_model_whose_configuration_says_more_than_its_class_computes_is_refused(name, fields, message):
+def test_a_configuration_that_says_more_than_its_class_computes_is_refused(name, fields, message):
     with pytest.raises(ValueError, match=message):
         convert(changed(name, **fields))
 

@@ -47,7 +47,7 @@ def test_a_basis_is_orthonormal_descending_and_on_the_narrow_side(shape, dtype, 
     assert torch.equal(cut.values, basis.values[:3])
 
 
-def test_a_float32_basis_of_an_ill_conditioned_weight_is_as_good_as_a_plain_svd():
+def test_a_basis_of_an_ill_conditioned_weight_is_as_good_as_a_plain_svd():
     """Singular values from 1 to 1e-6: the normal equations (W^T W) would lose the last third of them."""
     left, right = torch.linalg.qr(normal(400, 30)).Q, torch.linalg.qr(normal(30, 30, seed=1)).Q
     exact = torch.logspace(0, -6, 30, dtype=torch.float64)

@@ -177,7 +177,7 @@ def test_whatever_users_pass_resolves_to_experts():
     assert resolve_expert_vector((expert, dict(expert.vectors))) == [expert, expert]
 
 
-def test_an_expert_that_changes_nothing_resolves_to_the_base_unless_it_is_trained():
+def test_an_expert_vector_of_ones_resolves_to_the_base_unless_trained():
     assert resolve_expert_vector({"q": torch.ones(3)}) is None
     assert resolve_expert_vector([ExpertVector({}), small_expert()])[0] is None
     trained = ExpertVector({"q": torch.ones(3, requires_grad=True)})

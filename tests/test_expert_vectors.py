@@ -229,7 +229,7 @@ def test_unknown_modules_are_named_with_the_nearest_known_ones():
         check_expert_vector(small_expert(), {"lm_head": (20, 3)})
 
 
-def test_a_vector_of_another_model_is_named_without_hints_and_one_without_a_name_has_none():
+def test_an_expert_vector_of_another_model_is_named_without_hints():
     """An expert of 30 layers listed nine modules that it might mean; one given as a dict was called `None`."""
     names = [f"model.layers.{n}.mlp.up_proj" for n in range(30)]
     others = ExpertVector({name: torch.rand(2) for name in names}, "other")

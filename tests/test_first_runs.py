@@ -77,7 +77,7 @@ def test_the_speed_with_a_cache_includes_no_cost_of_a_first_run(chat, capsys):
     assert (cached, uncached) == pytest.approx((1 / CACHED, 1 / UNCACHED), rel=1e-3)
 
 
-def test_the_user_is_told_before_the_first_run_and_the_answer_streams_without_it(chat, capsys):
+def test_the_user_is_told_before_the_first_run_and_the_answer_streams(chat, capsys):
     chat.main(["folder", "--max-new-tokens", "30"])
     printed = capsys.readouterr().out
     order = [printed.index(words) for words in ("The first run on a machine", "warmed up in 220 seconds", "\n>")]

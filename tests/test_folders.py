@@ -108,7 +108,7 @@ def test_the_flat_root_holds_shipped_files_only(folders):
     assert {path.name for path in ROOT.glob("*_mambaformer.py")} == set(folders.shipped_files())
 
 
-def test_a_refresh_writes_every_shipped_file_into_folders_with_a_configuration_only(folders, repository):
+def test_a_refresh_writes_every_shipped_file_into_model_folders_only(folders, repository):
     assert run(repository).returncode == 0
     written = {path.name for path in (repository / "checkpoints" / "tiny").glob("*.py")}
     assert written == set(folders.shipped_files()) and UNSHIPPED not in written

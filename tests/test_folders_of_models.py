@@ -186,7 +186,7 @@ def test_names_in_an_old_configuration_never_lead_out_of_the_folder(models, fold
     assert holds(folder, models[1])
 
 
-def test_a_process_killed_while_saving_leaves_a_folder_that_the_next_save_cleans(models, folder, monkeypatch):
+def test_a_process_killed_while_saving_leaves_a_folder_to_clean(models, folder, monkeypatch):
     before = content_of(folder)
     monkeypatch.setattr(safetensors_torch, "serialize_file", lambda *_, **__: kill_myself())
     process = in_a_process(lambda: models[1].save_pretrained(folder))
@@ -220,7 +220,7 @@ def test_a_reader_finds_every_file_at_any_time(models, folder, monkeypatch):
     assert not missing and "config.json" in names
 
 
-def test_a_link_is_replaced_and_its_target_left_alone_and_a_private_file_stays_private(models, folder, tmp_path):
+def test_a_link_is_replaced_and_a_private_file_stays_private(models, folder, tmp_path):
     weights, shared = folder / "model.safetensors", tmp_path / "blob"
     weights.rename(shared)
     weights.symlink_to(shared)

@@ -32,7 +32,7 @@ def step_by_step(model, row, num_tokens, expert_at):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-def test_a_schedule_equals_fresh_generations_one_after_the_other_in_a_padded_batch(pattern, options):
+def test_a_schedule_equals_fresh_generations_in_a_padded_batch(pattern, options):
     model = shared_model(pattern)
     first, second = shared_expert(pattern, 1), shared_expert(pattern, 2)
     rows = random_rows(5)
@@ -162,7 +162,7 @@ def test_a_returned_cache_goes_on_where_generation_stopped():
     assert first.past_key_values.expert_vector == expert
 
 
-def test_prompts_on_the_right_side_of_their_pads_or_the_left_get_the_same_answer():
+def test_prompts_padded_on_either_side_get_the_same_answer():
     model = shared_model("everything")
     rows = random_rows(11)
     ids, mask = left_padded(rows)
@@ -182,7 +182,7 @@ def test_embeddings_and_chunks_of_a_prompt_generate_what_its_tokens_do():
     assert found.tolist() == expected.tolist() == chunked[:, ids.shape[1] :].tolist()
 
 
-def test_a_prompt_of_embeddings_refuses_to_be_encoded_again_and_keeps_its_cache():
+def test_a_prompt_of_embeddings_refuses_a_recompute_and_keeps_its_cache():
     model, expert = shared_model("everything"), shared_expert("everything", 1)
     ids = torch.tensor(random_rows(12)[:1])
     cache = model.make_cache()

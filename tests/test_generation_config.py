@@ -57,7 +57,7 @@ def test_experts_of_a_configuration_generate_as_the_arguments_do(model, mode):
             delattr(model.generation_config, name)
 
 
-def test_the_argument_wins_over_the_configuration_and_that_over_the_model_and_the_cache(model):
+def test_the_argument_wins_over_configuration_model_and_cache(model):
     def with_cache(**options):
         cache = model.make_cache()
         cache.set_expert_vector("calm")

@@ -73,7 +73,7 @@ def test_the_operations_keep_the_rules_of_torch_library(name, dtype, others):
 @pytest.mark.parametrize(
     "others", [{}, {"lengths": LENGTHS}, {"positions": POSITIONS}], ids=["all", "ragged", "packed"]
 )
-def test_a_compiled_operation_is_one_node_with_the_results_and_gradients_of_the_eager_one(name, others):
+def test_a_compiled_operation_is_one_node_and_equals_the_eager_one(name, others):
     function, _, arguments, options = arguments_of(name, **others)
     if name == "selective_scan":
         options["A_is_log"], arguments["A"] = True, arguments["A"].detach().abs().log().requires_grad_()

@@ -338,7 +338,7 @@ BAD_BLOCKS = {
 
 
 @pytest.mark.parametrize("name", BAD_BLOCKS)
-def test_deltas_that_say_other_sizes_than_they_have_are_refused_before_a_model_is_built(name, tmp_path, monkeypatch):
+def test_deltas_of_misstated_sizes_are_refused_before_a_model_is_built(name, tmp_path, monkeypatch):
     """`mamba_d_state` of a file decided how much was allocated, before its tensors were compared with it."""
     save_mamba_delta(trained(llama(), **WINDOWED), tmp_path / "b")
 

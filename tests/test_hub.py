@@ -216,7 +216,7 @@ def test_a_configuration_from_elsewhere_brings_its_expert_vectors(kind, saved, t
     assert has_its_expert(loaded, model)
 
 
-def test_a_configuration_of_unknown_origin_is_loaded_from_the_folder_of_the_weights(saved):
+def test_a_configuration_of_unknown_origin_comes_from_the_weights_folder(saved):
     model, folder = saved
     config = MambaFormerConfig.from_dict(json.loads((folder / "config.json").read_text()))
     assert has_its_expert(MambaFormerForCausalLM.from_pretrained(folder, config=config), model)
@@ -253,7 +253,7 @@ def test_a_revision_brings_its_own_expert_vectors(load, saved, hub):
     assert has_its_expert(load.from_pretrained(**hub, revision="v1"), saved[0])
 
 
-def test_a_revision_of_the_weights_is_not_looked_for_where_the_configuration_is(saved, hub, tmp_path):
+def test_a_revision_of_the_weights_is_sought_in_their_own_repository(saved, hub, tmp_path):
     """The folder of the configuration knows no revision; a repository of its own may not have it."""
     config = AutoConfig.from_pretrained(
         hub["pretrained_model_name_or_path"], cache_dir=hub["cache_dir"], revision="v1"

@@ -395,7 +395,7 @@ SHAPES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_layer_s_parameter_of_an_impossible_shape_is_an_error_and_not_other_memory(name):
+def test_a_parameter_of_an_impossible_shape_is_an_error(name):
     pattern, path, change = SHAPES[name]
     model, cache, ids = layer_and_step(pattern)
     module = model.model.layers[0].get_submodule(path.rpartition(".")[0])
@@ -406,7 +406,7 @@ def test_a_layer_s_parameter_of_an_impossible_shape_is_an_error_and_not_other_me
 
 @torch.no_grad()
 @pytest.mark.parametrize("storage", ["dense", "static"])
-def test_projections_of_another_number_of_heads_do_not_write_beyond_the_cache(storage):
+def test_projections_of_other_heads_do_not_write_beyond_the_cache(storage):
     """With "continue" the cache keeps keys of the old number of heads, and the kernel wrote those of the new one."""
     model = random_model(tiny_config("llama", head_dim=16, num_attention_heads=4, num_key_value_heads=1))
     options = {"max_cache_len": 20} if storage == "static" else {}

@@ -186,7 +186,7 @@ def test_kernels_continue_exactly_over_several_tokens(with_kernels, function, ma
 @FUNCTIONS
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 13])
-def test_gradients_through_kernels_are_those_of_pytorch_the_final_state_included(
+def test_gradients_through_kernels_are_those_of_pytorch(
     with_kernels, function, make_arguments, kernels, length, ragged
 ):
     arguments = {k: v.requires_grad_() for k, v in make_arguments(length).items()}

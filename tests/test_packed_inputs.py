@@ -76,7 +76,7 @@ def test_cumulative_lengths_keep_sequences_apart_under_every_name(pattern, name)
 
 
 @torch.no_grad()
-def test_positions_may_restart_in_some_rows_and_rows_may_start_within_a_sequence():
+def test_positions_may_restart_in_some_rows_only():
     model, rows = shared_model("everything"), random_rows(4, (4, 5, 9))
     ids = torch.tensor([rows[0] + rows[1], rows[2]])
     positions = torch.tensor([[7, 8, 9, 10, 0, 1, 2, 3, 4], list(range(9))])

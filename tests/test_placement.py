@@ -254,7 +254,7 @@ def test_heads_that_cannot_be_dealt_out_evenly_are_refused(split):
 
 @pytest.mark.long
 @pytest.mark.parametrize("wrap", FSDP_WRAPS)
-def test_two_processes_with_fsdp_learn_what_one_learns_from_all_of_the_batch(split, wrap):
+def test_two_processes_with_fsdp_learn_what_one_learns_from_the_batch(split, wrap):
     model, optimizer, ids = start_of_training()
     losses = []
     for _ in range(4):

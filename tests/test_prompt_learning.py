@@ -57,7 +57,7 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("kind", VIRTUAL)
-def test_virtual_tokens_are_trained_and_generate_as_embeddings_before_the_prompt(kind):
+def test_virtual_tokens_train_and_generate_as_embeddings_before_the_prompt(kind):
     """On Transformers 5.24 each step of `generate` fed the virtual tokens again: all tokens but the first were wrong.
 
     PEFT looks for the cache under its older name in the inputs of a step, and saw none.

@@ -115,7 +115,7 @@ def test_scales_of_the_inputs_are_part_of_the_matrix(kind):
     assert_same_logits(module(torch.eye(64)).T, dequantized(module.weight), 1e-6)
 
 
-def test_dequantized_has_the_dtype_that_was_asked_for_and_leaves_plain_weights_alone():
+def test_dequantized_weights_have_the_requested_dtype():
     weight = torch.randn(4, 4)
     assert dequantized(weight) is weight
     assert dequantized(weight, torch.float64).dtype == torch.float64
@@ -210,7 +210,7 @@ def test_every_projection_and_the_head_are_quantized(kind):
 
 @pytest.mark.parametrize("variant", CACHE_VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_plain_model_however_the_text_is_cut_and_padded(kind, variant):
+def test_logits_are_those_of_the_plain_model_under_any_cut_and_padding(kind, variant):
     model, rows = shared(kind)[0], random_rows(1)
     turns = ragged_turns(random.Random(2), rows, 4)
     found = feed(model, model.make_cache(**CACHE_VARIANTS[variant]), turns)
@@ -276,7 +276,7 @@ def with_spectrum(model, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_of_the_float_weights_are_taken_and_those_of_other_weights_refused(kind):
+def test_expert_vectors_of_float_weights_are_taken_and_others_refused(kind):
     original, ids = float_model(), torch.tensor(random_rows(5, (6,)))
     model = shared(kind)[0]
     with torch.no_grad():
@@ -554,7 +554,7 @@ AS_A_USER = """
 
 
 @pytest.mark.slow
-def test_remote_code_is_quantized_while_it_is_loaded_and_saved_and_loaded_again(saved, tmp_path):
+def test_remote_code_is_quantized_while_loading_saved_and_loaded_again(saved, tmp_path):
     script = [sys.executable, "-c", textwrap.dedent(AS_A_USER), saved[1], tmp_path / "again"]
     done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -153,7 +153,7 @@ def test_weights_in_a_form_that_nobody_knows_are_refused_with_a_way_out(folder):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_codes_that_bitsandbytes_has_packed_for_a_processor_are_read_in_their_order(nested):
+def test_codes_packed_by_bitsandbytes_are_read_in_their_order(nested):
     """Its own way back leaves scales of several blocks a row transposed: off by 0.27 of weights of size 0.125."""
     from bitsandbytes import functional, nn
 

@@ -106,7 +106,7 @@ def test_the_saved_folder_has_every_room_but_the_converter_and_its_experts(saved
     assert (saved[2] / "expert_vectors" / "bold.safetensors").is_file()
 
 
-def test_a_process_that_never_imports_the_package_loads_and_runs_all_auto_classes(found):
+def test_all_auto_classes_run_in_a_process_without_the_package(found):
     assert not found["imported_package"]
     assert found["class"] == "MambaFormerForCausalLM"
     assert found["layer_types"] == tiny_config("everything").layer_types
@@ -138,7 +138,7 @@ def test_label_smoothing_scores_the_next_token_of_remote_code_too(found):
     assert loss == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_user_of_the_folder_alone_makes_blends_saves_and_loads_expert_vectors(saved, found):
+def test_a_folder_alone_makes_blends_saves_and_loads_expert_vectors(saved, found):
     """Only `ExpertVector` could make and blend them, which such a user cannot import."""
     model, expert, _ = saved
     made = ExpertVector({"model.layers.0.mamba.in_proj": torch.tensor([1.5, 0.5]), "lm_head": torch.tensor([0.25])})

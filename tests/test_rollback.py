@@ -255,7 +255,7 @@ def test_a_compiled_forward_that_records_nothing_ends_the_past():
     torch.compiler.reset()
 
 
-def test_a_row_that_was_fed_little_is_still_behind_where_its_window_has_been():
+def test_a_row_that_was_fed_little_keeps_the_start_of_its_window():
     """The row that was fed the most says nothing about the keys that another one has lost."""
     model = shared_model("sliding")
     text = Text(model, model.make_cache(rollback_reach=REACH), 2, random.Random(13))

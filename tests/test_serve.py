@@ -124,7 +124,7 @@ def test_each_request_is_answered_under_the_expert_that_it_names(server, is_stre
     assert len(set(answers.values())) == 4
 
 
-def test_a_request_for_an_expert_that_there_is_not_is_told_so_and_harms_nobody(server):
+def test_a_request_for_an_unknown_expert_vector_is_refused_and_harms_nobody(server):
     """It was answered by "Internal Server Error", which a client takes for a reason to try again."""
     for named in ({"expert_vector": "ghost"}, {"expert_schedule": {"3": "ghost"}}):
         with pytest.raises(openai.BadRequestError, match="no expert vector named 'ghost'"):

@@ -136,7 +136,7 @@ def test_loaded_is_what_was_saved_in_every_public_way(variant, tmp_path):
     assert type(loaded.lengths.columns) is type(cache.lengths.columns)
 
 
-def test_a_change_of_expert_that_is_taken_back_after_loading_uses_the_saved_states(tmp_path):
+def test_a_switch_taken_back_after_loading_uses_the_saved_states(tmp_path):
     """A first version left the states out of what waits to be encoded again: they may still come to use."""
     model = shared_model("everything")
     cache = made(model, "waiting_to_be_encoded_again", "dense")

@@ -102,7 +102,7 @@ def test_drafts_give_the_tokens_of_greedy_decoding(pattern, name):
 
 @pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize("pattern", MODELS)
-def test_experts_that_change_inside_drafts_predict_the_tokens_they_would_without(pattern, name):
+def test_expert_vectors_that_change_inside_drafts_change_no_token(pattern, name):
     model, wanted = shared_model(pattern), greedy(pattern, tuple(prompt(pattern)[0].tolist()), NUM_NEW, SCHEDULE)
     for policy in ("recompute", "reset"):
         cache = model.make_cache(on_expert_change=policy)

@@ -48,7 +48,7 @@ def test_surgery_takes_each_rows_expert_along(pattern, variant, operation):
 
 
 @every_cache
-def test_a_row_that_is_selected_keeps_its_expert_whoever_stood_beside_it(variant):
+def test_a_selected_row_keeps_its_expert_vector_whatever_the_other_rows_had(variant):
     """Identity is content: `[e]`, what is left of `[e, None]`, and `e` are one expert, and `[None]` is the base."""
     model, rows, expert = shared_model("paper"), random_rows(1, (6, 6)), shared_expert("paper", 1)
     for kept, same in ((0, expert), (0, [expert]), (1, None), (1, [None])):

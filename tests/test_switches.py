@@ -180,7 +180,7 @@ def test_any_policy_takes_an_expert_before_the_first_token(policy, variant):
 
 @main_patterns
 @every_cache
-def test_a_switch_that_is_taken_back_before_the_next_forward_changes_nothing(pattern, variant):
+def test_a_switch_taken_back_before_the_next_forward_changes_nothing(pattern, variant):
     model, row = shared_model(pattern), rows_of(pattern, 1)[0]
     one, two = shared_expert(pattern, 1), shared_expert(pattern, 2)
     cache = new_cache(model, variant)

@@ -258,7 +258,7 @@ USER_SCRIPT = """
 
 
 @pytest.mark.slow
-def test_a_session_on_a_long_text_goes_on_bit_for_bit_in_a_process_that_has_the_folder_alone(tmp_path):
+def test_a_session_continues_bit_for_bit_where_only_the_folder_exists(tmp_path):
     model, (row, *_) = new_model("trained_tiny"), rows_of("trained_tiny", 1, LENGTHS)
     prompt = AutoTokenizer.from_pretrained(TINY)("This License does not grant permission to", return_tensors="pt")
     model.generation_config.eos_token_id = AutoTokenizer.from_pretrained(TINY).eos_token_id

@@ -66,7 +66,7 @@ def losses(run):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_goes_on_to_the_very_weights_of_one_that_was_not(tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
     whole = trainer(tmp_path / "whole")
     whole.train()
     assert whole.model.config.layer_types == ALL_FIVE
@@ -176,7 +176,7 @@ def test_an_adapter_adds_to_the_base_and_an_expert_scales_the_base_alone():
     assert all(torch.equal(one, other) for one, other in zip(logits_of(wrapped), before, strict=True))
 
 
-def test_adapters_on_attention_and_mamba_train_beside_an_expert_while_the_base_is_frozen():
+def test_adapters_train_together_with_an_expert_vector_on_a_frozen_base():
     wrapped, model = adapted(init_lora_weights=True)
     expert = random_expert(random_model(model.config), seed=4)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -248,7 +248,7 @@ def test_a_cache_notices_what_happens_to_adapters(event, with_expert):
 
 
 @pytest.mark.parametrize("with_expert", [False, True])
-def test_a_cache_notices_an_adapter_that_came_and_was_merged_into_the_weights(with_expert):
+def test_a_cache_notices_an_adapter_that_was_added_and_merged(with_expert):
     """PEFT writes through `weight.data`, which counts as no write, and leaves the modules as they were."""
     model = random_model(tiny_config("everything")).requires_grad_(False)
     expert = random_expert(model, seed=4)
@@ -289,7 +289,7 @@ def test_an_adapter_costs_no_encoding_again_while_nothing_changes():
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
-def test_a_model_that_trains_with_gradient_checkpointing_generates_as_in_eval_mode(options):
+def test_a_model_in_checkpointed_training_generates_as_in_eval_mode(options):
     """`generate` made a cache itself, and the forward refused it although no gradient was wanted."""
     model = random_model(tiny_config("everything"), loudness=0.8)
     wanted = model.generate(IDS, max_new_tokens=8, do_sample=False)
@@ -298,7 +298,7 @@ def test_a_model_that_trains_with_gradient_checkpointing_generates_as_in_eval_mo
     assert model.training and model.is_gradient_checkpointing
 
 
-def test_a_given_cache_is_used_while_checkpointing_where_no_gradient_is_wanted():
+def test_checkpointing_without_gradients_uses_a_given_cache():
     """Evaluation callbacks that leave the model in training mode fed their caches in vain."""
     model = random_model(tiny_config("everything"), loudness=0.8)
     wanted = expected(model, ROWS)

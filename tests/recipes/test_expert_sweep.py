@@ -86,7 +86,7 @@ def test_a_model_without_a_family_is_refused():
         tuners.modules_of(toy_model(), ["c_proj"])
 
 
-def test_scales_are_float32_and_get_the_gradient_of_a_float32_model_from_a_bfloat16_one():
+def test_scales_are_float32_and_get_gradients_from_a_bfloat16_model():
     model, ids = toy_model(), torch.randint(0, 50, (1, 32))
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):

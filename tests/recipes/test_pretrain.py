@@ -48,7 +48,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return MambaFormerForCausalLM.from_pretrained(run / "hybrid" / "checkpoint-12").state_dict()
 
 
-def test_a_run_that_was_killed_while_it_wrote_a_checkpoint_goes_on_with_the_same_curve_and_weights(runs):
+def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_to_equal_weights(runs):
     whole, cut, left = runs
     assert "optimizer.pt" in left["checkpoint-8"] and "complete" not in left["checkpoint-8"]
     assert "complete" in left["checkpoint-4"]
@@ -70,7 +70,7 @@ def test_other_settings_do_not_go_on_with_a_run(runs):
         pretrain.main([*TOY, "--run-dir", str(runs[0]), "--learning-rate", "0.1"])
 
 
-def test_the_saved_model_is_a_hub_folder_in_bfloat16_whose_card_has_the_figures(runs):
+def test_the_saved_model_is_a_hub_folder_whose_card_has_the_figures(runs):
     whole, _, _ = runs
     folder = whole / "output"
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
@@ -97,7 +97,7 @@ def test_a_folder_inside_the_repository_gets_the_code_that_is_there(runs, tmp_pa
     assert (runs[0] / "output" / "ops_mambaformer.py").read_text() == code
 
 
-def test_an_evaluation_of_the_saved_model_finds_the_stated_figures_and_a_wrong_one(runs, tmp_path, capsys):
+def test_an_evaluation_finds_the_stated_figures_and_a_wrong_one(runs, tmp_path, capsys):
     whole, _, _ = runs
     folder = tmp_path / "checkpoints" / "mambaformer-tiny"
     shutil.copytree(whole / "output", folder)
@@ -165,7 +165,7 @@ def test_neither_norms_nor_biases_nor_the_decay_of_states_get_weight_decay(runs,
             assert (id(weight) in decayed) == (weight.dim() > 1 and not name.endswith("A_log")), name
 
 
-def test_the_text_is_split_by_documents_and_a_missing_source_says_what_to_install(tmp_path, monkeypatch):
+def test_documents_are_never_split_and_a_missing_source_says_what_to_install(tmp_path, monkeypatch):
     documents = [(f"chapter {i}", f"text {i}") for i in range(45)]
     sources = [texts.Source(name, name, "none", lambda: iter(documents)) for name in DOMAINS]
     monkeypatch.setattr(texts, "SOURCES", sources)
