@@ -19,13 +19,13 @@ from mambaformer import convert
 from mambaformer.convert import find_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = ROOT / "checkpoints" / "smollm2-hybrid" / "mamba_delta.safetensors"
+MAMBA_DELTA = ROOT / "checkpoints" / "smollm2-hybrid" / "mamba_delta.safetensors"
 
 
 def build(folder: Path) -> None:
     """Writes the hybrid, its tokenizer, its experts and its code to `folder`."""
     source = find_smollm2()
-    model = convert(source, mamba_delta=BLOCKS)
+    model = convert(source, mamba_delta=MAMBA_DELTA)
     model.load_expert_vectors(ROOT / "checkpoints" / "expert-vectors")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

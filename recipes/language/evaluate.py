@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 from mambaformer.convert import find_smollm2
 from recipes.language.card import BITS_PER_BYTE_TOLERANCE, FIGURES, card_of
-from recipes.language.distill import BLOCKS
+from recipes.language.distill import MAMBA_DELTA
 from recipes.language.hybrid_card import RECALLED, TOLERANCES, hybrid_card
 from recipes.language.measure_hybrid import Parts, Plan, measure
 from recipes.language.pretrain import parse as settings_of_pretraining
@@ -153,7 +153,7 @@ def evaluate_hybrid(folder: Path, args: argparse.Namespace) -> Evaluation:
     stated = json.loads((folder / FIGURES).read_text())
     plan = Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in stated["plan"].items()})
     parts = Parts(args.run_dir / "hybrid")
-    found = measure(args.source or find_smollm2(), folder / BLOCKS, args.texts, plan, parts)
+    found = measure(args.source or find_smollm2(), folder / MAMBA_DELTA, args.texts, plan, parts)
     other = [domain for domain in DOMAINS if found["text"][domain] != stated["text"][domain]]
     problems = card_problems(folder, hybrid_card(stated))
     comparisons = compare(stated, found, TOLERANCES, other)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from mambaformer import convert
 from mambaformer.convert import find_smollm2, load_mamba_delta
 from recipes.language.card import FIGURES
-from recipes.language.distill import BLOCKS
+from recipes.language.distill import MAMBA_DELTA
 from recipes.language.hybrid_card import write_hybrid_card
 from recipes.language.measures import (
     BEFORE,
@@ -212,7 +212,7 @@ def of_samples(parts: Parts, models: dict, keys: dict, text: Tensor, tokenizer, 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help=f"where {BLOCKS} is, and figures and card are put")
+    parser.add_argument("folder", type=Path, help=f"where {MAMBA_DELTA} is, and figures and card are put")
     parser.add_argument("--source", type=Path, help="a folder or GGUF file; SmolLM2-135M-Instruct if not given")
     parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/measure"), help="where parts are kept")
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None, plan: Plan | None = None) -> None:
     if not args.card_only:
         make_once(args.texts, collect)
         source = args.source or find_smollm2()
-        figures = measure(source, args.folder / BLOCKS, args.texts, plan or Plan(), Parts(args.run_dir))
+        figures = measure(source, args.folder / MAMBA_DELTA, args.texts, plan or Plan(), Parts(args.run_dir))
         write_json(path, figures)
     write_hybrid_card(args.folder, json.loads(path.read_text()))
     print(f"wrote {path} and {args.folder / 'README.md'}")
