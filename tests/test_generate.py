@@ -201,7 +201,7 @@ def test_generation_refuses_what_it_cannot_do_before_anything_runs():
     ids = torch.tensor(random_rows(1)[:1])
     other = random_expert(random_model(tiny_config("mamba", hidden_size=64)), 1)
     bad = {
-        "first expert": {"expert_vector": expert, "expert_schedule": {0: expert}},
+        "both for new token 0": {"expert_vector": expert, "expert_schedule": {0: expert}},
         "from 0": {"expert_schedule": {-1: expert}},
         "integers": {"expert_schedule": {"2": expert}},
         "dict": {"expert_schedule": [expert]},
