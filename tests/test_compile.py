@@ -177,5 +177,5 @@ def test_a_step_that_has_nothing_fixed_to_go_on_from_is_refused():
     model = shared_model("mamba")
     with pytest.raises(ValueError, match="storage='static'"):
         model.decode_step(model.make_cache())
-    with pytest.raises(ValueError, match="feed a token first"):
+    with pytest.raises(ValueError, match="feed it to the model once"):
         model.decode_step(model.make_cache("static", max_cache_len=8))

@@ -289,7 +289,7 @@ def test_expert_vectors_of_float_weights_are_taken_and_others_refused(kind):
 def test_merging_into_quantized_weights_is_refused_and_changes_nothing(kind):
     model, twin = shared(kind)
     stamp = weights_stamp(model)
-    with pytest.raises(ValueError, match="pass it as `expert_vector`"):
+    with pytest.raises(ValueError, match="pass the vector as `expert_vector`"):
         model.merge_expert_vector(random_expert(twin, 1))
     assert weights_stamp(model) == stamp
     with pytest.raises(ValueError, match="No expert vector is merged"):
