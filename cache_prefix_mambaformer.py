@@ -7,10 +7,12 @@ sequence that is known, such as the end of a shared system prompt.
 """
 
 import hashlib
+import os
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import EllipsisType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ from .cache_history_mambaformer import Encoding, Status
 from .cache_mambaformer import MambaFormerCache
 from .cache_prefix_tree_mambaformer import Entry, Match, PrefixTree
 from .weights_version_mambaformer import weights_stamp
+
+if TYPE_CHECKING:
+    from .expert_vectors_mambaformer import ExpertVectorsLike
+    from .modeling_mambaformer import MambaFormerPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +49,7 @@ class PrefixCache:
         ValueError: `max_bytes` or `min_tokens` is not a positive integer.
     """
 
-    def __init__(self, model: Any, max_bytes: int, min_tokens: int = 16):
+    def __init__(self, model: "MambaFormerPreTrainedModel", max_bytes: int, min_tokens: int = 16):
         for name, value in (("max_bytes", max_bytes), ("min_tokens", min_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
@@ -57,7 +63,10 @@ class PrefixCache:
     # ---- requests
 
     def fetch(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, expert_vector: Any = ...
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        expert_vector: "ExpertVectorsLike | EllipsisType" = ...,
     ) -> MambaFormerCache:
         """A cache that holds the longest stored prefix of `input_ids` (rows, tokens); empty if there is none.
 
@@ -139,7 +148,7 @@ class PrefixCache:
 
     # ---- on disk
 
-    def save(self, folder: Any) -> int:
+    def save(self, folder: str | os.PathLike) -> int:
         """Writes each entry as a session file into `folder`; returns how many there are.
 
         Files are named by their content and written atomically, so a process that is killed leaves complete files
@@ -165,7 +174,7 @@ class PrefixCache:
                 path.unlink(missing_ok=True)
         return len(names_written)
 
-    def load(self, folder: Any) -> int:
+    def load(self, folder: str | os.PathLike) -> int:
         """Stores the session files of `folder`, largest saving first; returns how many entries were stored.
 
         Files of other weights and damaged files are left out with a warning.
@@ -173,7 +182,7 @@ class PrefixCache:
         num_stored = 0
         for path in sorted(Path(folder).glob(f"{FILE_PREFIX}*.safetensors")):
             try:
-                num_stored += self.insert(self.model.load_cache(path))
+                num_stored += self.insert(self.model.load_cache(str(path)))
             except (ValueError, OSError) as error:
                 logger.warning(f"{path} is left out of the prefix cache: {error}")
         return num_stored
@@ -184,7 +193,7 @@ class PrefixCache:
         with self._lock:
             self._counts.update(counts)
 
-    def _empty_cache(self, expert_vector: Any) -> MambaFormerCache:
+    def _empty_cache(self, expert_vector: "ExpertVectorsLike | EllipsisType") -> MambaFormerCache:
         """An empty cache with the expert vector and the weights of a request in force."""
         cache = self.model.make_cache()
         if expert_vector is not ...:
@@ -299,7 +308,7 @@ class PrefixCache:
         for window in map(config.window, attending):
             seen = num_tokens if window is None else min(num_tokens, window)
             pairs += seen * (num_tokens - seen / 2)
-        return num_tokens * per_token + 4 * pairs * config.num_attention_heads * config.head_dim
+        return num_tokens * per_token + 4 * pairs * config.num_attention_heads * (config.head_dim or 0)
 
     def _evict(self) -> None:
         while self._entries and self.nbytes > self.max_bytes:

@@ -106,8 +106,8 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
             cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
         with GenerateLock(cache):
             output = self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
-        if prefix_cache is not None and prompt is not None and cache.batch_size == prompt.shape[0]:
-            prefix_cache.insert(cache)
+        if prefix_cache is not None and prompt is not None and cache is not None and cache.batch_size == len(prompt):
+            prefix_cache.insert(cache)  # several answers to one prompt leave other rows
         return output
 
     def _resolve_schedule(self, *levels: ExpertFields) -> dict[int, ExpertVectorsLike]:

@@ -208,7 +208,7 @@ def test_generation_refuses_what_it_cannot_do_before_anything_runs():
         "no expert vector named": {"expert_vector": "nobody"},
         "singular values": {"expert_schedule": {3: other}},
         "not both": {"past_key_values": model.make_cache(), "cache_implementation": "static"},
-        "not supported": {"cache_implementation": "quantized"},
+        "not supported": {"cache_implementation": "offloaded_static"},
     }
     for message, options in bad.items():
         with pytest.raises((ValueError, TypeError), match=message):

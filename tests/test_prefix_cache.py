@@ -362,5 +362,5 @@ def test_common_prefix_counts_the_columns_that_all_rows_share(pattern):
     assert cache.common_prefix(rows, mask) == 8
     assert cache.common_prefix(rows) == 0
     assert cache.common_prefix(torch.cat([rows, rows], 1), torch.cat([mask, mask], 1)) == 8
-    with pytest.raises(ValueError, match="like the rows of the cache"):
+    with pytest.raises(ValueError, match="`input_ids` must be"):
         cache.common_prefix(rows[:1])
