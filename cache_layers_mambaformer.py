@@ -1,7 +1,8 @@
 """The layers of a cache, one for each layer of the model: the view that the mixins of Transformers expect.
 
-A layer is composed of stores: one for the keys of attention, one for the states of a recurrent mixer. A store of keys
-composes storage and retention: a new storage is one class with the methods of `Buffer` and a row in `STORAGES`.
+A layer is composed of stores: one for the keys of attention, one for the states of a recurrent mixer. A storage that
+changes where keys lie is a `Buffer`; one that changes how they are encoded is a subclass of `KeyValueStore`, chosen in
+`make_layer`. Which keys stay is the `Retention` of `cache_retention_mambaformer`.
 """
 
 import functools
@@ -14,8 +15,9 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from .cache_buffers_mambaformer import Buffer
 from .cache_history_mambaformer import CacheLengths
-from .cache_keys_mambaformer import KeyValueStore, Layout, Removal, Retention, StateSpec
+from .cache_keys_mambaformer import KeyValueStore, Removal, StateSpec
 from .cache_quantized_mambaformer import QuantizedKeyValueStore
+from .cache_retention_mambaformer import Layout, Retention
 from .cache_states_mambaformer import RecurrentStore
 from .modeling_stack_mambaformer import LayerSpec
 
@@ -250,15 +252,17 @@ def make_layer(
     storage: str = "dense",
     max_columns: int | None = None,
     kv_bits: dict[str, int] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> CacheLayer:
     """An empty cache layer for a layer of this spec.
 
-    Its storage is fixed if `max_columns` is set, and its keys and values are codes if `kv_bits` is.
+    Its storage is fixed if `max_columns` is set, and its keys and values are codes if `kv_bits` is. `dtype` is that of
+    the activations.
     """
     attention = recurrent = None
     if spec.attends:
         row_shape = cast(tuple[int, int], (config.num_key_value_heads, config.head_dim))  # `None` is filled in by now
-        store = KeyValueStore if kv_bits is None else functools.partial(QuantizedKeyValueStore, kv_bits=kv_bits)
+        store = KeyValueStore if kv_bits is None else functools.partial(QuantizedKeyValueStore, kv_bits, dtype)
         attention = store(Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage])
     if spec.is_recurrent:
         recurrent = RecurrentStore(is_fixed=max_columns is not None)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .cache_buffers_mambaformer import Buffer
 from .cache_codes_mambaformer import VectorCodec, check_bits
-from .cache_keys_mambaformer import KeyValueStore, Layout, Retention, StateSpec
+from .cache_keys_mambaformer import KeyValueStore, StateSpec
+from .cache_retention_mambaformer import Layout, Retention
 
 DEFAULT_KV_BITS = 8
 
@@ -25,7 +26,7 @@ def resolve_kv_bits(kv_bits: int | Mapping[str, int] | None, is_quantized: bool)
         is_quantized: the storage is called quantized, so `None` means `DEFAULT_KV_BITS`.
 
     Raises:
-        ValueError: a number that there is no grid for, or other names than `"keys"` and `"values"`.
+        ValueError: an unsupported number of bits, or other names than `"keys"` and `"values"`.
     """
     if kv_bits is None:
         kv_bits = DEFAULT_KV_BITS if is_quantized else None
@@ -33,7 +34,7 @@ def resolve_kv_bits(kv_bits: int | Mapping[str, int] | None, is_quantized: bool)
         return None
     by_kind = dict(kv_bits) if isinstance(kv_bits, Mapping) else {"keys": kv_bits, "values": kv_bits}
     if by_kind.keys() != {"keys", "values"}:
-        raise ValueError(f"`kv_bits` is a number, or {{'keys': n, 'values': n}}, and {kv_bits!r} was given.")
+        raise ValueError(f"`kv_bits` must be a number of bits or {{'keys': n, 'values': n}}, got {kv_bits!r}.")
     for bits in by_kind.values():
         check_bits(bits)
     return by_kind
@@ -43,21 +44,22 @@ class QuantizedKeyValueStore(KeyValueStore):
     """Keys and values as codes, (rows, heads, slots, bytes) each.
 
     Args:
-        kv_bits: bits of `"keys"` and of `"values"`; the other arguments are those of `KeyValueStore`.
+        kv_bits: bits of `"keys"` and of `"values"`.
+        dtype: of the activations; the other arguments are those of `KeyValueStore`.
     """
 
     def __init__(
         self,
+        kv_bits: Mapping[str, int],
+        dtype: torch.dtype,
         retention: Retention,
         row_shape: tuple[int, int],
         max_length: int | None = None,
         buffer: Callable[[int, int | None], Buffer] = Buffer,
-        *,
-        kv_bits: Mapping[str, int],
     ):
         super().__init__(retention, row_shape, max_length, buffer)
         self.codecs = {name: VectorCodec(row_shape[1], bits) for name, bits in kv_bits.items()}
-        self.dtype = torch.float32  # of the keys and values that attention sees
+        self.activation_dtype = dtype  # of the last forward, once there is one; keys and values are decoded to it
 
     def encode(self, name: str, new: Tensor) -> Tensor:
         if new.requires_grad and torch.is_grad_enabled():
@@ -65,11 +67,11 @@ class QuantizedKeyValueStore(KeyValueStore):
                 "Rounding has no gradient, so a quantized cache is fed without one: call the model under "
                 "`torch.no_grad()`, or train with storage='dense'."
             )
-        self.dtype = new.dtype
+        self.activation_dtype = new.dtype
         return self.codecs[name].encode(new)
 
     def decode(self, name: str, stored: Tensor) -> Tensor:
-        return self.codecs[name].decode(stored, self.dtype)
+        return self.codecs[name].decode(stored, self.activation_dtype)
 
     def place(self, like: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
         return None  # no kernel writes codes

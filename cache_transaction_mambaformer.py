@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cache_keys_mambaformer import Layout, Retention, Span, make_layout
+from .cache_retention_mambaformer import Layout, Retention, Span, make_layout
 
 if TYPE_CHECKING:
     from .cache_history_mambaformer import Change, NewTokens

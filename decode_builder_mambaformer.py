@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .decode_memory_mambaformer import HeldMemory
-from .decode_workspace_mambaformer import Buffer, Workspace
+from .decode_workspace_mambaformer import Intermediate, Workspace
 from .expert_linear_mambaformer import ScaledBasis
 from .ops_cpu_decode_mambaformer import LANES, describe_expert, describe_linear, is_stored
 from .ops_cpu_interface_mambaformer import (
@@ -49,7 +49,7 @@ class CannotLower(Exception):
 class Columns:
     """Columns of a buffer, from `first` on."""
 
-    buffer: Buffer
+    buffer: Intermediate
     first: int
     width: int
 
@@ -84,7 +84,7 @@ class StateOf:
 
 
 Numbered = TypeVar("Numbered", Setting, KeySlotsOf, StateOf)
-Operand = Buffer | Columns | Setting | KeySlotsOf | StateOf | int | None | Sequence["Operand"]
+Operand = Intermediate | Columns | Setting | KeySlotsOf | StateOf | int | None | Sequence["Operand"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Product:
     """A weight, with or without an expert vector, its input and its output."""
 
     weight: Weight
-    x: Buffer
-    y: Buffer
+    x: Intermediate
+    y: Intermediate
 
 
 @dataclass
@@ -114,7 +114,7 @@ class ProgramBuilder:
         threads: of the team that runs the program.
     """
 
-    def __init__(self, position: int, window: int | None, residual: Buffer, dtype: torch.dtype, threads: int):
+    def __init__(self, position: int, window: int | None, residual: Intermediate, dtype: torch.dtype, threads: int):
         self.position, self.window, self.residual = position, window, residual
         self.dtype, self.threads = dtype, threads
         self.operations: list[Operation] = []
@@ -124,39 +124,39 @@ class ProgramBuilder:
 
     # ---- operations of all mixers
 
-    def norm(self, x: Buffer, norm: nn.Module) -> Buffer:
+    def norm(self, x: Intermediate, norm: nn.Module) -> Intermediate:
         """RMS norm of `x`, with the weight and the epsilon of a `MambaFormerRMSNorm`."""
-        weight, y = self._parameter(norm, "weight", (x.width,)), Buffer(x.width)
+        weight, y = self._parameter(norm, "weight", (x.width,)), Intermediate(x.width)
         self._append(NormOp, x=x, y=y, width=x.width, weight=weight, eps=Setting(norm, "variance_epsilon"))
         return y
 
-    def linear(self, x: Buffer, module: nn.Module, scaled: ScaledBasis | None = None) -> Buffer:
+    def linear(self, x: Intermediate, module: nn.Module, scaled: ScaledBasis | None = None) -> Intermediate:
         """`apply_expert_linear` of `module`."""
         return self.linears(x, (module, scaled))[0]
 
-    def linears(self, x: Buffer, *projections: tuple[nn.Module, ScaledBasis | None]) -> list[Buffer]:
+    def linears(self, x: Intermediate, *projections: tuple[nn.Module, ScaledBasis | None]) -> list[Intermediate]:
         """Products of the same `x`, computed together."""
         self._require(len(projections) <= MOST_TOGETHER)
         weights = [self._weight(module, scaled) for module, scaled in projections]
         self._require(all(weight.inputs == x.width for weight in weights))
-        inputs = [Buffer(x.width) if weight.rank and not weight.on_outputs else x for weight in weights]
+        inputs = [Intermediate(x.width) if weight.rank and not weight.on_outputs else x for weight in weights]
         products = [
-            Product(weight, its_x, Buffer(weight.outputs)) for weight, its_x in zip(weights, inputs, strict=True)
+            Product(weight, its_x, Intermediate(weight.outputs)) for weight, its_x in zip(weights, inputs, strict=True)
         ]
         self._scale([Product(each.weight, x, each.x) for each in products if each.x is not x])
         self.operations.append(Operation(LinearOp, {"residual": None}, products))
         self._scale([replace(each, x=each.y) for each in products if each.weight.rank and each.weight.on_outputs])
         return [product.y for product in products]
 
-    def add_to_residual(self, x: Buffer) -> None:
+    def add_to_residual(self, x: Intermediate) -> None:
         """Adds `x` to the hidden states, in the operation that computes it: a single product or expert vector."""
         last = self.operations[-1]
         self._require(x.width == self.residual.width and [product.y for product in last.products] == [x])
         last.products = [replace(last.products[0], y=self.residual)]
         last.operands["residual"] = self.residual
 
-    def gate(self, gates: Buffer, x: Buffer, activation: nn.Module) -> Buffer:
-        """activation(gates) * x, for SiLU."""
+    def gate(self, gates: Intermediate, x: Intermediate, activation: nn.Module) -> Intermediate:
+        """silu(gates) * x, written over `gates`; other activations are refused."""
         self._require(type(activation) in SILU_TYPES and gates.width == x.width)
         self._append(GateOp, gates=gates, x=x, y=gates, width=x.width)
         return gates
@@ -167,62 +167,62 @@ class ProgramBuilder:
 
     # ---- attention
 
-    def write_keys(
-        self, query: Buffer, key: Buffer, value: Buffer, head_dim: int, scaling: Setting
-    ) -> tuple[Buffer, KeySlotsOf]:
+    def rotate_and_store(
+        self, query: Intermediate, key: Intermediate, value: Intermediate, head_dim: int, scaling: Setting
+    ) -> tuple[Intermediate, KeySlotsOf]:
         """Rotates queries and keys, and writes keys and values to the cache: queries for `attend`, and the slots."""
         self._require(head_dim > 0 and head_dim % LANES[self.dtype] == 0)
         heads, key_heads = query.width // head_dim, key.width // head_dim
         self._require(query.width == heads * head_dim and key.width == value.width == key_heads * head_dim)
         self._require(key_heads > 0 and heads % key_heads == 0)
-        scaled, slots = Buffer(query.width), KeySlotsOf(self.position, self.window, heads, key_heads, head_dim)
+        scaled, slots = Intermediate(query.width), KeySlotsOf(self.position, self.window, heads, key_heads, head_dim)
         self._append(WriteKeysOp, query=query, key=key, value=value, scaled=scaled, heads=heads, key_heads=key_heads,
                      head_dim=head_dim, scaling=scaling, key_slots=slots)  # fmt: skip
         return scaled, slots
 
-    def attend(self, scaled: Buffer, slots: KeySlotsOf) -> Buffer:
-        """Attention of the queries of `write_keys` on all keys that they see."""
-        mixed, num_parts = Buffer(scaled.width), min(MOST_PARTS, self.threads)
-        scratch = Buffer(slots.heads * num_parts * (2 + slots.head_dim))
+    def attend(self, scaled: Intermediate, slots: KeySlotsOf) -> Intermediate:
+        """Attention of the queries of `rotate_and_store` on all keys that they see."""
+        mixed, num_parts = Intermediate(scaled.width), min(MOST_PARTS, self.threads)
+        scratch = Intermediate(slots.heads * num_parts * (2 + slots.head_dim))
         self._append(AttendOp, scaled=scaled, mixed=mixed, scratch=scratch, heads=slots.heads,
                      key_heads=slots.key_heads, head_dim=slots.head_dim, key_slots=slots)  # fmt: skip
         return mixed
 
-    # ---- recurrent mixers, one token
+    # ---- Mamba, one token
 
-    def conv_step(self, x: Columns, conv: nn.Conv1d, state: str) -> Buffer:
+    def conv_step(self, x: Columns, conv: nn.Conv1d, state: str) -> Intermediate:
         """Causal depthwise convolution and SiLU; `state` is the window of the last inputs."""
         weight, channels = conv.weight, x.width
         self._require(weight.ndim == 3)
         taps = weight.shape[2]
         address = self._parameter(conv, "weight", (channels, 1, taps))
         bias = 0 if conv.bias is None else self._parameter(conv, "bias", (channels,))
-        y, window = Buffer(channels), StateOf(self.position, state, (taps - 1, channels), is_wide=False)
+        y, window = Intermediate(channels), StateOf(self.position, state, (taps - 1, channels), is_wide=False)
         self._append(ConvStepOp, x=x, y=y, weight=address, bias=bias, channels=channels, taps=taps, state=window)
         return y
 
     def inner_norms(
-        self, x: Buffer, widths: Sequence[int], norms: Sequence[nn.Module]
-    ) -> tuple[Buffer, Columns, Columns]:
+        self, x: Intermediate, widths: Sequence[int], norms: Sequence[nn.Module]
+    ) -> tuple[Intermediate, Columns, Columns]:
         """Divides `x` into three parts and applies the norms, if there are any; the first part is copied."""
         first, second, third = widths
         self._require(x.width == first + second + third)
         pairs = list(zip(norms, widths, strict=True)) if norms else []
         weights = [self._parameter(norm, "weight", (width,)) for norm, width in pairs] or [0, 0, 0]
         eps = [Setting(norm, "variance_epsilon") for norm in norms] or [NONE, NONE, NONE]
-        y = Buffer(first)
+        y = Intermediate(first)
         self._append(InnerNormsOp, x=x, y=y, widths=list(widths), weights=weights, eps=eps)
         return y, Columns(x, first, second), Columns(x, first + second, third)
 
-    def recurrence_step(
-        self, u: Buffer, dt: Buffer, B: Columns, C: Columns, gate: Columns, mixer: nn.Module, state: str
-    ) -> Buffer:
+    def selective_scan_step(
+        self, u: Intermediate, dt: Intermediate, B: Columns, C: Columns, gate: Columns, mixer: nn.Module, state: str
+    ) -> Intermediate:
         """The selective scan with `A_log` and `D` of `mixer`, gated."""
         channels, numbers = u.width, B.width
         self._require(dt.width == gate.width == channels and C.width == numbers)
         A_log = self._parameter(mixer, "A_log", (channels, numbers))
-        D, y = self._parameter(mixer, "D", (channels,)), Buffer(channels)
-        scratch = Buffer(channels * (numbers + 1)) if self.dtype is torch.bfloat16 else None
+        D, y = self._parameter(mixer, "D", (channels,)), Intermediate(channels)
+        scratch = Intermediate(channels * (numbers + 1)) if self.dtype is torch.bfloat16 else None
         matrix = StateOf(self.position, state, (channels, numbers), is_wide=True)
         self._append(RecurrenceStepOp, u=u, dt=dt, y=y, scratch=scratch, B=B, C=C, gate=gate, A_log=A_log, D=D,
                      channels=channels, numbers=numbers, state=matrix)  # fmt: skip
@@ -242,7 +242,8 @@ class ProgramBuilder:
         if products:
             # A thread keeps a sum; a strip of channels keeps its part of the coordinates.
             sizes = [(-(-each.x.width // CHANNELS_AT_A_TIME) + self.threads) * each.weight.rank for each in products]
-            self.operations.append(Operation(ScaleOp, {"residual": None, "scratch": Buffer(sum(sizes))}, products))
+            scratch = Intermediate(sum(sizes))
+            self.operations.append(Operation(ScaleOp, {"residual": None, "scratch": scratch}, products))
 
     def _parameter(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
         """The address of a parameter."""
@@ -280,7 +281,7 @@ class LinkedProgram:
     the addresses of the first operation of each builder, and of the end of the last.
     """
 
-    def __init__(self, builders: Sequence[ProgramBuilder], residual: Buffer):
+    def __init__(self, builders: Sequence[ProgramBuilder], residual: Intermediate):
         operations = [operation for builder in builders for operation in builder.operations]
         self._workspace = Workspace(residual, list(map(_buffers_of, operations)))
         self._numbers: dict[object, int] = {}  # of settings, slots and states, each kind counted from 0
@@ -317,7 +318,7 @@ class LinkedProgram:
     def _resolve(self, operand: Operand) -> int | tuple:
         if isinstance(operand, int):
             return operand
-        if isinstance(operand, Buffer):
+        if isinstance(operand, Intermediate):
             return self._workspace.offset(operand)
         if operand is None:
             return NONE
@@ -338,13 +339,13 @@ class LinkedProgram:
         return self._numbers[operand]
 
 
-def _buffers_of(operation: Operation) -> list[Buffer]:
+def _buffers_of(operation: Operation) -> list[Intermediate]:
     """The buffers that an operation reads or writes."""
     buffers = [buffer for product in operation.products for buffer in (product.x, product.y)]
     operands = list(operation.operands.values())
     while operands:
         operand = operands.pop()
-        if isinstance(operand, Buffer):
+        if isinstance(operand, Intermediate):
             buffers.append(operand)
         elif isinstance(operand, Columns):
             buffers.append(operand.buffer)
@@ -353,4 +354,4 @@ def _buffers_of(operation: Operation) -> list[Buffer]:
     return buffers
 
 
-__all__ = ["CannotLower", "Columns", "LinkedProgram", "ProgramBuilder", "Setting"]
+__all__ = ["CannotLower", "Columns", "LinkedProgram", "ProgramBuilder", "Setting", "StateOf"]

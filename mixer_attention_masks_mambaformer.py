@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .cache_keys_mambaformer import Layout, Retention, Span, make_uncached_layout
 from .cache_mambaformer import MambaFormerCache
+from .cache_retention_mambaformer import Layout, Retention, Span, make_uncached_layout
 from .configuration_mambaformer import MambaFormerConfig
 from .inputs_packing_mambaformer import Sequences
 from .inputs_padding_mambaformer import LeftAlignment

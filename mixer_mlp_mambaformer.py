@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import ProgramBuilder
-from .decode_workspace_mambaformer import Buffer
+from .decode_workspace_mambaformer import Intermediate
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import MambaFormerMixer
 from .ops_eligibility_mambaformer import is_silu, replaceable_by_kernels
@@ -39,7 +39,9 @@ class MambaFormerMLP(MambaFormerMixer):
         inner = silu_gate(gates, states) if is_silu(self.act_fn) else self.act_fn(gates) * states
         return apply_expert_linear(self.down_proj, inner, vectors.get("down_proj"))
 
-    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+    def lower(
+        self, program: ProgramBuilder, hidden_states: Intermediate, vectors: dict[str, ScaledBasis]
+    ) -> Intermediate:
         gates, states = program.linears(
             hidden_states, (self.gate_proj, vectors.get("gate_proj")), (self.up_proj, vectors.get("up_proj"))
         )

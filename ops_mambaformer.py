@@ -267,8 +267,8 @@ def _check_shapes(**expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but the other arguments ask for {tuple(shape)}: activations "
-                "are (batch, length, channels); the table at the top of ops_mambaformer.py gives the other shapes."
+                f"{name} has shape {tuple(tensor.shape)}, but the other arguments ask for {tuple(shape)}: the "
+                "docstring of the operation, in ops_mambaformer.py, gives the shapes of all arguments."
             )
 
 

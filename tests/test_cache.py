@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from mambaformer import ExpertVector, MambaFormerCache
 from mambaformer.cache_buffers_mambaformer import Buffer
 from mambaformer.cache_history_mambaformer import CacheLengths, NewTokens, TokenHistory
-from mambaformer.cache_keys_mambaformer import Retention, Span, make_layout
+from mambaformer.cache_retention_mambaformer import Retention, Span, make_layout
 from oracle import assert_same_logits, uncached_logits
 from patterns import CACHE_VARIANTS, GREEDY, VOCAB, tiny_config
 from sequences import random_ids, random_rows

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from mambaformer.decode_workspace_mambaformer import ALIGNMENT, Buffer, Workspace
+from mambaformer.decode_workspace_mambaformer import ALIGNMENT, Intermediate, Workspace
 
 
 def test_buffers_that_are_never_needed_together_share_memory():
-    residual, one, two, three = Buffer(16), Buffer(32), Buffer(32), Buffer(32)
+    residual, one, two, three = Intermediate(16), Intermediate(32), Intermediate(32), Intermediate(32)
     workspace = Workspace(residual, [[residual, one], [one, two], [two, three], [three, residual]])
     assert workspace.offset(residual) == 0
     assert workspace.offset(one) == workspace.offset(three) == 16
@@ -18,7 +18,7 @@ def test_buffers_that_are_never_needed_together_share_memory():
 @pytest.mark.parametrize("seed", range(30))
 def test_buffers_are_inside_and_overlap_no_other_that_is_needed(seed):
     rng = random.Random(seed)
-    residual, buffers = Buffer(rng.randint(1, 70)), [Buffer(rng.randint(0, 90)) for _ in range(12)]
+    residual, buffers = Intermediate(rng.randint(1, 70)), [Intermediate(rng.randint(0, 90)) for _ in range(12)]
     uses = [rng.sample(buffers, rng.randint(1, 4)) for _ in range(rng.randint(1, 20))]
     workspace = Workspace(residual, uses)
 
@@ -41,7 +41,7 @@ def test_buffers_are_inside_and_overlap_no_other_that_is_needed(seed):
     ("offset", "message"), [(16, "overlap"), (10**6, "outside"), (-16, "outside")], ids=["overlap", "beyond", "before"]
 )
 def test_a_wrong_place_is_refused(offset, message, monkeypatch):
-    residual, one = Buffer(32), Buffer(32)
+    residual, one = Intermediate(32), Intermediate(32)
     place = Workspace._place
 
     def wrong(self, buffer, live):

@@ -148,7 +148,7 @@ def test_named_caches_generate_the_same(implementation, size):
     assert found.past_key_values.max_columns == (room if implementation == "static" else None)
 
 
-@pytest.mark.parametrize("implementation", ["quantized", "offloaded_static", "sliding_window", "nonsense"])
+@pytest.mark.parametrize("implementation", ["offloaded_static", "sliding_window", "nonsense"])
 def test_a_cache_that_there_is_not_is_refused(implementation):
     ids = torch.tensor(random_rows(3, (5,)))
     with pytest.raises(ValueError, match=r"(?i)cache_implementation|not supported"):

@@ -20,7 +20,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from loops import conv_arguments, scan_arguments
 from mambaformer import MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as stack
-from mambaformer.cache_keys_mambaformer import Layout
+from mambaformer.cache_retention_mambaformer import Layout
 from mambaformer.expert_linear_mambaformer import apply_linear
 from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks
 from mambaformer.ops_cpu_decode_mambaformer import (

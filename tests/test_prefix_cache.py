@@ -226,11 +226,42 @@ def test_entries_that_are_used_outlive_the_others_within_the_bytes():
     assert (report["entries"], report["evicted"], report["hits"]) == (3, 5, 7)
 
 
-def test_a_state_that_is_larger_than_all_the_room_is_not_kept():
-    model, prefixes = shared_model("everything"), make_prefixes("everything", max_bytes=100)
+def test_a_state_that_is_larger_than_all_the_room_evicts_nothing():
+    model, size = shared_model("everything"), make_prefixes("everything")
+    stored(size, model, ids_of("everything", 1, 9))
+    prefixes = make_prefixes("everything", max_bytes=size.nbytes)
     stored(prefixes, model, ids_of("everything", 1, 9))
-    assert len(prefixes) == 0 and prefixes.nbytes == 0
-    assert prefixes.fetch(ids_of("everything", 1, 9)).get_seq_length() == 0
+    assert stored(prefixes, model, ids_of("everything", 2, 300)) == 0
+    assert len(prefixes) == 1 and prefixes.report()["not stored: larger than `max_bytes`"] == 1
+
+
+@pytest.mark.parametrize("policy", ["continue", "reset", "error"])
+def test_a_request_gets_an_ordinary_cache_whoever_stored_its_prefix(policy):
+    """The policy of the cache that was stored decided what a change of expert vector did to later requests."""
+    model, prefixes, expert = shared_model("everything"), make_prefixes("everything"), shared_expert("everything", 1)
+    ids, cache = ids_of("everything", 1, 12), model.make_cache(on_expert_change=policy)
+    with torch.no_grad():
+        model(ids[:, :9], cache=cache)
+    prefixes.insert(cache)
+    options = {"max_new_tokens": 5, "expert_schedule": {2: expert}, **GREEDY}
+    assert torch.equal(model.generate(ids, prefix_cache=prefixes, **options), model.generate(ids, **options))
+    fetched = prefixes.fetch(ids)
+    with torch.no_grad():
+        found = model(ids[:, 9:], cache=fetched, expert_vector=expert).logits
+        wanted = model(ids, expert_vector=expert).logits[:, 9:]
+    assert (found - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+def test_states_of_autocast_answer_no_other_request():
+    model = random_model(tiny_config("everything")).float()
+    prefixes, ids = PrefixCache(model, PLENTY, min_tokens=2), ids_of("everything", 1, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert stored(prefixes, model, ids) == 0
+    assert stored(prefixes, model, ids) == 1
+    longer = torch.cat([ids, ids], 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert prefixes.fetch(longer).get_seq_length() == 0
+    assert prefixes.fetch(longer).get_seq_length() == 9
 
 
 def test_tokens_of_evicted_entries_leave_the_tree():
@@ -266,20 +297,22 @@ def test_what_cannot_answer_is_not_stored_and_the_reason_is_counted():
     model, prefixes, ids = shared_model("everything"), make_prefixes("everything"), ids_of("everything", 1, 9)
     expert = shared_expert("everything", 1)
     static = model.make_cache("static", max_cache_len=32)
+    quantized = model.make_cache("quantized", kv_bits=4)
     mixed = model.make_cache(on_expert_change="continue")
     padded, embedded, placed, rows = (model.make_cache() for _ in range(4))
     with torch.no_grad():
         model(ids, cache=static)
+        model(ids, cache=quantized)
         model(ids, cache=mixed)
         model(ids, cache=mixed, expert_vector=expert)
         model(ids, cache=padded, attention_mask=torch.tensor([[0] + [1] * 8]))
         model(inputs_embeds=model.get_input_embeddings()(ids), cache=embedded)
         model(ids, cache=placed, position_ids=torch.arange(9)[None] + 3)
         model(ids.expand(2, -1), cache=rows, expert_vector=[None, expert])
-    for cache in (static, mixed, padded, embedded, placed, rows):
+    for cache in (static, quantized, mixed, padded, embedded, placed, rows):
         assert prefixes.insert(cache) == 0
     reasons = {name: count for name, count in prefixes.report().items() if name.startswith("not stored")}
-    assert sorted(reasons.values()) == [1] * 6
+    assert sorted(reasons.values()) == [1] * 7
     assert prefixes.fetch(ids).get_seq_length() == 0
 
 
@@ -340,8 +373,19 @@ def test_generate_refuses_another_cache_beside_a_prefix_cache(options):
     with pytest.raises(ValueError, match="looks up token ids"):
         embeds = model.get_input_embeddings()(ids)
         model.generate(inputs_embeds=embeds, prefix_cache=prefixes, max_new_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="integers of shape"):
-        prefixes.fetch(ids[0])
+    with pytest.raises(ValueError, match="leave `position_ids` out"):
+        model.generate(ids, prefix_cache=prefixes, position_ids=torch.arange(9)[None], max_new_tokens=2, **GREEDY)
+    with pytest.raises(TypeError, match="make_prefix_cache"):
+        model.generate(ids, prefix_cache="all of them", max_new_tokens=2, **GREEDY)
+    for wrong, error in ((ids[0], ValueError), (ids + 2**32, ValueError), (ids[:0], ValueError), (ids > 3, TypeError)):
+        with pytest.raises(error, match="`input_ids`"):
+            prefixes.fetch(wrong)
+    with pytest.raises(ValueError, match="shape of `input_ids`"):
+        prefixes.fetch(ids, torch.ones(1, 3))
+    with pytest.raises(TypeError, match="got None"):
+        prefixes.insert(None)
+    with pytest.raises(TypeError, match="MambaFormer model"):
+        PrefixCache("everything", PLENTY)
     assert "requests" not in prefixes.report()
 
 
@@ -364,3 +408,7 @@ def test_common_prefix_counts_the_columns_that_all_rows_share(pattern):
     assert cache.common_prefix(torch.cat([rows, rows], 1), torch.cat([mask, mask], 1)) == 8
     with pytest.raises(ValueError, match="`input_ids` must be"):
         cache.common_prefix(rows[:1])
+    with pytest.raises(ValueError, match="shape of `input_ids`"):
+        cache.common_prefix(rows, mask[:, :3])
+    with pytest.raises(TypeError, match="must hold integers"):
+        cache.common_prefix(rows.double())

@@ -140,6 +140,9 @@ def test_a_session_continues_bit_for_bit(pattern, variant, tmp_path):
     cache.save(tmp_path / "session")
     loaded = model.load_cache(tmp_path / "session")
     assert loaded.kv_bits == cache.kv_bits and loaded.storage == cache.storage
+    for found, wanted in zip(loaded.layers, cache.layers, strict=True):
+        if wanted.attention is not None:
+            assert torch.equal(found.keys, wanted.keys) and torch.equal(found.values, wanted.values)
     more = [one_turn(random_rows(7, (1, 1, 1))), one_turn(random_rows(8, (4, 4, 4)))]
     for found, wanted in zip(feed(model, loaded, more), feed(model, cache, more), strict=True):
         assert torch.equal(found, wanted)
@@ -208,6 +211,8 @@ def test_generate_refuses_options_of_other_backends():
     with pytest.raises(ValueError, match="nbits"):
         config = {"nbits": 4, "backend": "hqq"}
         model.generate(ids, cache_implementation="quantized", cache_config=config, max_new_tokens=2, **GREEDY)
+    with pytest.raises(TypeError, match="`cache_config` must be a dict"):
+        model.generate(ids, cache_implementation="quantized", cache_config="int4", max_new_tokens=2, **GREEDY)
 
 
 def test_a_forward_with_gradients_is_refused_and_changes_nothing():

@@ -316,6 +316,7 @@ def test_an_assistant_with_another_tokenizer_drafts_through_the_text():
 def test_samples_follow_the_seed_whatever_the_cache_takes_back_and_how(pattern, name):
     """Static storage and a reach of nothing encode again what dense storage takes back at once."""
     model, found = shared_model(pattern), []
+    drafts = drafter(pattern, name)  # built before the seed: a new model draws its weights
     for options in ({}, {"rollback_reach": 70}, {"storage": "static", "max_cache_len": 64}):
         torch.manual_seed(7)
         cache = model.make_cache(**options)
@@ -326,7 +327,7 @@ def test_samples_follow_the_seed_whatever_the_cache_takes_back_and_how(pattern, 
             top_k=4,
             pad_token_id=VOCAB,
             past_key_values=cache,
-            **drafter(pattern, name),
+            **drafts,
         )
         found.append(sampled.tolist())
     assert found[0] == found[1] == found[2]

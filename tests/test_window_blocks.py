@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mambaformer import mixer_attention_masks_mambaformer as masks
-from mambaformer.cache_keys_mambaformer import Retention, Span, make_layout
+from mambaformer.cache_retention_mambaformer import Retention, Span, make_layout
 from oracle import assert_same_logits, expected
 from patterns import CACHE_VARIANTS, tiny_config
 from sequences import feed, feed_row, padded_turn, ragged_turns, random_rows

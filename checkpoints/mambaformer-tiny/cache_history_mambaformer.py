@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .cache_buffers_mambaformer import Buffer, IdBuffer, as_normal_tensor
-from .cache_keys_mambaformer import Removal, Span, count_positions
+from .cache_keys_mambaformer import Removal
+from .cache_retention_mambaformer import Span, count_positions
 from .expert_vectors_mambaformer import ExpertKey, ExpertVectorsLike, ResolvedExpertVector, collapsed_key
 
 if TYPE_CHECKING:
@@ -229,10 +230,17 @@ class TokenHistory:
         if self.token_ids.tensor is None:
             return 0
         cached = self.token_ids.view(columns)
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+            raise TypeError(f"`input_ids` must hold integers, got {input_ids.dtype}.")
         if input_ids.dim() != 2 or input_ids.shape[0] != cached.shape[0]:
             raise ValueError(
                 f"`input_ids` must be ({cached.shape[0]}, columns), one row for each row of the cache, got shape "
                 f"{tuple(input_ids.shape)}."
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
             )
         length = min(columns, input_ids.shape[1])
         is_real = self.read_mask(length)

@@ -26,10 +26,11 @@ from .cache_history_mambaformer import (
     TokenHistory,
     make_removal,
 )
-from .cache_keys_mambaformer import KeyValueStore, Layout, Removal
+from .cache_keys_mambaformer import KeyValueStore, Removal
 from .cache_layers_mambaformer import STORAGES, CacheLayer, CacheStore, make_layer
 from .cache_lock_mambaformer import CacheLock, not_while_fed
 from .cache_quantized_mambaformer import resolve_kv_bits
+from .cache_retention_mambaformer import Layout
 from .cache_session_mambaformer import SessionModel, load_session, save_session
 from .cache_states_mambaformer import RecurrentStore
 from .cache_transaction_mambaformer import CacheTransaction
@@ -104,7 +105,8 @@ class MambaFormerCache(Cache):
             specs = specs_of(config) if model is None else [place.spec for place in places_of_model(model)]
         self.specs = specs
         super().__init__(layers=[])
-        options = storage, max_cache_len, self.kv_bits
+        dtype = torch.float32 if model is None else model.dtype
+        options = storage, max_cache_len, self.kv_bits, dtype
         self.layers = [make_layer(config, each, self.lengths, *options) for each in self.specs]
         if rollback_reach:
             self.activate_past_recording(rollback_reach)
@@ -274,7 +276,8 @@ class MambaFormerCache(Cache):
             attention_mask: (rows, columns), 0 at padding; by default all tokens are real.
 
         Raises:
-            ValueError: `input_ids` has another number of rows.
+            TypeError: `input_ids` holds no integers.
+            ValueError: `input_ids` has another number of rows, or the mask another shape.
         """
         return self.history.common_prefix(self.get_seq_length(), input_ids, attention_mask)
 

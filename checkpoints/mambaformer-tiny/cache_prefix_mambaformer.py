@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .cache_history_mambaformer import Encoding, Status
 from .cache_mambaformer import MambaFormerCache
 from .cache_prefix_tree_mambaformer import Entry, Match, PrefixTree
+from .inputs_mambaformer import check_cache_type, check_token_ids
 from .weights_version_mambaformer import weights_stamp
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 FILE_PREFIX = "prefix-"
+DEFAULT_POLICY = "recompute"  # of `make_cache(on_expert_change=...)`
 
 
 class PrefixCache:
@@ -46,6 +48,7 @@ class PrefixCache:
         min_tokens: shorter prefixes are not stored.
 
     Raises:
+        TypeError: `model` is no MambaFormer.
         ValueError: `max_bytes` or `min_tokens` is not a positive integer.
     """
 
@@ -53,6 +56,8 @@ class PrefixCache:
         for name, value in (("max_bytes", max_bytes), ("min_tokens", min_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if not hasattr(model, "make_cache"):
+            raise TypeError(f"A prefix cache is made for a MambaFormer model, got {type(model).__name__}.")
         self.model, self.max_bytes, self.min_tokens = model, max_bytes, min_tokens
         self._trees: dict[Encoding, PrefixTree] = {}
         self._entries: dict[Entry, tuple[Encoding, Tensor]] = {}
@@ -79,8 +84,15 @@ class PrefixCache:
             expert_vector: the expert vector of the request, in the forms of `forward`.
 
         Raises:
-            ValueError: `input_ids` are not integers of shape (rows, tokens), or the expert vector does not fit.
+            TypeError: `input_ids` is no tensor of integers.
+            ValueError: `input_ids` is not (rows, tokens), holds an unknown token, or the expert vector does not fit.
         """
+        check_token_ids(input_ids, self.model.config.vocab_size)
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}."
+            )
         cache = self._empty_cache(expert_vector)
         ids = self._lookup_ids(input_ids, attention_mask, cache)
         num_tokens = input_ids.shape[0] * input_ids.shape[1]
@@ -111,8 +123,12 @@ class PrefixCache:
         """Stores the states of a cache, each row by itself; returns how many rows were stored.
 
         Rows that cannot answer a request are left out, and `report()` counts the reasons: embeddings, positions that
-        were chosen by hand, padding, a sequence that several expert vectors or weights encoded, static storage.
+        were chosen by hand, padding, a sequence that several expert vectors or weights encoded, states of autocast,
+        static or quantized storage, more bytes than `max_bytes`.
         """
+        if cache is None:
+            raise TypeError("`insert` takes a cache of `model.make_cache()` that has been fed, got None.")
+        check_cache_type(cache)
         reason = self._obstacle(cache)
         if reason is not None:
             self._count(**{f"not stored: {reason}": 1})
@@ -175,12 +191,13 @@ class PrefixCache:
         return len(names_written)
 
     def load(self, folder: str | os.PathLike) -> int:
-        """Stores the session files of `folder`, largest saving first; returns how many entries were stored.
+        """Stores the session files of `folder`, largest first; returns how many entries were stored.
 
         Files of other weights and damaged files are left out with a warning.
         """
         num_stored = 0
-        for path in sorted(Path(folder).glob(f"{FILE_PREFIX}*.safetensors")):
+        paths = Path(folder).glob(f"{FILE_PREFIX}*.safetensors")
+        for path in sorted(paths, key=lambda path: (-path.stat().st_size, path.name)):
             try:
                 num_stored += self.insert(self.model.load_cache(str(path)))
             except (ValueError, OSError) as error:
@@ -204,10 +221,10 @@ class PrefixCache:
 
     def _lookup_ids(self, input_ids: Tensor, attention_mask: Tensor | None, cache: MambaFormerCache) -> Tensor | None:
         """The tokens that all rows begin with, but the last; `None`, and the reason is counted, if there are none."""
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(f"`input_ids` must be integers of shape (rows, tokens), got {tuple(input_ids.shape)}.")
         if isinstance(cache.expert_vector, list):
             self._count(**{"missed: one expert vector per row": 1})
+        elif torch.is_autocast_enabled(self.model.device.type):
+            self._count(**{"missed: autocast": 1})
         elif attention_mask is not None and not bool(attention_mask.bool().all()):
             self._count(**{"missed: padding": 1})
         else:
@@ -262,27 +279,38 @@ class PrefixCache:
         mask = cache.history.mask.tensor
         obstacles = {
             "static storage": cache.max_columns is not None,
+            "quantized keys and values": cache.kv_bits is not None,
             "nothing is cached": cache.lengths.is_empty,
             "embeddings": cache.history.has_embeddings,
             "positions chosen by hand": cache.history.position_ids.tensor is not None,
             "padding": mask is not None and not bool(mask[:, : cache.get_seq_length()].all()),
             "several expert vectors or weights": cache.status != Status.CURRENT or not cache.provenance.is_uniform,
             "one expert vector per row": isinstance(cache.expert_vector, list),
+            "states of autocast": not self._has_dtypes_of_model(cache),
         }
         return next((reason for reason, holds in obstacles.items() if holds), None)
+
+    def _has_dtypes_of_model(self, cache: MambaFormerCache) -> bool:
+        """Whether no state is narrower than the model's own activations, as autocast makes them."""
+        dtypes = {tensor.dtype for _, store in cache.stores() for tensor in store.buffers().values()}
+        return dtypes <= {self.model.dtype, torch.float32, torch.float64}
 
     def _insert_row(self, cache: MambaFormerCache, row: int, ids: Tensor) -> bool:
         encoding = cache.provenance.in_force
         if len(ids) < self.min_tokens:
             return False
+        stored = cache.fork()
+        stored.provenance.policy = DEFAULT_POLICY  # a request gets an ordinary cache, whoever stored its prefix
+        if cache.batch_size > 1:
+            stored.batch_select_indices(torch.tensor([row], device="cpu"))
+        entry = Entry(stored, len(ids), stored.nbytes)
+        if entry.nbytes > self.max_bytes:
+            self._count(**{"not stored: larger than `max_bytes`": 1})
+            return False
         with self._lock:
             node = self._trees.setdefault(encoding, PrefixTree()).node_at(ids)
             if node.entry is not None:
                 return False
-            stored = cache.fork()
-            if cache.batch_size > 1:
-                stored.batch_select_indices(torch.tensor([row], device="cpu"))
-            entry = Entry(stored, len(ids), stored.nbytes)
             node.entry = entry
             self._entries[entry] = (encoding, ids)
             self._set_priority(entry)

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, get_num_threads, nn
 
-from .cache_keys_mambaformer import Layout
 from .cache_mambaformer import MambaFormerCache
+from .cache_retention_mambaformer import Layout
 from .decode_builder_mambaformer import CannotLower, LinkedProgram, ProgramBuilder, StateOf
 from .decode_memory_mambaformer import HeldMemory
-from .decode_workspace_mambaformer import Buffer
+from .decode_workspace_mambaformer import Intermediate
 from .expert_runtime_mambaformer import ScaledBases
 from .mixer_attention_masks_mambaformer import AttentionMasks
 from .modeling_stack_mambaformer import Place
@@ -149,7 +149,7 @@ class DecodeProgram:
 
     def __init__(self, key: ProgramKey, places: list[Place], scaled_bases: ScaledBases):
         self.key, self.scaled_bases, self.memory = key, scaled_bases, HeldMemory()
-        residual = Buffer(key.width)
+        residual = Intermediate(key.width)
         own = all(is_of_own_type(place.module) for place in places)
         kernel = kernel_of("run_program", key.dtype)
         names = [(place, name) for place in places for name in place.layer.steps] if own and kernel else []
@@ -203,7 +203,7 @@ class DecodeProgram:
 
 
 def _lowered(
-    place: Place, name: str, scaled_bases: ScaledBases, key: ProgramKey, residual: Buffer
+    place: Place, name: str, scaled_bases: ScaledBases, key: ProgramKey, residual: Intermediate
 ) -> ProgramBuilder | None:
     """The operations of one step of a layer; `None` if it has to run as modules."""
     layer = place.layer

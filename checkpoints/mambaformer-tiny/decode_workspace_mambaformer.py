@@ -12,7 +12,7 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Buffer:
+class Intermediate:
     """An intermediate result, (rows, tokens, width)."""
 
     width: int
@@ -26,24 +26,24 @@ class Workspace:
         uses: the buffers that each operation reads or writes, operation by operation.
     """
 
-    def __init__(self, first: Buffer, uses: Sequence[Sequence[Buffer]]):
+    def __init__(self, first: Intermediate, uses: Sequence[Sequence[Intermediate]]):
         self._lives = {first: (0, len(uses))} | _lives_of(uses)
         self._lives[first] = (0, len(uses))
-        self._offsets: dict[Buffer, int] = {}
+        self._offsets: dict[Intermediate, int] = {}
         self.size = 0
-        live: list[Buffer] = []  # sorted by offset
+        live: list[Intermediate] = []  # sorted by offset
         for buffer, (start, _) in self._lives.items():  # in the order of their first use
             live = [other for other in live if self._lives[other][1] >= start]
             self._place(buffer, live)
         self._check()
 
-    def offset(self, buffer: Buffer) -> int:
+    def offset(self, buffer: Intermediate) -> int:
         return self._offsets[buffer]
 
-    def _end(self, buffer: Buffer) -> int:
+    def _end(self, buffer: Intermediate) -> int:
         return self._offsets[buffer] + _aligned(buffer.width)
 
-    def _place(self, buffer: Buffer, live: list[Buffer]) -> None:
+    def _place(self, buffer: Intermediate, live: list[Intermediate]) -> None:
         """Puts `buffer` into the first gap between the buffers that are `live`, and among these."""
         offset, width = 0, _aligned(buffer.width)
         index = len(live)
@@ -65,7 +65,7 @@ class Workspace:
         for buffer, offset in self._offsets.items():
             if offset < 0 or offset + buffer.width > self.size:
                 raise RuntimeError(f"A buffer of {buffer.width} elements at {offset} is outside of the workspace.")
-        live: list[Buffer] = []
+        live: list[Intermediate] = []
         for buffer, (start, _) in self._lives.items():
             live = [other for other in live if self._lives[other][1] >= start]
             offset, end = self._offsets[buffer], self._end(buffer)
@@ -74,9 +74,9 @@ class Workspace:
             live.append(buffer)
 
 
-def _lives_of(uses: Sequence[Sequence[Buffer]]) -> dict[Buffer, tuple[int, int]]:
+def _lives_of(uses: Sequence[Sequence[Intermediate]]) -> dict[Intermediate, tuple[int, int]]:
     """The first and the last operation that use each buffer."""
-    lives: dict[Buffer, tuple[int, int]] = {}
+    lives: dict[Intermediate, tuple[int, int]] = {}
     for index, buffers in enumerate(uses):
         for buffer in buffers:
             lives[buffer] = (lives.get(buffer, (index, index))[0], index)
@@ -87,4 +87,4 @@ def _aligned(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["Buffer", "Workspace"]
+__all__ = ["Intermediate", "Workspace"]

@@ -131,10 +131,18 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
         Args:
             options: the keywords of `generate` and its configurations; the first that has an option decides.
         """
+        if not hasattr(prefix_cache, "fetch"):
+            kind = type(prefix_cache).__name__
+            raise TypeError(f"`prefix_cache` is a {kind}: make one with `model.make_prefix_cache(max_bytes)`.")
         option = functools.partial(_first_of, [each if isinstance(each, dict) else vars(each) for each in options])
         if prompt is None or option("inputs_embeds") is not None:
             raise ValueError(
                 "`prefix_cache` looks up token ids: pass the prompt as `input_ids`, or leave `prefix_cache` out."
+            )
+        if option("position_ids") is not None:
+            raise ValueError(
+                "A prefix cache stores sequences at the positions that the model counts: leave `position_ids` out, or "
+                "`prefix_cache`."
             )
         implementation = option("cache_implementation")
         if cache is not None or option("use_cache") is False or implementation not in (None, "dynamic"):
@@ -365,8 +373,11 @@ def _kv_bits_of(cache_config: dict[str, int] | None) -> int | None:
     """The bits of keys and values in `cache_config` of `generate`.
 
     Raises:
+        TypeError: it is no dict.
         ValueError: it has options that this cache has no use for.
     """
+    if cache_config is not None and not isinstance(cache_config, dict):
+        raise TypeError(f"`cache_config` must be a dict such as {{'nbits': 4}}, got {cache_config!r}.")
     options = dict(cache_config or {})
     kv_bits = options.pop("nbits", None)
     if options:

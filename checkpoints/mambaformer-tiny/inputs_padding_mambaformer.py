@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache_keys_mambaformer import count_positions
 from .cache_mambaformer import MambaFormerCache
+from .cache_retention_mambaformer import count_positions
 from .configuration_mambaformer import MambaFormerConfig
 
 

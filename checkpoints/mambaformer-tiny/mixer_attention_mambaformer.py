@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import ProgramBuilder, Setting
-from .decode_workspace_mambaformer import Buffer
+from .decode_workspace_mambaformer import Intermediate
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .inputs_packing_mambaformer import SequenceGrouping
@@ -132,7 +132,9 @@ class MambaFormerAttention(MambaFormerMixer):
         mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return apply_expert_linear(self.o_proj, mixed.flatten(2), vectors.get("o_proj")), weights
 
-    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+    def lower(
+        self, program: ProgramBuilder, hidden_states: Intermediate, vectors: dict[str, ScaledBasis]
+    ) -> Intermediate:
         query, key, value = program.linears(
             hidden_states,
             (self.q_proj, vectors.get("q_proj")),
@@ -140,7 +142,7 @@ class MambaFormerAttention(MambaFormerMixer):
             (self.v_proj, vectors.get("v_proj")),
         )
         program.only_if(self._has_no_dropout)
-        scaled, slots = program.write_keys(query, key, value, self.head_dim, Setting(self, "scaling"))
+        scaled, slots = program.rotate_and_store(query, key, value, self.head_dim, Setting(self, "scaling"))
         return program.linear(program.attend(scaled, slots), self.o_proj, vectors.get("o_proj"))
 
     def _has_no_dropout(self) -> bool:

@@ -15,7 +15,7 @@ from .cache_mambaformer import MambaFormerCache
 from .cache_states_mambaformer import ReplaySegment, split_at_reach
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import CannotLower, ProgramBuilder
-from .decode_workspace_mambaformer import Buffer
+from .decode_workspace_mambaformer import Intermediate
 from .expert_linear_mambaformer import ScaledBasis
 from .ops_eligibility_mambaformer import replaceable_by_kernels
 from .ops_mambaformer import rms_norm
@@ -60,7 +60,9 @@ class MambaFormerMixer(CountsReplacements):
         """The sizes that the number of tensor-parallel processes must divide, by the field that sets them."""
         return {}
 
-    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+    def lower(
+        self, program: ProgramBuilder, hidden_states: Intermediate, vectors: dict[str, ScaledBasis]
+    ) -> Intermediate:
         """Writes the mixer as operations of a decode program; a decode step then does not call the module.
 
         Args:

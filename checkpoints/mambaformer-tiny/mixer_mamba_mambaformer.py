@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .cache_keys_mambaformer import StateSpec
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import Columns, ProgramBuilder
-from .decode_workspace_mambaformer import Buffer
+from .decode_workspace_mambaformer import Intermediate
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import Lengths, MambaFormerRMSNorm, RecurrentMixer, States
@@ -105,7 +105,9 @@ class MambaFormerMambaMixer(RecurrentMixer):
     def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
         return apply_expert_linear(self.out_proj, mixed, vectors.get("out_proj"))
 
-    def lower(self, program: ProgramBuilder, hidden_states: Buffer, vectors: dict[str, ScaledBasis]) -> Buffer:
+    def lower(
+        self, program: ProgramBuilder, hidden_states: Intermediate, vectors: dict[str, ScaledBasis]
+    ) -> Intermediate:
         inputs = program.linear(hidden_states, self.in_proj, vectors.get("in_proj"))
         channels = inputs.width // 2
         x, gate = Columns(inputs, 0, channels), Columns(inputs, channels, channels)
@@ -114,7 +116,7 @@ class MambaFormerMambaMixer(RecurrentMixer):
         norms = [self.dt_layernorm, self.b_layernorm, self.c_layernorm] if self.has_inner_norms else []
         dt, B, C = program.inner_norms(selected, (self.rank, self.state_size, self.state_size), norms)
         dt = program.linear(dt, self.dt_proj, vectors.get("dt_proj"))
-        y = program.recurrence_step(u, dt, B, C, gate, self, "ssm")
+        y = program.selective_scan_step(u, dt, B, C, gate, self, "ssm")
         return program.linear(y, self.out_proj, vectors.get("out_proj"))
 
     def state_specs(self) -> dict[str, StateSpec]:

@@ -1,7 +1,7 @@
 """MambaFormer (arXiv 2402.04248): Mamba and attention in one stack, with expert vectors and an exact cache.
 
-In order: the base class of all models, the stack, the heads. The steps of a forward are in `MambaFormerModel.forward`;
-only here do weights and cache meet.
+In order: the base class of all models, the stack, the heads. The steps of a forward are in `MambaFormerModel.forward`,
+which opens and closes the cache's transaction and checks that the weights are those of the cache.
 """
 
 import functools
@@ -15,10 +15,10 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
-from .cache_keys_mambaformer import Span
 from .cache_lock_mambaformer import locks_its_cache
 from .cache_mambaformer import MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
+from .cache_retention_mambaformer import Span
 from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import DecodePrograms
@@ -390,8 +390,9 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
                 a change on the cached tokens.
             kwargs: `num_items_in_batch` is the count of `labels[:, 1:]` other than -100 in all micro-batches of an
                 optimizer step, as `Trainer` passes it; the loss is then a sum divided by it. Where the count includes
-                labels that are ignored here, the batch's share of it weighs the mean over the batch's targets. Steps
-                of several micro-batches are exact with right pads; with left pads, where first tokens are -100 too.
+                labels that are ignored here, the batch's share of it weighs the mean over the batch's targets. Over
+                several micro-batches the loss is exact with right padding, and with left padding if the label of
+                each row's first real token is -100.
         """
         check_keywords(self.forward, kwargs)
         shifted = kwargs.get("shift_labels")

@@ -28,6 +28,9 @@ class ModelStack(Protocol):
     config: "MambaFormerConfig"
     layers: nn.ModuleList
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def get_input_embeddings(self) -> nn.Module: ...
