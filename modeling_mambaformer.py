@@ -46,6 +46,7 @@ from .inputs_padding_mambaformer import ForwardInputs, LeftAlignment, OutputColl
 from .inputs_prompt_mambaformer import embedding_marks
 from .library_mambaformer import (
     CACHE_NAMES,
+    LibraryKwargs,
     MambaFormerCausalLMOutput,
     MambaFormerModelOutput,
     MambaFormerSequenceClassifierOutput,
@@ -190,7 +191,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         past_key_values: MambaFormerCache | None = None,
-        **kwargs: object,
+        **kwargs: LibraryKwargs,
     ) -> MambaFormerModelOutput:
         """Feeds new tokens, which follow the tokens of the cache.
 
@@ -375,7 +376,7 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         logits_to_keep: int | torch.Tensor = 0,
         expert_vector: ExpertVectorArgument = ...,
         past_key_values: MambaFormerCache | None = None,
-        **kwargs: object,
+        **kwargs: LibraryKwargs,
     ) -> MambaFormerCausalLMOutput:
         """Feeds new tokens, which follow the tokens of the cache; see `MambaFormerModel.forward` for other arguments.
 
@@ -458,7 +459,7 @@ class MambaFormerForSequenceClassification(MambaFormerPreTrainedModel):
         use_cache: bool | None = None,
         expert_vector: ExpertVectorArgument = ...,
         past_key_values: MambaFormerCache | None = None,
-        **kwargs: object,
+        **kwargs: LibraryKwargs,
     ) -> MambaFormerSequenceClassifierOutput:
         """Classifies rows; the other arguments are those of `MambaFormerModel.forward`.
 

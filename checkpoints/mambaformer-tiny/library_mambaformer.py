@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 import transformers
@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput, TransformersKwargs
+from typing_extensions import Unpack
 
 from .cache_lock_mambaformer import FeedLock
 from .files_folders_mambaformer import staged_at
@@ -52,6 +53,10 @@ logger = logging.get_logger(__name__)
 
 OLDEST_TESTED, NEWEST_TESTED = "5.16.1", "5.24.0"
 CACHE_NAMES = ("cache", "past_key_values")
+if TYPE_CHECKING:
+    LibraryKwargs: TypeAlias = object
+else:  # Transformers reads from this annotation which outputs a forward can return
+    LibraryKwargs = Unpack[TransformersKwargs]
 # Keyword arguments that Transformers, its trainer and its hooks pass to the forward of every model.
 LIBRARY_KEYWORDS = frozenset(TransformersKwargs.__annotations__)
 # Arguments of `generate` alone, which some of its modes pass to the model too.
