@@ -175,12 +175,12 @@ class PrefixCache:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, names = self.model.weights_fingerprint()
+        stamp, fingerprint = self.model.weights_fingerprint()
         with self._lock:
-            entries = [(entry, *key) for entry, key in self._entries.items() if key[0].weights == weights]
+            entries = [(entry, *key) for entry, key in self._entries.items() if key[0].weights == stamp]
         names_written = set()
         for entry, encoding, ids in entries:
-            content = f"{names} {encoding.expert_vector_key} ".encode() + ids.numpy().tobytes()
+            content = f"{fingerprint} {encoding.expert_vector_key} ".encode() + ids.numpy().tobytes()
             path = folder / f"{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
             if not path.exists():
                 entry.cache.save(path)
@@ -297,8 +297,8 @@ class PrefixCache:
 
     def _insert_row(self, cache: MambaFormerCache, row: int, ids: Tensor) -> bool:
         encoding = cache.provenance.in_force
-        if len(ids) < self.min_tokens:
-            return False
+        if len(ids) < self.min_tokens or self._is_stored(encoding, ids):
+            return False  # a fork would make the cache copy its keys at its next token
         stored = cache.fork()
         stored.provenance.policy = DEFAULT_POLICY  # a request gets an ordinary cache, whoever stored its prefix
         if cache.batch_size > 1:
@@ -309,13 +309,19 @@ class PrefixCache:
             return False
         with self._lock:
             node = self._trees.setdefault(encoding, PrefixTree()).node_at(ids)
-            if node.entry is not None:
+            if node.entry is not None:  # another thread was first
                 return False
             node.entry = entry
             self._entries[entry] = (encoding, ids)
             self._set_priority(entry)
             self._evict()
             return entry in self._entries
+
+    def _is_stored(self, encoding: Encoding, ids: Tensor) -> bool:
+        with self._lock:
+            tree = self._trees.get(encoding)
+            entry = None if tree is None else tree.match(ids).entry
+            return entry is not None and entry.num_tokens == len(ids)
 
     def _use(self, entry: Entry) -> None:
         entry.num_hits += 1
