@@ -1,6 +1,8 @@
 """The names that the package gives: `convert` is a function and a sub-package. `make test-wheel` tests the wheel."""
 
+import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -42,3 +44,20 @@ def test_the_description_of_the_package_names_its_command_and_its_packages():
     assert callable(getattr(importlib.import_module(module), function))
     packages = re.search(r"^packages = (\[.+\])$", description, re.MULTILINE)[1]
     assert packages == '["mambaformer", "mambaformer.convert"]' and (ROOT / "convert" / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "folder", ["benchmarks", "convert", "examples", "recipes", "scripts", "tests", "tests_library"]
+)
+def test_every_name_imported_from_the_package_is_there(folder):
+    """A trained recipe imported a class from the room that it had left; only the slow lane ran that line."""
+    imports = [
+        node
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mambaformer"
+    ]
+    for node in imports:
+        module = importlib.import_module(node.module)
+        missing = [each.name for each in node.names if not hasattr(module, each.name)]
+        assert all(importlib.util.find_spec(f"{node.module}.{name}") for name in missing), (node.module, missing)

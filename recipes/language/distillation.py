@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from mambaformer import MambaFormerForCausalLM
-from mambaformer.cache_keys_mambaformer import Span
+from mambaformer.cache_retention_mambaformer import Span
 from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks, make_attention_masks
 from mambaformer.modeling_stack_mambaformer import places_of_model
 
