@@ -26,6 +26,12 @@ Resolve: TypeAlias = Callable[[ExpertVectorsLike], tuple[ResolvedExpertVector, E
 EXPERT_CHANGE_POLICIES = ("recompute", "reset", "continue", "error")
 
 
+def check_policy(policy: str) -> None:
+    """Raises `ValueError` if `policy` is no treatment of a sequence whose expert vector or weights change."""
+    if policy not in EXPERT_CHANGE_POLICIES:
+        raise ValueError(f"`on_expert_change` must be one of {EXPERT_CHANGE_POLICIES}, got {policy!r}.")
+
+
 # ----------------------------------------------------------------------------------------------------------- lengths
 
 
@@ -409,8 +415,7 @@ class Provenance:
     """
 
     def __init__(self, policy: str):
-        if policy not in EXPERT_CHANGE_POLICIES:
-            raise ValueError(f"`on_expert_change` must be one of {EXPERT_CHANGE_POLICIES}, got {policy!r}.")
+        check_policy(policy)
         self.policy = policy
         self.expert_vector: ResolvedExpertVector = None
         self.in_force, self.is_mixed = Encoding(), False
@@ -533,5 +538,6 @@ __all__ = [
     "Provenance",
     "Status",
     "TokenHistory",
+    "check_policy",
     "make_removal",
 ]

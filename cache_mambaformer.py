@@ -27,9 +27,9 @@ from .cache_history_mambaformer import (
     make_removal,
 )
 from .cache_keys_mambaformer import KeyValueStore, Removal
-from .cache_layers_mambaformer import STORAGES, CacheLayer, CacheStore, make_layer
+from .cache_layers_mambaformer import CacheLayer, CacheStore, make_layer
 from .cache_lock_mambaformer import CacheLock, not_while_fed
-from .cache_quantized_mambaformer import resolve_kv_bits
+from .cache_options_mambaformer import CacheOptions, check_reach
 from .cache_retention_mambaformer import Layout
 from .cache_session_mambaformer import SessionModel, load_session, save_session
 from .cache_states_mambaformer import RecurrentStore
@@ -53,22 +53,10 @@ class MambaFormerCache(Cache):
 
     Args:
         config: configuration of the model that feeds the cache.
-        storage: `"dense"` grows with the sequence at amortised cost; `"static"` has a fixed size and fixed addresses;
-            `"quantized"` is dense, with keys and values in `kv_bits`.
-        max_cache_len: columns (tokens with their pads) that static storage holds.
-        on_expert_change: the treatment of a sequence that was encoded with another expert vector or other weights.
-            `"recompute"` encodes it again at the next forward; `"reset"` drops it, and the caller feeds it again;
-            `"continue"` keeps its states; `"error"` refuses the change.
+        options: see `CacheOptions`; `make_cache` takes them as keywords.
         resolve: turns the `expert_vector` of a user into `(expert_vector, key)`; `make_cache` passes the model's own.
-        rollback_reach: tokens that `crop` takes back at once. Beyond it, and under static storage, `crop` is as exact,
-            but the next forward encodes the remaining tokens again. See `activate_past_recording`.
         model: the stack whose weights a saved cache is tied to; the cache does not keep it alive.
-        kv_bits: bits of each number of keys and values (8, 6, 5, 4 or 3), or `{"keys": n, "values": n}`; by default 8
-            for quantized storage, and the dtype of the activations for other storage. Static storage takes it too.
         specs: specs of the layers; by default the specs of `model`, or of `config` without a model.
-
-    Raises:
-        ValueError: an unknown option, or static storage without `max_cache_len`.
     """
 
     layers: list[CacheLayer]
@@ -77,26 +65,20 @@ class MambaFormerCache(Cache):
     def __init__(
         self,
         config: "MambaFormerConfig",
-        storage: str = "dense",
-        max_cache_len: int | None = None,
-        on_expert_change: str = "recompute",
+        options: CacheOptions | None = None,
         resolve: Resolve | None = None,
-        rollback_reach: int = 0,
         model: ModelStack | None = None,
         specs: list[LayerSpec] | None = None,
-        kv_bits: int | dict[str, int] | None = None,
     ):
-        _check_options(storage, max_cache_len, rollback_reach)
-        self.kv_bits = resolve_kv_bits(kv_bits, is_quantized=storage == "quantized")
-        self.config, self.storage, self.max_columns = config, storage, max_cache_len
+        self.options = options = CacheOptions() if options is None else options
+        self.config, self.max_columns = config, options.max_cache_len
         self.resolve = resolve
         self._model = None if model is None else weakref.ref(model)
         self.lengths = CacheLengths()
-        self.history = TokenHistory(config, max_cache_len)
-        self.provenance = Provenance(on_expert_change)
-        self.prepared_expert_vectors: PreparedExpertVectors | None = (
-            None  # by the model, of the expert vector in force
-        )
+        self.history = TokenHistory(config, self.max_columns)
+        self.provenance = Provenance(options.on_expert_change)
+        # Of the expert vector in force, by the model.
+        self.prepared_expert_vectors: PreparedExpertVectors | None = None
         self.open_transaction: CacheTransaction | None = None
         self.lock = CacheLock()
         self.rollback_reach = 0
@@ -106,10 +88,10 @@ class MambaFormerCache(Cache):
         self.specs = specs
         super().__init__(layers=[])
         dtype = torch.float32 if model is None else model.dtype
-        options = storage, max_cache_len, self.kv_bits, dtype
-        self.layers = [make_layer(config, each, self.lengths, *options) for each in self.specs]
-        if rollback_reach:
-            self.activate_past_recording(rollback_reach)
+        kind = options.storage, self.max_columns, options.bits, dtype
+        self.layers = [make_layer(config, each, self.lengths, *kind) for each in self.specs]
+        if options.rollback_reach:
+            self.activate_past_recording(options.rollback_reach)
 
     # ---- methods that a forward calls
 
@@ -345,7 +327,7 @@ class MambaFormerCache(Cache):
         Raises:
             ValueError: `reach` is not a number of tokens.
         """
-        _check_reach(reach)
+        check_reach(reach)
         if self.max_columns is not None or reach <= self.rollback_reach:
             return
         if not self.lengths.is_empty:
@@ -460,8 +442,8 @@ class MambaFormerCache(Cache):
 
     def duplicate(self) -> "MambaFormerCache":
         """`fork`, allowed also in the middle of a forward."""
-        options = (self.config, self.storage, self.max_columns, self.on_expert_change, self.resolve)
-        other = MambaFormerCache(*options, self.rollback_reach, self.model, [], self.kv_bits)
+        other = MambaFormerCache(self.config, self.options, self.resolve, self.model, specs=[])
+        other.rollback_reach = self.rollback_reach
         other.specs, other.layers = self.specs, [layer.fork(other.lengths) for layer in self.layers]
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()
@@ -573,27 +555,6 @@ class MambaFormerCache(Cache):
     def nbytes(self) -> int:
         """The sum of `report()`."""
         return sum(sum(kinds.values()) for kinds in self.report().values())
-
-
-def _check_options(storage: str, max_cache_len: int | None, rollback_reach: int) -> None:
-    if storage not in STORAGES:
-        raise ValueError(f"`storage` must be {' or '.join(map(repr, STORAGES))}, got {storage!r}.")
-    if (storage == "static") != (max_cache_len is not None):
-        raise ValueError(
-            "`max_cache_len` (columns that the storage holds) belongs to storage='static': pass both or neither."
-        )
-    if max_cache_len is not None and not _is_count(max_cache_len, 1):
-        raise ValueError(f"`max_cache_len` must be a positive integer, got {max_cache_len!r}.")
-    _check_reach(rollback_reach)
-
-
-def _is_count(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
-
-
-def _check_reach(reach: object) -> None:
-    if not _is_count(reach, 0):
-        raise ValueError(f"`rollback_reach` counts tokens and must be an integer of at least 0, got {reach!r}.")
 
 
 __all__ = ["MambaFormerCache"]

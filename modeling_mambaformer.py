@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_lock_mambaformer import locks_its_cache
 from .cache_mambaformer import MambaFormerCache
+from .cache_options_mambaformer import CacheOptions
 from .cache_prefix_mambaformer import PrefixCache
 from .cache_retention_mambaformer import Span
 from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
@@ -111,19 +112,11 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         kv_bits: int | dict[str, int] | None = None,
         **unknown,
     ) -> MambaFormerCache:
-        """A cache for this model; the options are those of `MambaFormerCache`."""
+        """A cache for this model; the options are those of `CacheOptions`."""
         check_keywords(self.make_cache, unknown, frozenset())
+        options = CacheOptions(storage, max_cache_len, on_expert_change, rollback_reach, kv_bits)
         resolve = functools.partial(resolve_with_key, self._expert_library)
-        return MambaFormerCache(
-            self.config,
-            storage,
-            max_cache_len,
-            on_expert_change,
-            resolve,
-            rollback_reach,
-            self.base_model,
-            kv_bits=kv_bits,
-        )
+        return MambaFormerCache(self.config, options, resolve, self.base_model)
 
     def make_prefix_cache(self, max_bytes: int, min_tokens: int = 16) -> PrefixCache:
         """A `PrefixCache` for this model, for `generate(prefix_cache=...)`."""

@@ -17,6 +17,7 @@ from mambaformer.cache_history_mambaformer import (
     make_removal,
 )
 from mambaformer.cache_layers_mambaformer import CacheStore
+from mambaformer.cache_options_mambaformer import CacheOptions
 from patterns import tiny_config
 
 BASE, OTHER = ("base", "weights"), ("other", "weights")
@@ -96,7 +97,7 @@ def test_every_store_keeps_the_protocol(options):
     methods = {name: each for name, each in vars(CacheStore).items() if inspect.isfunction(each) and name[0] != "_"}
     assert {"update", "commit", "discard", "crop", "select_rows", "fork", "state", "load_state", "spec"} < set(methods)
     kinds = set()
-    for _, store in MambaFormerCache(tiny_config("everything"), **options).stores():
+    for _, store in MambaFormerCache(tiny_config("everything"), CacheOptions(**options)).stores():
         kinds.add(type(store).__name__)
         for name, method in methods.items():
             wanted = list(inspect.signature(method).parameters)

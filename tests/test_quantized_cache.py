@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mambaformer.cache_codes_mambaformer import BITS, VectorCodec
+from mambaformer.cache_options_mambaformer import CacheOptions
 from oracle import assert_same_logits, expected, read_on
 from patterns import GREEDY
 from reference import rounded
-from sequences import cut, feed, feed_row, one_turn, ragged_turns, random_rows, rows_of
+from sequences import feed, feed_row, one_turn, ragged_turns, random_rows, rows_of
 from tiny_models import PATTERNS, shared_expert, shared_model, without_kernels_too
 
 BYTE = {"keys": 8, "values": 8}
@@ -31,7 +32,7 @@ def cache_of(model, variant, **options):
 
 
 def fields_of(cache):
-    return {"kv_bits": cache.kv_bits}
+    return {"kv_bits": cache.options.kv_bits}
 
 
 # ---- codes
@@ -139,7 +140,7 @@ def test_a_session_continues_bit_for_bit(pattern, variant, tmp_path):
     feed(model, cache, ragged_turns(random.Random(0), rows, 2))
     cache.save(tmp_path / "session")
     loaded = model.load_cache(tmp_path / "session")
-    assert loaded.kv_bits == cache.kv_bits and loaded.storage == cache.storage
+    assert loaded.options.kv_bits == cache.options.kv_bits and loaded.options.storage == cache.options.storage
     for found, wanted in zip(loaded.layers, cache.layers, strict=True):
         if wanted.attention is not None:
             assert torch.equal(found.keys, wanted.keys) and torch.equal(found.values, wanted.values)
@@ -226,25 +227,13 @@ def test_a_forward_with_gradients_is_refused_and_changes_nothing():
 
 
 def test_sessions_of_before_quantized_storage_are_read(tmp_path, monkeypatch):
-    from mambaformer import cache_session_mambaformer as sessions
-
     model, row = shared_model("everything"), rows_of("everything", 1, (9,))[0]
     cache = model.make_cache()
     feed_row(model, cache, row)
-    options_of = sessions._options_of
-    without = {"kv_bits"}
+    of_today = CacheOptions.to_dict
+    names = {"storage", "max_cache_len", "on_expert_change", "rollback_reach"}
     monkeypatch.setattr(
-        sessions, "_options_of", lambda cache: {k: v for k, v in options_of(cache).items() if k not in without}
+        CacheOptions, "to_dict", lambda *args: {k: v for k, v in of_today(*args).items() if k in names}
     )
     cache.save(tmp_path / "session")
-    assert model.load_cache(tmp_path / "session").kv_bits is None
-
-
-def test_the_cut_of_a_prompt_changes_no_code():
-    model, row = shared_model("llama"), rows_of("llama", 1, (20,))[0]
-    caches = [model.make_cache("quantized", kv_bits=MIXED) for _ in range(2)]
-    feed_row(model, caches[0], row)
-    feed_row(model, caches[1], row, [len(piece) for piece in cut(row, [3, 1, 16])])
-    for one, other in zip(*(dict(cache.stores()).values() for cache in caches), strict=True):
-        for name, codes in one.state().items():
-            assert torch.equal(codes, other.state()[name])
+    assert model.load_cache(tmp_path / "session").options == cache.options

@@ -130,7 +130,7 @@ def test_loaded_is_what_was_saved_in_every_public_way(variant, tmp_path):
     assert loaded.batch_size == cache.batch_size == 3
     assert loaded.expert_vector == cache.expert_vector
     assert [row.name for row in loaded.expert_vector] == [None, "a", None]
-    assert (loaded.storage, loaded.max_columns) == (cache.storage, cache.max_columns)
+    assert (loaded.options.storage, loaded.max_columns) == (cache.options.storage, cache.max_columns)
     assert (loaded.status, loaded.provenance.is_mixed, loaded.is_initialized) == ("current", False, True)
     assert torch.equal(loaded.lengths.tokens_seen, cache.lengths.tokens_seen)
     assert type(loaded.lengths.columns) is type(cache.lengths.columns)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache_history_mambaformer import Encoding, NewTokens
+from .cache_options_mambaformer import check_types
 from .expert_bases_mambaformer import at_least_float32
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLike, ResolvedExpertVector, collapsed_key
 from .files_header_mambaformer import json_of
@@ -44,13 +45,9 @@ class SessionModel(Protocol):
 
     config: "MambaFormerConfig"
 
-    def make_cache(
-        self,
-        storage: str = ...,
-        max_cache_len: int | None = ...,
-        on_expert_change: str = ...,
-        rollback_reach: int = ...,
-    ) -> "MambaFormerCache": ...
+    def make_cache(self, storage: str = ..., max_cache_len: int | None = ...) -> "MambaFormerCache":
+        """Takes the fields of `CacheOptions` as keywords."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def save_session(cache: "MambaFormerCache", path: str | os.PathLike) -> None:
     session = Session(
         config=_fields_of(cache.config, cache.depends_on),
         weights=fingerprint,
-        options=_options_of(cache),
+        options=cache.options.to_dict(cache.rollback_reach),
         rows=None if cache.batch_size == -1 else cache.batch_size,
         columns=cache.get_seq_length(),
         overshoot=cache.lengths.overshoot,
@@ -142,12 +139,6 @@ def _copy_to_cpu(tensor: Tensor) -> Tensor:
 def _fields_of(config: "MambaFormerConfig", names: Iterable[str]) -> dict[str, object]:
     """Fields of the configuration as JSON returns them."""
     return json.loads(json.dumps({name: getattr(config, name) for name in (*names, *COMPUTED_WITH)}))
-
-
-def _options_of(cache: "MambaFormerCache") -> dict[str, object]:
-    names = {"storage": "storage", "max_cache_len": "max_columns"}
-    names |= {name: name for name in ("on_expert_change", "rollback_reach", "kv_bits")}
-    return {option: getattr(cache, name) for option, name in names.items()}
 
 
 def _list_expert_vectors(in_force: ResolvedExpertVector) -> tuple[list[ExpertVector], int | list[int | None] | None]:
@@ -314,22 +305,8 @@ def _check_session(session: Session) -> None:
         raise ValueError(f"its `overshoot` is {session.overshoot} tokens.")
     if session.has_states and not session.columns:
         raise ValueError("it has states but no sequence.")
-    _check_options(session.options)
+    check_types(session.options)
     _check_key(session)
-
-
-def _check_options(options: dict) -> None:
-    """Checks names and types; `make_cache` checks the values."""
-    kinds = {
-        "storage": (str,),
-        "max_cache_len": (int, NoneType),
-        "on_expert_change": (str,),
-        "rollback_reach": (int,),
-        "kv_bits": (dict, NoneType),
-    }
-    options = {"kv_bits": None, **options}  # older sessions have no such option
-    if options.keys() != kinds.keys() or any(type(options[name]) not in kinds[name] for name in kinds):
-        raise ValueError(f"its options are {options}, not {list(kinds)}.")
 
 
 def _options_for(session: Session, config: "MambaFormerConfig", max_cache_len: int | None) -> dict:
@@ -338,7 +315,7 @@ def _options_for(session: Session, config: "MambaFormerConfig", max_cache_len: i
     Static storage is allocated completely when the session is loaded, and a number in a header costs its writer
     nothing.
     """
-    options, longest = session.options, max(config.max_position_embeddings, session.columns)
+    options, longest = check_types(session.options), max(config.max_position_embeddings, session.columns)
     if options["rollback_reach"] > longest:
         raise ValueError(
             f"its `rollback_reach` of {options['rollback_reach']} is longer than any sequence ({longest})."
