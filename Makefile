@@ -15,7 +15,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Compiled once, as long as their source stays as it is.
 export MAMBAFORMER_TEST_KERNELS ?= $(abspath $(VENV))/kernels
 
-.PHONY: demo test test-fast test-all test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-fast test-all test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-memory bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/09_demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -101,6 +101,9 @@ check: lint test  ## style, then the gate
 
 bench: $(VENV)/.bench  ## ours against its peers, an hour; ARGS="--only decode-8k window" or "--missing" for some of it
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-memory: $(VENV)/.bench  ## bytes, losses and times of a cache's storages; ARGS="--only dense-8k" or "--missing" for some of it
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
