@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -127,7 +128,8 @@ def source_of_folder(folder: Path) -> Source:
 
 def read_tokenizer(folder: Path, **options: str) -> Callable[[], Tokenizer]:
     """Reads the tokenizer in `folder` when called."""
-    return lambda: _reading(folder, "the tokenizer", AutoTokenizer.from_pretrained, folder, **options)
+    # An attribute of the library, which loads every kind of tokenizer when it is first read.
+    return lambda: _reading(folder, "the tokenizer", transformers.AutoTokenizer.from_pretrained, folder, **options)
 
 
 def _check_rope_fields(fields: dict) -> None:
