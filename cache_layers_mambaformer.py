@@ -6,7 +6,7 @@ changes where keys lie is a `Buffer`; one that changes how they are encoded is a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -269,6 +269,17 @@ def make_layer(
     return LAYER_CLASSES[spec.attends, spec.is_recurrent](lengths, attention, recurrent, max_columns)
 
 
+def extend_reach_of(layers: Iterable[CacheLayer], lengths: CacheLengths, reach: int, added: int) -> None:
+    """Makes the last `reach` tokens of a sequence removable from now on, `added` more than before."""
+    if not lengths.is_empty:
+        # A ring that grows now has lost the keys that it overwrote before.
+        lengths.overshoot += added
+    start = lengths.start
+    tokens_seen = torch.tensor([start], device="cpu") if isinstance(start, int) else start
+    for layer in layers:
+        layer.extend_reach(reach, tokens_seen, lengths.num_columns())
+
+
 # By whether the layer has attention, and whether it has a recurrent mixer.
 LAYER_CLASSES: dict[tuple[bool, bool], type[CacheLayer]] = {
     (False, False): StatelessCacheLayer,
@@ -278,4 +289,4 @@ LAYER_CLASSES: dict[tuple[bool, bool], type[CacheLayer]] = {
 }
 
 
-__all__ = ["STORAGES", "CacheLayer", "CacheStore", "make_layer"]
+__all__ = ["STORAGES", "CacheLayer", "CacheStore", "extend_reach_of", "make_layer"]

@@ -24,6 +24,8 @@ class CacheOptions:
             but the next forward encodes the remaining tokens again. See `MambaFormerCache.activate_past_recording`.
         kv_bits: bits of each number of keys and values (8, 6, 5, 4 or 3), or `{"keys": n, "values": n}`; by default 8
             for quantized storage, and the dtype of the activations for other storage. Static storage takes it too.
+        park_bytes: bytes for the states of expert vectors that are not in force. With them a change back encodes only
+            the columns that were fed since the change (`cache_parked_mambaformer`).
 
     Raises:
         ValueError: an unknown value, or static storage without `max_cache_len`.
@@ -34,6 +36,7 @@ class CacheOptions:
     on_expert_change: str = "recompute"
     rollback_reach: int = 0
     kv_bits: int | dict[str, int] | None = None
+    park_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.storage not in STORAGES:
@@ -46,7 +49,22 @@ class CacheOptions:
             raise ValueError(f"`max_cache_len` must be a positive integer, got {self.max_cache_len!r}.")
         check_policy(self.on_expert_change)
         check_reach(self.rollback_reach)
+        self._check_park_bytes()
         object.__setattr__(self, "kv_bits", resolve_kv_bits(self.kv_bits, is_quantized=self.storage == "quantized"))
+
+    def _check_park_bytes(self) -> None:
+        if not _is_count(self.park_bytes, 0):
+            raise ValueError(f"`park_bytes` must be an integer of at least 0, got {self.park_bytes!r}.")
+        if self.park_bytes and self.on_expert_change != "recompute":
+            raise ValueError(
+                f"`park_bytes` saves encoding a sequence again, which on_expert_change={self.on_expert_change!r} "
+                "never does: leave it out, or use on_expert_change='recompute'."
+            )
+        if self.park_bytes and self.max_cache_len is not None:
+            raise ValueError(
+                "Static storage has fixed addresses and parks no states: leave `park_bytes` out, or use "
+                "storage='dense'."
+            )
 
     @property
     def bits(self) -> dict[str, int] | None:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .cache_history_mambaformer import Encoding, Status
 from .cache_mambaformer import MambaFormerCache
+from .cache_parked_mambaformer import ParkedStates
 from .cache_prefix_tree_mambaformer import Entry, Match, PrefixTree
 from .inputs_mambaformer import check_cache_type, check_token_ids
 from .weights_version_mambaformer import weights_stamp
@@ -300,7 +301,8 @@ class PrefixCache:
         if len(ids) < self.min_tokens or self._is_stored(encoding, ids):
             return False  # a fork would make the cache copy its keys at its next token
         stored = cache.fork()
-        stored.provenance.policy = DEFAULT_POLICY  # a request gets an ordinary cache, whoever stored its prefix
+        # A request gets an ordinary cache, whoever stored its prefix.
+        stored.provenance.policy, stored.parked = DEFAULT_POLICY, ParkedStates()
         if cache.batch_size > 1:
             stored.batch_select_indices(torch.tensor([row], device="cpu"))
         entry = Entry(stored, len(ids), stored.nbytes)

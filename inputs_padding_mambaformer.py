@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .cache_history_mambaformer import CacheLengths
 from .cache_mambaformer import MambaFormerCache
+from .cache_parked_mambaformer import ParkedState
 from .cache_retention_mambaformer import count_positions
 from .configuration_mambaformer import MambaFormerConfig
 
@@ -139,15 +141,19 @@ def _last(states: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     return states if states.shape[dim] == length else states.narrow(dim, states.shape[dim] - length, length)
 
 
-def prepend_history(new: ForwardInputs, cache: MambaFormerCache, embed_tokens: Callable) -> ForwardInputs:
-    """The columns of the cache's history, and the new columns after them."""
-    history = cache.history.read(cache.lengths)
+def prepend_history(
+    new: ForwardInputs, cache: MambaFormerCache, embed_tokens: Callable, resumed: ParkedState | None = None
+) -> ForwardInputs:
+    """The columns of the cache's history, and the new columns after them; without the columns of parked states."""
+    start = CacheLengths() if resumed is None else resumed.lengths
+    history = cache.history.read(cache.lengths, start.num_columns())
     token_ids, mask, position_ids = history.token_ids, history.mask, history.position_ids
     all_real, new_real = torch.ones_like(token_ids, dtype=torch.bool), torch.ones_like(new.token_ids, dtype=torch.bool)
     if mask is not None or new.mask is not None:
         mask = torch.cat([all_real if mask is None else mask, new_real if new.mask is None else new.mask], dim=1)
     if position_ids is not None or new.position_ids is not None:
-        counted = count_positions(torch.cat([all_real, new_real], dim=1) if mask is None else mask)
+        seen = start.start if isinstance(start.start, int) else start.start[:, None]
+        counted = count_positions(torch.cat([all_real, new_real], dim=1) if mask is None else mask, seen)
         chosen = (position_ids, new.position_ids)
         parts = zip(chosen, counted.split([token_ids.shape[1], new_real.shape[1]], dim=1), strict=True)
         position_ids = torch.cat([default if own is None else own for own, default in parts], dim=1)

@@ -110,11 +110,12 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         on_expert_change: str = "recompute",
         rollback_reach: int = 0,
         kv_bits: int | dict[str, int] | None = None,
+        park_bytes: int = 0,
         **unknown,
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `CacheOptions`."""
         check_keywords(self.make_cache, unknown, frozenset())
-        options = CacheOptions(storage, max_cache_len, on_expert_change, rollback_reach, kv_bits)
+        options = CacheOptions(storage, max_cache_len, on_expert_change, rollback_reach, kv_bits, park_bytes)
         resolve = functools.partial(resolve_with_key, self._expert_library)
         return MambaFormerCache(self.config, options, resolve, self.base_model)
 
@@ -218,7 +219,7 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         change = self._change(new_inputs, prepared, cache)
         inputs = new_inputs
         if cache is not None and change.recomputes:
-            inputs = prepend_history(new_inputs, cache, self.embed_tokens)
+            inputs = prepend_history(new_inputs, cache, self.embed_tokens, change.resumed)
             alignment = LeftAlignment.of(inputs.mask)
         collector = OutputCollector(self.config, alignment, output_hidden_states, output_attentions)
         if collector.wants_attention and self.config._attn_implementation != "eager":

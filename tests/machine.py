@@ -97,6 +97,8 @@ class Machine(RuleBasedStateMachine):
         limit = data.draw(one_of((None, None, 7, 20)))
         options = {"on_expert_change": policy, "rollback_reach": data.draw(one_of((0, 0, 1, 3, 8)))}
         options |= {} if limit is None else {"storage": "static", "max_cache_len": limit}
+        if policy == "recompute" and limit is None:
+            options["park_bytes"] = data.draw(one_of((0, 2000, 1 << 20)))
         cache = model.module.make_cache(**options)
         slot = Slot(next(self.names), cache, Ledger(policy, limit), model, home=model)
         self.add_slot(data, slot)

@@ -18,6 +18,7 @@ from .cache_retention_mambaformer import Span, count_positions
 from .expert_vectors_mambaformer import ExpertKey, ExpertVectorsLike, ResolvedExpertVector, collapsed_key
 
 if TYPE_CHECKING:
+    from .cache_parked_mambaformer import ParkedState
     from .configuration_mambaformer import MambaFormerConfig
 
 # Turns the `expert_vector` of a user into the expert vector and the key of its content.
@@ -215,15 +216,15 @@ class TokenHistory:
         mask = torch.ones_like(like) if self.mask.tensor is None else self.mask.tensor.to(like.dtype)
         return count_positions(mask)[:, : like.shape[1]]
 
-    def read(self, lengths: CacheLengths) -> NewTokens:
-        """All columns, for a forward that encodes them again.
+    def read(self, lengths: CacheLengths, start: int = 0) -> NewTokens:
+        """All columns from `start` on, for a forward that encodes them again.
 
         Raises:
             ValueError: some of them were embeddings.
         """
         self.check_replayable()
         columns = lengths.num_columns()
-        return NewTokens(**{name: getattr(self, name).view(columns) for name in self.tensors()})
+        return NewTokens(**{name: getattr(self, name).view(columns)[:, start:] for name in self.tensors()})
 
     def read_mask(self, columns: int) -> Tensor:
         """Whether each of the first columns is a real token, (rows, columns), boolean."""
@@ -354,6 +355,14 @@ class Encoding:
     weights: object = None
 
 
+def select_encoding(encoding: Encoding, rows: Tensor) -> Encoding:
+    """The encoding of a batch whose row i is the earlier row `rows[i]`."""
+    key = encoding.expert_vector_key
+    if not isinstance(key, tuple):
+        return encoding
+    return replace(encoding, expert_vector_key=collapsed_key([key[row] for row in rows.tolist()]))
+
+
 class Status(str, Enum):
     """The state of a cached sequence, compared with the expert vector and the weights in force."""
 
@@ -379,15 +388,17 @@ class Change:
     Args:
         expert_vector, encoding: the expert vector and the weights that the forward puts in force; an `encoding` of
             `None` leaves both as they are.
+        resumed: parked states from which `Action.RECOMPUTE` starts, instead of from empty states.
     """
 
     action: Action
     expert_vector: ResolvedExpertVector = None
     encoding: Encoding | None = None
+    resumed: "ParkedState | None" = None
 
     @property
-    def starts_empty(self) -> bool:
-        """Whether the forward starts from empty states."""
+    def replaces_states(self) -> bool:
+        """Whether the forward starts from other states than those of the cache: empty or parked ones."""
         return self.action is Action.RECOMPUTE or self.action is Action.RESET
 
     @property
@@ -504,10 +515,8 @@ class Provenance:
 
     def select_rows(self, rows: Tensor, resolve: Resolve | None) -> bool:
         """Gives row i the expert vector of row `rows[i]`; returns whether there was one for each row."""
-        is_per_row, in_force, encoded = False, self.in_force, self.encoded
-        if encoded is not None and isinstance(encoded.expert_vector_key, tuple):
-            key = collapsed_key([encoded.expert_vector_key[row] for row in rows.tolist()])
-            encoded = replace(encoded, expert_vector_key=key)
+        is_per_row, in_force = False, self.in_force
+        encoded = None if self.encoded is None else select_encoding(self.encoded, rows)
         if isinstance(self.expert_vector, list) and resolve is not None:
             is_per_row = True
             self.expert_vector, key = resolve([self.expert_vector[row] for row in rows.tolist()])
@@ -540,4 +549,5 @@ __all__ = [
     "TokenHistory",
     "check_policy",
     "make_removal",
+    "select_encoding",
 ]

@@ -8,6 +8,7 @@ the cache as it was.
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +28,10 @@ from .cache_history_mambaformer import (
     make_removal,
 )
 from .cache_keys_mambaformer import KeyValueStore, Removal
-from .cache_layers_mambaformer import CacheLayer, CacheStore, make_layer
+from .cache_layers_mambaformer import CacheLayer, CacheStore, extend_reach_of, make_layer
 from .cache_lock_mambaformer import CacheLock, not_while_fed
 from .cache_options_mambaformer import CacheOptions, check_reach
+from .cache_parked_mambaformer import ParkedStates
 from .cache_retention_mambaformer import Layout
 from .cache_session_mambaformer import SessionModel, load_session, save_session
 from .cache_states_mambaformer import RecurrentStore
@@ -87,11 +89,25 @@ class MambaFormerCache(Cache):
             specs = specs_of(config) if model is None else [place.spec for place in places_of_model(model)]
         self.specs = specs
         super().__init__(layers=[])
-        dtype = torch.float32 if model is None else model.dtype
-        kind = options.storage, self.max_columns, options.bits, dtype
-        self.layers = [make_layer(config, each, self.lengths, *kind) for each in self.specs]
+        self.parked = ParkedStates(options.park_bytes)
+        self.layers = self.empty_layers()
         if options.rollback_reach:
             self.activate_past_recording(options.rollback_reach)
+
+    def empty_layers(self) -> list[CacheLayer]:
+        """Layers like those of the cache, before the first token."""
+        options, dtype = self.options, torch.float32 if self.model is None else self.model.dtype
+        kind = options.storage, self.max_columns, options.bits, dtype
+        layers = [make_layer(self.config, each, self.lengths, *kind) for each in self.specs]
+        if self.rollback_reach:
+            extend_reach_of(layers, CacheLengths(), self.rollback_reach, 0)
+        return layers
+
+    def put_layers(self, layers: list[CacheLayer]) -> None:
+        """Replaces the layers; they share the lengths of the cache from now on."""
+        self.layers = layers
+        for layer in layers:
+            layer.lengths = self.lengths
 
     # ---- methods that a forward calls
 
@@ -190,7 +206,9 @@ class MambaFormerCache(Cache):
             ValueError: the change is refused.
         """
         self._check_one_per_row(expert_vector)
-        return self.provenance.decide_change(expert_vector, key, weights, self.lengths, self.history)
+        change = self.provenance.decide_change(expert_vector, key, weights, self.lengths, self.history)
+        resumed = self.parked.find(change.encoding) if change.recomputes else None
+        return change if resumed is None else replace(change, resumed=resumed)
 
     def _check_one_per_row(self, expert_vector: ExpertVectorsLike | ResolvedExpertVector) -> None:
         if isinstance(expert_vector, (list, tuple)) and self.lengths.rows not in (None, len(expert_vector)):
@@ -330,14 +348,9 @@ class MambaFormerCache(Cache):
         check_reach(reach)
         if self.max_columns is not None or reach <= self.rollback_reach:
             return
-        if not self.lengths.is_empty:
-            # A ring that grows now has lost the keys that it overwrote before.
-            self.lengths.overshoot += reach - self.rollback_reach
-        self.rollback_reach = reach
-        start = self.lengths.start
-        tokens_seen = torch.tensor([start], device="cpu") if isinstance(start, int) else start
-        for layer in self.layers:
-            layer.extend_reach(reach, tokens_seen, self.get_seq_length())
+        added, self.rollback_reach = reach - self.rollback_reach, reach
+        extend_reach_of(self.layers, self.lengths, reach, added)
+        self.parked.extend_reach(reach, added)
 
     @not_while_fed("cropped")
     def crop(self, tokens_to_remove: int | Sequence[int] | torch.Tensor) -> None:
@@ -376,6 +389,7 @@ class MambaFormerCache(Cache):
     def _crop_history(self, removal: Removal) -> Encoding | None:
         """Crops tokens and lengths, which invalidates the states; returns their encoding."""
         encoded = self.provenance.invalidate()
+        self.parked.crop(removal, self.history)
         self.history.crop(removal)
         self.lengths.crop(removal, self.history.device)
         return encoded
@@ -390,6 +404,7 @@ class MambaFormerCache(Cache):
         """Resets tokens and lengths, but not the states."""
         self.history = TokenHistory(self.config, self.max_columns)
         self.lengths.reset()
+        self.parked.clear()
         self.provenance.is_mixed = False
 
     @not_while_fed("given other rows")
@@ -408,6 +423,7 @@ class MambaFormerCache(Cache):
         encoded = self.provenance.invalidate()  # until all layers have the new rows
         self.history.select_rows(index)
         self.lengths.select_rows(index)
+        self.parked.select_rows(index)
         self.each_layer("select_rows", index)
         self.provenance.encoded = encoded
 
@@ -447,6 +463,7 @@ class MambaFormerCache(Cache):
         other.specs, other.layers = self.specs, [layer.fork(other.lengths) for layer in self.layers]
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()
+        other.parked = self.parked.fork()
         other.prepared_expert_vectors = self.prepared_expert_vectors
         return other
 
@@ -540,7 +557,8 @@ class MambaFormerCache(Cache):
     def report(self) -> dict[str, dict[str, int]]:
         """Bytes by layer type and kind of tensor, and of the token history; without the expert vector.
 
-        Kinds are `keys`, `values`, `conv`, `ssm` and `past`: the tape and the checkpoints for rollback.
+        Kinds are `keys`, `values`, `conv`, `ssm` and `past`: the tape and the checkpoints for rollback. `"parked"`
+        has the states of expert vectors that are not in force, if `park_bytes` allows any.
         """
         by_type: dict[str, dict[str, int]] = {}
         for spec, layer in zip(self.specs, self.layers, strict=True):
@@ -549,6 +567,8 @@ class MambaFormerCache(Cache):
                 for kind, nbytes in store.nbytes().items():
                     kinds[kind] = kinds.get(kind, 0) + nbytes
         by_type["tokens"] = self.history.nbytes()
+        if self.options.park_bytes:
+            by_type["parked"] = {"states": self.parked.nbytes}
         return by_type
 
     @property

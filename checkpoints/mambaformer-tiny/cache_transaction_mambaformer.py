@@ -7,7 +7,7 @@ import torch
 from .cache_retention_mambaformer import Layout, Retention, Span, make_layout
 
 if TYPE_CHECKING:
-    from .cache_history_mambaformer import Change, NewTokens
+    from .cache_history_mambaformer import CacheLengths, Change, NewTokens
     from .cache_mambaformer import MambaFormerCache
 
 
@@ -16,6 +16,7 @@ class CacheTransaction:
 
     The end of the block commits the forward. An exception that leaves the block discards the forward: the cache is as
     it was before, or, if its states were dropped, the next forward computes them again from the history of tokens.
+    Parked states are parked again.
 
     Args:
         cache: the cache that is fed.
@@ -55,24 +56,38 @@ class CacheTransaction:
         cache.each_layer("discard")
         if cache.max_columns is not None:
             cache.lengths.move_to(self.device)
-        starts_empty = change.starts_empty
-        before = cache.lengths.before_first_token() if starts_empty else cache.lengths
+        before = self._lengths_before()
         columns = before.columns if isinstance(before.columns, int) else None
         self.span = Span(self.num_tokens, start=before.start, lengths=self.lengths, columns=columns)
         retentions = {layer.attention.retention for layer in cache.layers if layer.attention is not None}
         self.layouts = {kind: make_layout(kind, self.span, self.device, cache.max_columns) for kind in retentions}
-        if starts_empty:
-            self._drop_states()
+        if change.replaces_states:
+            self._replace_states()
         cache.open_transaction = self
         return self
 
-    def _drop_states(self) -> None:
-        cache = self.cache
+    def _lengths_before(self) -> "CacheLengths":
+        """The lengths of the sequence that the forward continues."""
+        if self.change.resumed is not None:
+            return self.change.resumed.lengths
+        lengths = self.cache.lengths
+        return lengths.before_first_token() if self.change.replaces_states else lengths
+
+    def _replace_states(self) -> None:
+        """Drops or parks the states of the cache, and starts from parked or empty ones."""
+        cache, resumed = self.cache, self.change.resumed
+        if resumed is not None:
+            cache.parked.remove(resumed)  # before others are parked, which may drop it
+        if self.change.recomputes and self.change.encoding is not None:
+            cache.parked.park(cache, self.change.encoding.weights)
         # States that cannot be computed again are kept until the forward has succeeded.
         self.backup = cache.duplicate() if cache.history.has_embeddings else None
         cache.provenance.invalidate()
         cache.lengths.overshoot = 0
         cache.each_layer("reset")
+        if resumed is not None:
+            cache.put_layers(resumed.layers)
+            cache.lengths.overshoot = resumed.lengths.overshoot
 
     def __exit__(self, error_type: type[BaseException] | None, *_) -> None:
         cache = self.cache
@@ -84,6 +99,9 @@ class CacheTransaction:
             if self.backup is not None:
                 for name in ("layers", "lengths", "history", "provenance"):
                     setattr(cache, name, getattr(self.backup, name))
+            if self.change.resumed is not None:
+                cache.put_layers(cache.empty_layers())
+                cache.parked.add(self.change.resumed)
         self.backup = None
         if not torch.compiler.is_compiling():
             cache.lock.is_open = False
