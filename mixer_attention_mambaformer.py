@@ -19,6 +19,7 @@ from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .inputs_packing_mambaformer import SequenceGrouping
 from .inputs_padding_mambaformer import LeftAlignment
 from .mixer_attention_masks_mambaformer import AttentionMasks, QueryBlock
+from .mixer_attention_sinks_mambaformer import rotate_queries, separate_sinks
 from .mixer_base_mambaformer import MambaFormerMixer
 from .ops_eligibility_mambaformer import is_own_attention, replaceable_by_kernels
 from .ops_mambaformer import apply_rope, attention
@@ -46,12 +47,17 @@ class MambaFormerRotaryEmbedding(nn.Module):
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
 
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (rows or 1, tokens) -> cosines and sines (rows or 1, tokens, head_dim) in the states' dtype."""
-        dtype = at_least_float32(hidden_states.dtype)
-        frequencies, factor = self.inverse_frequencies(position_ids.device, dtype)
-        angles = position_ids[..., None].to(dtype) * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * factor).to(hidden_states.dtype), (angles.sin() * factor).to(hidden_states.dtype)
+        """Positions (..., tokens) -> cosines and sines (..., tokens, head_dim) in the states' dtype.
+
+        Angles are float64 products of the position and the frequency, so that they are exact after millions of
+        tokens: float32 would round an angle of 4,000,000 to a quarter. Frequencies are in float32 at least.
+        """
+        device, dtype = position_ids.device, hidden_states.dtype
+        frequencies, factor = self.inverse_frequencies(device, at_least_float32(dtype))
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        angles = position_ids[..., None].to(exact) * frequencies.to(exact)
+        cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
 def eager_attention_forward(
@@ -125,7 +131,8 @@ class MambaFormerAttention(MambaFormerMixer):
         key = apply_expert_linear(self.k_proj, hidden_states, vectors.get("k_proj")).view(heads).transpose(1, 2)
         value = apply_expert_linear(self.v_proj, hidden_states, vectors.get("v_proj")).view(heads).transpose(1, 2)
         if position_embeddings is not None:
-            query, key = apply_rope(query, *position_embeddings), apply_rope(key, *position_embeddings)
+            query = rotate_queries(query, position_embeddings, attention.sink_angles)
+            key = apply_rope(key, *position_embeddings)
         if cache is not None:
             is_saved = any(states.requires_grad for states in (query, key, value))
             key, value = cache.update(key, value, self.layer_idx, is_saved=is_saved)
@@ -154,6 +161,8 @@ class MambaFormerAttention(MambaFormerMixer):
         """Attention of (rows, heads, tokens, head_dim): (rows, tokens, heads, head_dim), and its weights."""
         if masks.sequences is not None and masks.sequences.grouping is not None:
             return self._attend_groups(query, key, value, masks.sequences.grouping, masks.groups, **kwargs), None
+        if masks.is_sink is not None:
+            key = separate_sinks(key, masks.is_sink)
         dropout = self.attention_dropout if self.training else 0.0
         if masks.alignment is not None:
             kwargs["alignment"] = masks.alignment

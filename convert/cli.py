@@ -7,6 +7,7 @@ from collections import Counter
 
 from safetensors import SafetensorError
 
+from ..configuration_mambaformer import WINDOW_POSITIONS
 from ..modeling_mambaformer import MambaFormerForCausalLM
 from .conversion import convert
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
             upcycle=args.upcycle,
             window=args.window,
             num_sink_tokens=args.num_sink_tokens,
+            window_positions=args.window_positions,
             output_dir=args.output,
             dtype=args.dtype,
             mamba=mamba,
@@ -51,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, metavar="TOKENS", help="attention window of these layers")
     parser.add_argument(
         "--num-sink-tokens", type=int, default=0, metavar="TOKENS", help="first tokens that every query sees"
+    )
+    parser.add_argument(
+        "--window-positions",
+        choices=WINDOW_POSITIONS,
+        default="absolute",
+        help="relative: for sequences of any length",
     )
     parser.add_argument("--mamba-delta", metavar="FILE", help="trained Mamba weights, instead of new mixers")
     parser.add_argument("--dtype", help="dtype of the result, e.g. bfloat16; default: the source's")

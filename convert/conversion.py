@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..configuration_mambaformer import LAYER_MIXERS, MambaFormerConfig
+from ..configuration_mambaformer import LAYER_MIXERS, SLIDING_LAYER_TYPES, MambaFormerConfig
 from ..files_folders_mambaformer import staged_folder
 from ..modeling_mambaformer import MambaFormerForCausalLM
 from .families import Family, check_rope
@@ -28,6 +28,7 @@ def convert(
     upcycle: str | Sequence[int] | None = None,
     window: int | None = None,
     num_sink_tokens: int = 0,
+    window_positions: str = "absolute",
     output_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | str | None = None,
     mamba: dict[str, object] | None = None,
@@ -48,6 +49,9 @@ def convert(
             at zero, so the logits are the source's until the model is trained.
         window: attention window of these layers; the first `num_sink_tokens` tokens stay visible. The logits are no
             longer the source's: train the new Mamba mixers to recover the tokens that the window removes.
+        window_positions: `"relative"` limits the distance to sinks, so that the model reads sequences of any length
+            (StreamingLLM); see `MambaFormerConfig`. `window` then needs no `upcycle`: without it, all attention layers
+            get the window.
         output_dir: where to save the result, with the tokenizer when `source` is a directory or a file.
         dtype: of the result, by default the source's.
         mamba: `mamba_*` and `time_step_*` fields of the configuration for the new mixers.
@@ -68,7 +72,8 @@ def convert(
     if mamba_delta is not None:
         delta = _load_delta(mamba_delta, upcycle, window, num_sink_tokens, mamba)
         upcycle, window, num_sink_tokens, mamba = _as_arguments(delta, opened.family.layer_types(opened.config))
-    config, new_layers = _target_config(opened.family, opened.config, upcycle, mamba, window, num_sink_tokens)
+    windows = window, num_sink_tokens, window_positions
+    config, new_layers = _target_config(opened.family, opened.config, upcycle, mamba, *windows)
     dtype = _resolve_dtype(dtype)
     tokenizer = opened.tokenizer() if output_dir is not None and opened.tokenizer is not None else None
     weights = opened.weights()
@@ -165,15 +170,21 @@ def _target_config(
     mamba: dict[str, object] | None,
     window: int | None,
     num_sink_tokens: int,
+    window_positions: str,
 ) -> tuple[MambaFormerConfig, list[int]]:
     """The result's configuration, and the layers that get a new Mamba mixer."""
     fields, layer_types = family.config_fields(source), family.layer_types(source)
     check_rope(fields.get("rope_parameters"))
     new_layers = _layers_to_upcycle(upcycle, layer_types)
     fields |= _new_mamba_fields(mamba, new_layers, layer_types)
-    fields |= _window_fields(window, num_sink_tokens, new_layers, layer_types)
+    streams = window is not None and upcycle is None and window_positions == "relative"
+    windowed = [idx for idx, kind in enumerate(layer_types) if kind in UPCYCLED] if streams else new_layers
+    fields |= _window_fields(window, num_sink_tokens, windowed, layer_types)
+    for layer_idx in windowed:
+        layer_types[layer_idx] = layer_types[layer_idx] if window is None else "sliding_attention"
     for layer_idx in new_layers:
-        layer_types[layer_idx] = UPCYCLED[layer_types[layer_idx] if window is None else "sliding_attention"]
+        layer_types[layer_idx] = UPCYCLED[layer_types[layer_idx]]
+    fields |= _positions_field(window_positions, layer_types)
     is_recurrent = any("recurrent" in LAYER_MIXERS[kind] for kind in layer_types)
     if is_recurrent and fields["hidden_act"] != "silu":
         raise ValueError(
@@ -199,17 +210,23 @@ def _layers_to_upcycle(upcycle: object, layer_types: list[str]) -> list[int]:
 
 
 def _window_fields(
-    window: int | None, num_sink_tokens: int, new_layers: list[int], layer_types: list[str]
+    window: int | None, num_sink_tokens: int, windowed: list[int], layer_types: list[str]
 ) -> dict[str, object]:
     if window is None:
         if num_sink_tokens:
             raise ValueError("`num_sink_tokens` needs a `window`: without one, attention sees all tokens.")
         return {}
-    if not new_layers:
+    if not windowed:
         raise ValueError("`window` is for layers that get a Mamba mixer: pass the layers as `upcycle`.")
     if "sliding_attention" in layer_types:
         raise ValueError("The source has sliding layers, and a model has one window: leave `window` out.")
     return {"sliding_window": window, "num_sink_tokens": num_sink_tokens}
+
+
+def _positions_field(window_positions: str, layer_types: list[str]) -> dict[str, object]:
+    if window_positions == "relative" and not any(kind in SLIDING_LAYER_TYPES for kind in layer_types):
+        raise ValueError("`window_positions` is for layers with a window, and there are none: pass a `window`.")
+    return {"window_positions": window_positions}
 
 
 def _new_mamba_fields(

@@ -143,14 +143,25 @@ class ReferenceRow:
         self.keys[layer].append(keys)
         self.values[layer].append(values)
         seen = [p for p in range(self.position + 1) if self.visible(kind, p)]
+        queries, seen_keys = self.at_places_in_the_cache(kind, queries, [self.keys[layer][p] for p in seen], seen)
         outputs = []
         for head in range(heads):
             kv_head = head // (heads // kv_heads)
-            scores = torch.stack([queries[head] @ self.keys[layer][p][kv_head] for p in seen]) / size**0.5
+            scores = torch.stack([queries[head] @ key[kv_head] for key in seen_keys]) / size**0.5
             shares = torch.exp(scores - scores.max())
             shares = shares / shares.sum()
             outputs.append(sum(share * self.values[layer][p][kv_head] for share, p in zip(shares, seen, strict=True)))
         return at.linear("self_attn.o_proj", torch.cat(outputs))
+
+    def at_places_in_the_cache(self, kind, queries, keys, positions):
+        """StreamingLLM: all that a query sees, itself at the end, gets the positions 0, 1, 2, ... within the cache."""
+        config = self.config
+        if kind not in SLIDING or config["rope_parameters"] is None or config["window_positions"] == "absolute":
+            return queries, keys
+        theta = config["rope_parameters"]["rope_theta"]
+        places = zip(keys, positions, strict=True)
+        moved = [rotate(key, n - position, theta) for n, (key, position) in enumerate(places)]
+        return rotate(queries, len(positions) - 1 - self.position, theta), moved
 
     def visible(self, kind, key_position):
         """Whether the newest token sees this earlier (or own) position."""

@@ -99,10 +99,23 @@ def test_a_window_for_upcycled_layers_is_that_of_mistral():
     assert (some.sliding_window, some.num_sink_tokens, some.mamba_intermediate_size) == (4, 2, 16)
 
 
+def test_relative_positions_stream_any_source():
+    llama = source("llama")
+    streamed = convert(llama, window=5, num_sink_tokens=2, window_positions="relative").config
+    assert set(streamed.layer_types) == {"sliding_attention"}
+    assert (streamed.sliding_window, streamed.num_sink_tokens, streamed.window_positions) == (5, 2, "relative")
+    upcycled = convert(llama, upcycle=[1], window=5, num_sink_tokens=2, window_positions="relative").config
+    assert upcycled.layer_types[:2] == ["full_attention", "hybrid_sliding"]
+    assert convert(source("mistral"), window_positions="relative").config.window_positions == "relative"
+    assert convert(llama, upcycle="all", window=5).config.window_positions == "absolute"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("llama", {"window": 4}, "pass the layers as `upcycle`"),
+        ("llama", {"window_positions": "relative"}, "and there are none: pass a `window`"),
+        ("llama", {"upcycle": "all", "window": 4, "window_positions": "near"}, "must be 'absolute' or 'relative'"),
         ("llama", {"upcycle": "all", "num_sink_tokens": 4}, "needs a `window`"),
         ("mistral", {"upcycle": [0], "window": 4}, "a model has one window"),
         ("llama", {"upcycle": "all", "window": 0}, "`sliding_window` must be a positive integer"),

@@ -248,6 +248,7 @@ class MambaFormerCache(Cache):
         "recurrent_mixer",
         "sliding_window",
         "num_sink_tokens",
+        "window_positions",
         "num_key_value_heads",
         "head_dim",
         "vocab_size",

@@ -44,6 +44,10 @@ class Retention:
             return visible
         return visible & ((query_position - key_position < self.window) | (key_position < self.sinks))
 
+    def is_sink(self, key_position: torch.Tensor) -> torch.Tensor:
+        """Whether a key is a sink, from its position alone."""
+        return key_position < self.sinks
+
     def num_slots(self, num_tokens: int) -> int:
         """Slots that rows of up to `num_tokens` tokens occupy."""
         return num_tokens if self.window is None else min(num_tokens, self.ring_size + self.sinks)

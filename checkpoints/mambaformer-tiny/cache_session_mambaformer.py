@@ -344,7 +344,8 @@ def _check_key(session: Session) -> None:
 
 
 def _check_config(session: Session, cache: "MambaFormerCache") -> None:
-    own, saved = _fields_of(cache.config, cache.depends_on), session.config
+    # Sessions from before there was a choice of positions had absolute ones.
+    own, saved = _fields_of(cache.config, cache.depends_on), {"window_positions": "absolute"} | session.config
     differing = [name for name in {**own, **saved} if own.get(name, ...) != saved.get(name, ...)]
     if differing:
         listed = ", ".join(f"`{name}` is {own.get(name)!r}, not {saved.get(name)!r}" for name in differing)

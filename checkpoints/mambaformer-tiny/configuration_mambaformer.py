@@ -43,6 +43,7 @@ TENSOR_PARALLEL_PLANS = {
     "mlp": {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
 }
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
+WINDOW_POSITIONS = ("absolute", "relative")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Every layer is a Python object of some 30 KB before its weights; the deepest published model (DeepNet, arXiv
 # 2203.00555) has 1,000 layers.
@@ -125,6 +126,7 @@ FIELD_KINDS = {
     "mamba_dt_rank": Kind("a positive integer or 'auto'", lambda value: value == "auto" or is_integer(value)),
     "mamba_expand": Kind("a positive number that makes `mamba_expand * hidden_size` an integer", is_positive),
     "num_sink_tokens": Kind("an integer of at least 0", lambda value: is_integer(value, 0)),
+    "window_positions": Kind(" or ".join(map(repr, WINDOW_POSITIONS)), lambda value: value in WINDOW_POSITIONS),
     **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor", "rms_norm_eps"), POSITIVE),
     "attention_dropout": Kind("at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1),
     "initializer_range": NUMBER,
@@ -199,6 +201,10 @@ class MambaFormerConfig(PreTrainedConfig):
             means no position encoding.
         sliding_window: number of tokens that a query of a sliding layer sees, its own included.
         num_sink_tokens: number of first tokens that a sliding layer keeps (attention sinks, arXiv 2309.17453).
+        window_positions: positions that RoPE has in sliding layers. `"absolute"`: the position in the sequence, as
+            models with windows of their own are trained. `"relative"`: the position among the keys that a query sees
+            (StreamingLLM, arXiv 2309.17453, section 3.2), so that no distance exceeds
+            `num_sink_tokens + sliding_window - 1`, however long the sequence is. Only distances to sinks differ.
         mamba_d_state, mamba_d_conv, mamba_expand, mamba_dt_rank: N, K, E and R of Mamba (arXiv 2312.00752,
             section 3). E may be a fraction if E * hidden_size is an integer; `mamba_dt_rank="auto"` is
             `ceil(hidden_size / 16)`.
@@ -234,6 +240,7 @@ class MambaFormerConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     num_sink_tokens: int = 0
+    window_positions: str = "absolute"
     mamba_d_state: int = 16
     mamba_d_conv: int = 4
     mamba_expand: int | float = 2
@@ -316,6 +323,12 @@ class MambaFormerConfig(PreTrainedConfig):
     def window(self, layer_idx: int) -> int | None:
         """Number of tokens that a query of layer `layer_idx` sees, its own included; `None` without a window."""
         return self.sliding_window if self._kinds[layer_idx] in SLIDING_LAYER_TYPES else None
+
+    @property
+    def has_moving_sinks(self) -> bool:
+        """Whether the distance to a sink is limited, so that queries meet sinks and windows by different angles."""
+        is_relative = self.window_positions == "relative" and self.rope_parameters is not None
+        return is_relative and self.num_sink_tokens > 0 and self.sliding_window is not None
 
     @property
     def _kinds(self) -> list[str]:

@@ -305,6 +305,8 @@ class ProgramStep:
             return None
         if layout.sources is not None or (mask is None and self.count > 1):
             return None  # keys that are staged; a causal mask that attention makes by itself
+        if attention.sink_angles is not None:
+            return None
         address, mask_strides = 0, (0, 0)
         if mask is not None:
             if not isinstance(mask, Tensor) or not takes_mask(mask, self.rows, self.count, layout.num_slots):

@@ -13,6 +13,7 @@ from .cache_retention_mambaformer import Layout, Retention, Span, make_uncached_
 from .configuration_mambaformer import MambaFormerConfig
 from .inputs_packing_mambaformer import Sequences
 from .inputs_padding_mambaformer import LeftAlignment
+from .mixer_attention_sinks_mambaformer import Angles
 from .modeling_stack_mambaformer import Place
 
 # Implementations that apply the causal mask without a tensor; other masks are left to the first of them.
@@ -52,6 +53,8 @@ class AttentionMasks:
         alignment: restores the order of the tokens; present if attention weights are returned.
         blocks: replace the mask where there are many more tokens than a window has.
         sequences: the sequences of packed rows, with the masks of each of their groups in `groups`.
+        sink_angles: cosines and sines (rows or 1, queries, head_dim) by which queries meet sinks, and
+        is_sink: (rows or 1, keys), which keys these are; `None` where sinks and windows have the same angles.
     """
 
     mask: torch.Tensor | BlockMask | None = None
@@ -60,19 +63,29 @@ class AttentionMasks:
     blocks: tuple[QueryBlock, ...] = ()
     sequences: Sequences | None = None
     groups: tuple["AttentionMasks", ...] = ()
+    sink_angles: Angles | None = None
+    is_sink: torch.Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionMasks":
         """The same masks on `device`; Accelerate calls this where layers are on several devices."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        angles, is_sink = self.sink_angles, self.is_sink
+        moved = replace(
+            self,
+            sink_angles=None if angles is None else (move(angles[0]), move(angles[1])),
+            is_sink=None if is_sink is None else move(is_sink),
+        )
         if self.sequences is not None and self.groups:
             groups = tuple(masks.to(device, non_blocking) for masks in self.groups)
-            return replace(self, sequences=self.sequences.to(device, non_blocking), groups=groups)
-        if self.mask is None and not self.blocks:
-            return self
-        blocks = tuple(replace(block, mask=block.mask.to(device, non_blocking=non_blocking)) for block in self.blocks)
+            return replace(moved, sequences=self.sequences.to(device, non_blocking), groups=groups)
+        blocks = tuple(replace(block, mask=move(block.mask)) for block in self.blocks)
         mask = self.mask
         if mask is not None:  # a mask of flex attention takes no other argument
-            mask = mask.to(device) if isinstance(mask, BlockMask) else mask.to(device, non_blocking=non_blocking)
-        return replace(self, mask=mask, blocks=blocks)
+            mask = mask.to(device) if isinstance(mask, BlockMask) else move(mask)
+        return replace(moved, mask=mask, blocks=blocks)
 
 
 def make_attention_masks(
@@ -83,10 +96,12 @@ def make_attention_masks(
     hidden_states: torch.Tensor,
     alignment: LeftAlignment | None,
     sequences: Sequences | None = None,
+    sink_angles: Angles | None = None,
 ) -> dict[int | None, AttentionMasks]:
     """The masks of the layers in these places, by their windows.
 
     `alignment` is given when the attention weights are to be returned, which only written-out attention can.
+    `sink_angles` are for layers with a window.
     """
     by_window: dict[int | None, AttentionMasks] = {}
     alignment = alignment if config._attn_implementation == "eager" else None
@@ -95,11 +110,13 @@ def make_attention_masks(
         if attends and window not in by_window:
             retention, device = Retention.of(config, window), hidden_states.device
             layout = make_uncached_layout(retention, span, device) if cache is None else cache.layout(place.position)
+            angles = None if window is None else sink_angles
+            has_sinks = angles is not None
             if sequences is None:
-                masks = _make_masks(config, retention, layout, span, hidden_states)
+                masks = _make_masks(config, retention, layout, span, hidden_states, has_sinks)
             else:
-                masks = _make_packed_masks(config, retention, sequences, hidden_states)
-            by_window[window] = replace(masks, alignment=alignment)
+                masks = _make_packed_masks(config, retention, sequences, hidden_states, has_sinks)
+            by_window[window] = replace(masks, alignment=alignment, sink_angles=angles)
     return by_window
 
 
@@ -111,34 +128,61 @@ def can_group(config: MambaFormerConfig, output_attentions: bool | None) -> bool
     return not (torch.compiler.is_compiling() or implementation == "flex_attention" or is_shown)
 
 
-def _implementation_of(config: MambaFormerConfig) -> str:
-    return config._attn_implementation or "eager"
+def _implementation_of(config: MambaFormerConfig, is_plain: bool) -> str:
+    """The implementation chosen; a flash kernel takes only a causal mask, and keys as wide as values (`is_plain`)."""
+    implementation = config._attn_implementation or "eager"
+    return "sdpa" if implementation.startswith("flash") and not is_plain else implementation
 
 
 def _make_packed_masks(
-    config: MambaFormerConfig, retention: Retention, sequences: Sequences, hidden_states: torch.Tensor
+    config: MambaFormerConfig,
+    retention: Retention,
+    sequences: Sequences,
+    hidden_states: torch.Tensor,
+    has_sinks: bool,
 ) -> AttentionMasks:
     if sequences.grouping is None:
-        implementation, positions, indices = _implementation_of(config), sequences.positions, sequences.indices
-        implementation = "sdpa" if implementation.startswith("flash") else implementation
-        return _masks_from_positions(config, retention, implementation, positions, positions, hidden_states, indices)
+        positions, indices, implementation = sequences.positions, sequences.indices, _implementation_of(config, False)
+        masks = _masks_from_positions(config, retention, implementation, positions, positions, hidden_states, indices)
+        return replace(masks, is_sink=retention.is_sink(positions) if has_sinks else None)
     device, groups = hidden_states.device, []
     for group in sequences.grouping.groups:
         span = Span(group.length)
         layout = make_uncached_layout(retention, span, device)
-        groups.append(_make_masks(config, retention, layout, span, hidden_states))
+        groups.append(_make_masks(config, retention, layout, span, hidden_states, has_sinks))
     return AttentionMasks(sequences=sequences, groups=tuple(groups))
 
 
 def _make_masks(
-    config: MambaFormerConfig, retention: Retention, layout: Layout, span: Span, hidden_states: torch.Tensor
+    config: MambaFormerConfig,
+    retention: Retention,
+    layout: Layout,
+    span: Span,
+    hidden_states: torch.Tensor,
+    has_sinks: bool,
 ) -> AttentionMasks:
-    implementation, device = _implementation_of(config), hidden_states.device
+    masks = _make_plain_masks(config, retention, layout, span, hidden_states, has_sinks)
+    if not has_sinks:
+        return masks
+    positions = layout.key_positions
+    if positions is None:  # sinks are in the first slots
+        positions = torch.arange(layout.num_slots, device=hidden_states.device)[None]
+    return replace(masks, is_sink=retention.is_sink(positions))
+
+
+def _make_plain_masks(
+    config: MambaFormerConfig,
+    retention: Retention,
+    layout: Layout,
+    span: Span,
+    hidden_states: torch.Tensor,
+    has_sinks: bool,
+) -> AttentionMasks:
+    implementation, device = _implementation_of(config, is_plain=not has_sinks), hidden_states.device
     key_positions = layout.key_positions
     if key_positions is None and (implementation in CAUSAL_BY_ITSELF or span.num_tokens == 1):
         return AttentionMasks(None, implementation)
-    if implementation.startswith("flash"):
-        implementation = "sdpa"  # a flash kernel knows no positions but those of a plain causal mask
+    implementation = _implementation_of(config, is_plain=False)
     query_positions = span.positions(device)
     key_positions = query_positions if key_positions is None else key_positions
     num_queries = query_positions.shape[1]

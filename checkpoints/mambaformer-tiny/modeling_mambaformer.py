@@ -56,6 +56,7 @@ from .library_mambaformer import (
 )
 from .mixer_attention_mambaformer import MambaFormerAttention, MambaFormerRotaryEmbedding
 from .mixer_attention_masks_mambaformer import can_group, make_attention_masks
+from .mixer_attention_sinks_mambaformer import needs_sink_angles, positions_for_sinks, split_angles
 from .mixer_base_mambaformer import MambaFormerRMSNorm
 from .modeling_layer_mambaformer import MambaFormerLayer
 from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
@@ -253,14 +254,19 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
         """All layers over the inputs; left-aligned hidden states (rows, tokens, hidden_size)."""
         device = inputs.token_ids.device
         hidden_states = alignment.align(self._embed(inputs))
-        position_embeddings = None
+        position_embeddings = sink_angles = None
         if self.rotary_emb is not None:
             chosen = inputs.position_ids
             counted = span.positions(device) if sequences is None else sequences.positions
             positions = counted if chosen is None else alignment.align(chosen)
-            position_embeddings = self.rotary_emb(hidden_states, positions)
+            if needs_sink_angles(self.config, span, sequences):
+                both = torch.stack([positions, positions_for_sinks(self.config, positions, counted)])
+                position_embeddings, sink_angles = split_angles(*self.rotary_emb(hidden_states, both))
+            else:
+                position_embeddings = self.rotary_emb(hidden_states, positions)
         shown = alignment if collector.wants_attention else None
-        attention = make_attention_masks(places, self.config, span, cache, hidden_states, shown, sequences)
+        masked = hidden_states, shown, sequences, sink_angles
+        attention = make_attention_masks(places, self.config, span, cache, *masked)
         if not collector.wants_anything:
             shared = attention, prepared.scaled_bases, position_embeddings, cache, span.lengths
             decoded = self._decode_programs.run(places, prepared.weights, hidden_states, *shared, **kwargs)

@@ -1,0 +1,69 @@
+"""Attention sinks at positions within the cache: `MambaFormerConfig(window_positions="relative")`.
+
+StreamingLLM (arXiv 2309.17453, section 3.2) gives the keys that a query sees the positions 0, 1, 2, ... in their
+order. Keys in the window keep their distance p - j to the query, so only sinks move: sink i has the distance
+min(p, sinks + window - 1) - i. No stored key is ever rotated again. A query is rotated twice instead, by its own
+position for keys of the window and by a limited one for sinks.
+
+One product of doubled vectors gives both scores, whatever computes attention: a query is [q, q for sinks], a key of
+the window is [k, 0], a sink is [0, k].
+"""
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .cache_retention_mambaformer import Span
+from .configuration_mambaformer import MambaFormerConfig
+from .inputs_packing_mambaformer import Sequences
+from .ops_mambaformer import apply_rope
+
+Angles: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines
+
+
+def needs_sink_angles(config: MambaFormerConfig, span: Span, sequences: Sequences | None) -> bool:
+    """Whether a query of the forward may be further from sinks than their largest distance; reads no tensor."""
+    if not config.has_moving_sinks:
+        return False
+    longest = span.num_tokens
+    if sequences is not None and sequences.grouping is not None:
+        longest = max(group.length for group in sequences.grouping.groups)
+    if span.columns is None or isinstance(longest, torch.SymInt):
+        return True
+    return span.columns + longest > _size(config)
+
+
+def positions_for_sinks(config: MambaFormerConfig, positions: Tensor, tokens_before: Tensor) -> Tensor:
+    """Positions (rows or 1, queries) at which queries meet sinks.
+
+    Args:
+        positions: of the queries in RoPE.
+        tokens_before: number of tokens before each query in its own sequence, which `position_ids` may differ from.
+    """
+    return positions - (tokens_before - (_size(config) - 1)).clamp(min=0)
+
+
+def split_angles(cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
+    """Cosines and sines (2, rows or 1, queries, head_dim) of both positions -> the angles of each."""
+    return (cos[0], sin[0]), (cos[1], sin[1])
+
+
+def _size(config: MambaFormerConfig) -> int:
+    """The most keys that a query of a layer with a window sees."""
+    return config.num_sink_tokens + (config.sliding_window or 0)
+
+
+def rotate_queries(query: Tensor, angles: Angles, sink_angles: Angles | None) -> Tensor:
+    """Queries (rows, heads, queries, head_dim) as they meet keys; with `sink_angles`, of doubled width."""
+    rotated = apply_rope(query, *angles)
+    return rotated if sink_angles is None else torch.cat([rotated, apply_rope(query, *sink_angles)], dim=-1)
+
+
+def separate_sinks(key: Tensor, is_sink: Tensor) -> Tensor:
+    """Keys (rows, heads, keys, head_dim) of doubled width: zeros, where `is_sink` (rows or 1, keys), come first."""
+    is_sink = is_sink[:, None, :, None]
+    return torch.cat([key.masked_fill(is_sink, 0), key.masked_fill(~is_sink, 0)], dim=-1)
+
+
+__all__ = ["Angles", "needs_sink_angles", "positions_for_sinks", "rotate_queries", "separate_sinks", "split_angles"]
