@@ -48,6 +48,11 @@ class Retention:
         """Whether a key is a sink, from its position alone."""
         return key_position < self.sinks
 
+    @property
+    def most_slots(self) -> int | None:
+        """Slots that rows of any length occupy; `None` if all keys stay."""
+        return None if self.window is None else self.ring_size + self.sinks
+
     def num_slots(self, num_tokens: int) -> int:
         """Slots that rows of up to `num_tokens` tokens occupy."""
         return num_tokens if self.window is None else min(num_tokens, self.ring_size + self.sinks)

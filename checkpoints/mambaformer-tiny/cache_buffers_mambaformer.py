@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
-# Spare slots of a growing buffer, at least so many or this part of its size, so that appending a token rarely copies.
-MIN_SPARE_SLOTS, SPARE_FRACTION = 64, 4
+# Spare slots of a new buffer, and of one that grows: at least so many, or this part of its size. A step of decoding
+# reads all slots, and growth copies them once in `size / SPARE_FRACTION` steps, about 1 % of a step's time.
+MIN_SPARE_SLOTS, SPARE_FRACTION = 64, 24
 
 
 class Buffer:
@@ -24,24 +25,23 @@ class Buffer:
         is_shared: a fork or a graph has the tensor too.
     """
 
-    spare_fraction = SPARE_FRACTION
-
     def __init__(self, dim: int, fixed_size: int | None = None):
         self.dim, self.fixed_size = dim, fixed_size
         self.tensor: torch.Tensor | None = None
         self.is_shared = False
 
-    def reserve(self, like: torch.Tensor, size: int) -> None:
-        """Allocates at least `size` slots shaped like the slots of `like`."""
+    def reserve(self, like: torch.Tensor, size: int, most: int | None = None) -> None:
+        """Allocates at least `size` slots shaped like the slots of `like`; spare slots only up to `most` in all."""
         if self.tensor is not None and self.tensor.shape[0] != like.shape[0]:
             self.tensor = None  # of a sequence that was dropped: the cache checks the rows of its own sequence
         if self.tensor is not None and (self.tensor.dtype != like.dtype or self.tensor.device != like.device):
             self.tensor, self.is_shared = self.tensor.to(like.device, like.dtype), False
         if self.tensor is not None and self.tensor.shape[self.dim] >= size:
             return
-        capacity = self.fixed_size or size + max(MIN_SPARE_SLOTS, size // self.spare_fraction)
+        spare = MIN_SPARE_SLOTS if self.tensor is None else max(MIN_SPARE_SLOTS, size // SPARE_FRACTION)
+        spare = spare if most is None else max(min(spare, most - size), 0)
         shape = list(like.shape)
-        shape[self.dim] = capacity
+        shape[self.dim] = self.fixed_size or size + spare
         old, self.tensor, self.is_shared = self.tensor, like.new_zeros(shape), False
         if old is not None:
             self.tensor.narrow(self.dim, 0, old.shape[self.dim]).copy_(old)
@@ -109,17 +109,15 @@ class IdBuffer(Buffer):
     A sequence may be long where all other states are of constant size. -1 marks columns that were fed as embeddings.
     """
 
-    spare_fraction = 16
-
     def __init__(self, config, fixed_size: int | None = None):
         super().__init__(1, fixed_size)
         self.config = config
 
-    def reserve(self, like: torch.Tensor, size: int) -> None:
+    def reserve(self, like: torch.Tensor, size: int, most: int | None = None) -> None:
         dtype = torch.int16 if self.config.vocab_size < 0xFFFF else torch.int32
         if self.tensor is not None and self.tensor.dtype != dtype:  # the vocabulary was resized
             self.tensor, self.is_shared = self.view(self.tensor.shape[1]).to(dtype), False
-        super().reserve(torch.empty_like(like, dtype=dtype), size)
+        super().reserve(torch.empty_like(like, dtype=dtype), size, most)
 
     def view(self, size: int) -> torch.Tensor:
         """The ids in the first `size` columns, as a copy in int64."""

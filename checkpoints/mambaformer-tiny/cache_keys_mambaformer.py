@@ -92,7 +92,7 @@ class KeyValueStore:
         seen, self.staged = [], []
         self.staged_slots = layout.num_slots
         for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer.reserve(new, layout.num_slots)
+            buffer.reserve(new, layout.num_slots, self.retention.most_slots)
             if layout.sources is None:
                 buffer.write(layout.slots, new, is_saved)
                 seen.append(buffer.view(layout.num_slots))
@@ -120,8 +120,8 @@ class KeyValueStore:
         `layout` is one that writes in place. `None`, and nothing has changed, where no kernel writes the stored form.
         """
         self.staged, self.staged_slots = [], layout.num_slots
-        self.keys.reserve(like, layout.num_slots)
-        self.values.reserve(like, layout.num_slots)
+        for buffer in (self.keys, self.values):
+            buffer.reserve(like, layout.num_slots, self.retention.most_slots)
         return self.keys.make_own(), self.values.make_own()
 
     def commit(self) -> None:
