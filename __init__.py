@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache_mambaformer import MambaFormerCache
+from .cache_policies_mambaformer import TOVA, KeyDiff, KeyNorm, PruningPolicy, SinksAndWindow, SnapKV
 from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_mamba_delta  # from here on `convert` is the function, not the package
@@ -23,9 +24,12 @@ AutoModelForCausalLM.register(MambaFormerConfig, MambaFormerForCausalLM, exist_o
 AutoModelForSequenceClassification.register(MambaFormerConfig, MambaFormerForSequenceClassification, exist_ok=True)
 
 __all__ = [
+    "TOVA",
     "ExpertSwitchLogitsProcessor",
     "ExpertVector",
     "ExpertVectorLibrary",
+    "KeyDiff",
+    "KeyNorm",
     "MambaFormerCache",
     "MambaFormerConfig",
     "MambaFormerForCausalLM",
@@ -33,6 +37,9 @@ __all__ = [
     "MambaFormerModel",
     "MambaFormerPreTrainedModel",
     "PrefixCache",
+    "PruningPolicy",
+    "SinksAndWindow",
+    "SnapKV",
     "convert",
     "save_mamba_delta",
 ]

@@ -2,7 +2,8 @@
 
 A layer is composed of stores: one for the keys of attention, one for the states of a recurrent mixer. A storage that
 changes where keys lie is a `Buffer`; one that changes how they are encoded is a subclass of `KeyValueStore`, chosen in
-`make_layer`. Which keys stay is the `Retention` of `cache_retention_mambaformer`.
+`make_layer`. Which keys stay is the `Retention` of `cache_retention_mambaformer`, and under a pruning policy a
+`PrunedKeyValueStore` decides it.
 """
 
 import functools
@@ -14,8 +15,11 @@ from torch import nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .cache_buffers_mambaformer import Buffer
+from .cache_eviction_mambaformer import PrunedRetention
 from .cache_history_mambaformer import CacheLengths
 from .cache_keys_mambaformer import KeyValueStore, Removal, StateSpec
+from .cache_policies_mambaformer import Budget, PruningPolicy
+from .cache_pruned_mambaformer import PrunedKeyValueStore
 from .cache_quantized_mambaformer import QuantizedKeyValueStore
 from .cache_retention_mambaformer import Layout, Retention
 from .cache_states_mambaformer import RecurrentStore
@@ -103,7 +107,7 @@ class CacheLayer:
     def __init__(
         self,
         lengths: CacheLengths,
-        attention: KeyValueStore | None = None,
+        attention: KeyValueStore | PrunedKeyValueStore | None = None,
         recurrent: RecurrentStore | None = None,
         max_columns: int | None = None,
     ):
@@ -178,7 +182,7 @@ class CacheLayer:
 class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
     """Keys and values of an attention layer."""
 
-    attention: KeyValueStore
+    attention: KeyValueStore | PrunedKeyValueStore
 
     def update(
         self,
@@ -186,10 +190,11 @@ class AttentionCacheLayer(CacheLayer, CacheLayerMixin):
         value_states: torch.Tensor,
         layout: Layout,
         is_saved: bool = False,
+        queries: torch.Tensor | None = None,
         *args,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.attention.update(key_states, value_states, layout, is_saved)
+        return self.attention.update(key_states, value_states, layout, is_saved, queries)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -253,17 +258,25 @@ def make_layer(
     max_columns: int | None = None,
     kv_bits: dict[str, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    policy: PruningPolicy | None = None,
+    budget: Budget | None = None,
 ) -> CacheLayer:
     """An empty cache layer for a layer of this spec.
 
     Its storage is fixed if `max_columns` is set, and its keys and values are codes if `kv_bits` is. `dtype` is that of
-    the activations.
+    the activations. `policy` prunes keys to `budget`, unless the layer has a window of its own.
     """
     attention = recurrent = None
     if spec.attends:
         row_shape = cast(tuple[int, int], (config.num_key_value_heads, config.head_dim))  # `None` is filled in by now
         store = KeyValueStore if kv_bits is None else functools.partial(QuantizedKeyValueStore, kv_bits, dtype)
-        attention = store(Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage])
+        if policy is None or spec.window is not None:
+            attention = store(Retention.of(config, spec.window), row_shape, max_columns, STORAGES[storage])
+        else:
+            protected = policy.sinks + policy.recent
+            retention = PrunedRetention.with_budget(1.0 if budget is None else budget, policy.interval, protected)
+            inner = store(retention, row_shape, max_columns, STORAGES[storage])
+            attention = PrunedKeyValueStore(inner, policy, config.num_attention_heads)
     if spec.is_recurrent:
         recurrent = RecurrentStore(is_fixed=max_columns is not None)
     return LAYER_CLASSES[spec.attends, spec.is_recurrent](lengths, attention, recurrent, max_columns)

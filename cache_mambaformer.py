@@ -32,6 +32,7 @@ from .cache_layers_mambaformer import CacheLayer, CacheStore, extend_reach_of, m
 from .cache_lock_mambaformer import CacheLock, not_while_fed
 from .cache_options_mambaformer import CacheOptions, check_reach
 from .cache_parked_mambaformer import ParkedStates
+from .cache_pruned_mambaformer import PrunedKeyValueStore
 from .cache_retention_mambaformer import Layout
 from .cache_session_mambaformer import SessionModel, load_session, save_session
 from .cache_states_mambaformer import RecurrentStore
@@ -98,7 +99,10 @@ class MambaFormerCache(Cache):
         """Layers like those of the cache, before the first token."""
         options, dtype = self.options, torch.float32 if self.model is None else self.model.dtype
         kind = options.storage, self.max_columns, options.bits, dtype
-        layers = [make_layer(self.config, each, self.lengths, *kind) for each in self.specs]
+        layers = [
+            make_layer(self.config, spec, self.lengths, *kind, options.pruning, budget)
+            for spec, budget in zip(self.specs, options.budgets(self.specs), strict=True)
+        ]
         if self.rollback_reach:
             extend_reach_of(layers, CacheLengths(), self.rollback_reach, 0)
         return layers
@@ -127,7 +131,7 @@ class MambaFormerCache(Cache):
             raise RuntimeError("Layers read and write a cache only in `with cache.transaction(...)`: call the model.")
         return self.open_transaction.layouts[self.key_store(layer_idx).retention]
 
-    def key_store(self, layer_idx: int) -> KeyValueStore:
+    def key_store(self, layer_idx: int) -> KeyValueStore | PrunedKeyValueStore:
         """The keys and values of layer `layer_idx`."""
         store = self.layers[layer_idx].attention
         if store is None:
@@ -144,14 +148,21 @@ class MambaFormerCache(Cache):
         return store
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, is_saved: bool = False
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args,
+        is_saved: bool = False,
+        queries: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores (rows, heads, tokens, head_dim) of the open forward; returns the keys and values that attention sees.
 
         Args:
             is_saved: a graph may save the returned tensors, so that they must never be overwritten.
+            queries: of the same tokens, (rows, query heads, tokens, head_dim), for policies that read them.
         """
-        return self.key_store(layer_idx).update(key_states, value_states, self.layout(layer_idx), is_saved)
+        return self.key_store(layer_idx).update(key_states, value_states, self.layout(layer_idx), is_saved, queries)
 
     def recurrent_states(self, layer_idx: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """States of layer `layer_idx` before the open forward, on the device of `like`; none if the cache is empty."""

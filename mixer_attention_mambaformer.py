@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_eviction_mambaformer import PrunedLayout
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import ProgramBuilder, Setting
@@ -133,10 +134,13 @@ class MambaFormerAttention(MambaFormerMixer):
         if position_embeddings is not None:
             query = rotate_queries(query, position_embeddings, attention.sink_angles)
             key = apply_rope(key, *position_embeddings)
-        if cache is not None:
-            is_saved = any(states.requires_grad for states in (query, key, value))
-            key, value = cache.update(key, value, self.layer_idx, is_saved=is_saved)
-        mixed, weights = self.attend(query, key, value, attention, **kwargs)
+        is_saved = cache is not None and any(states.requires_grad for states in (query, key, value))
+        if cache is not None and attention.chunks:
+            mixed, weights = self._attend_chunks(query, key, value, attention, cache, is_saved, **kwargs), None
+        else:
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx, is_saved=is_saved, queries=query)
+            mixed, weights = self.attend(query, key, value, attention, **kwargs)
         return apply_expert_linear(self.o_proj, mixed.flatten(2), vectors.get("o_proj")), weights
 
     def lower(
@@ -188,6 +192,25 @@ class MambaFormerAttention(MambaFormerMixer):
             for block in blocks
         ]
         return torch.cat(mixed, dim=1)
+
+    def _attend_chunks(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        masks: AttentionMasks,
+        cache: MambaFormerCache,
+        is_saved: bool,
+        **kwargs,
+    ) -> torch.Tensor:
+        """`attend` of a forward that evicts keys between its tokens."""
+        store, layout = cache.key_store(self.layer_idx), cast(PrunedLayout, cache.layout(self.layer_idx))
+        mixed = []
+        for (chunk, at_chunk), mask in zip(layout.each_chunk(), masks.chunks[layout.retention], strict=True):
+            q, k, v = chunk.select(query), chunk.select(key), chunk.select(value)
+            k, v = store.update(k, v, at_chunk, is_saved, q)
+            mixed.append(self.attend(q, k, v, mask, **kwargs)[0])
+        return layout.join(mixed)
 
     def _attend_groups(
         self,

@@ -1,13 +1,14 @@
 """Which keys each query of a forward sees: masks, blocks of queries, and the implementation that takes them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .cache_eviction_mambaformer import Chunk, PrunedLayout, PrunedRetention
 from .cache_mambaformer import MambaFormerCache
 from .cache_retention_mambaformer import Layout, Retention, Span, make_uncached_layout
 from .configuration_mambaformer import MambaFormerConfig
@@ -55,6 +56,8 @@ class AttentionMasks:
         sequences: the sequences of packed rows, with the masks of each of their groups in `groups`.
         sink_angles: cosines and sines (rows or 1, queries, head_dim) by which queries meet sinks, and
         is_sink: (rows or 1, keys), which keys these are; `None` where sinks and windows have the same angles.
+        chunks: the masks of each chunk of a forward that evicts keys, by the retention of the layer. Empty where
+            all layers have the same single chunk, whose mask is `mask`.
     """
 
     mask: torch.Tensor | BlockMask | None = None
@@ -65,6 +68,7 @@ class AttentionMasks:
     groups: tuple["AttentionMasks", ...] = ()
     sink_angles: Angles | None = None
     is_sink: torch.Tensor | None = None
+    chunks: dict[PrunedRetention, tuple["AttentionMasks", ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionMasks":
         """The same masks on `device`; Accelerate calls this where layers are on several devices."""
@@ -81,11 +85,12 @@ class AttentionMasks:
         if self.sequences is not None and self.groups:
             groups = tuple(masks.to(device, non_blocking) for masks in self.groups)
             return replace(moved, sequences=self.sequences.to(device, non_blocking), groups=groups)
+        chunks = {kind: tuple(each.to(device, non_blocking) for each in masks) for kind, masks in self.chunks.items()}
         blocks = tuple(replace(block, mask=move(block.mask)) for block in self.blocks)
         mask = self.mask
         if mask is not None:  # a mask of flex attention takes no other argument
             mask = mask.to(device) if isinstance(mask, BlockMask) else move(mask)
-        return replace(moved, mask=mask, blocks=blocks)
+        return replace(moved, mask=mask, blocks=blocks, chunks=chunks)
 
 
 def make_attention_masks(
@@ -112,7 +117,9 @@ def make_attention_masks(
             layout = make_uncached_layout(retention, span, device) if cache is None else cache.layout(place.position)
             angles = None if window is None else sink_angles
             has_sinks = angles is not None
-            if sequences is None:
+            if cache is not None and isinstance(layout, PrunedLayout):
+                masks = _make_pruned_masks(places, config, cache, hidden_states, alignment)
+            elif sequences is None:
                 masks = _make_masks(config, retention, layout, span, hidden_states, has_sinks)
             else:
                 masks = _make_packed_masks(config, retention, sequences, hidden_states, has_sinks)
@@ -234,6 +241,46 @@ def _masks_from_positions(
         config=config,
     )
     return AttentionMasks(mask, implementation)
+
+
+def _make_pruned_masks(
+    places: list[Place],
+    config: MambaFormerConfig,
+    cache: MambaFormerCache,
+    hidden_states: torch.Tensor,
+    alignment: LeftAlignment | None,
+) -> AttentionMasks:
+    """The masks of all layers with a pruning policy.
+
+    Raises:
+        ValueError: attention weights are to be returned, and the forward evicts keys between its tokens.
+    """
+    pruned = (cache.layout(place.position) for place in places if place.spec.attends and place.window is None)
+    layouts = {layout.retention: layout for layout in pruned if isinstance(layout, PrunedLayout)}
+    longest = max(len(layout.chunks) for layout in layouts.values())
+    is_one_chunk = longest == 1 and len(layouts) == 1
+    if alignment is not None and not is_one_chunk:
+        raise ValueError(
+            "The cache evicts keys between the tokens of this forward, or other numbers of keys in each layer, so "
+            "there are no attention weights of one shape: feed fewer tokens at once, or leave `output_attentions` out."
+        )
+    by_retention = {
+        retention: tuple(_mask_of_chunk(config, chunk, hidden_states) for chunk in layout.chunks)
+        for retention, layout in layouts.items()
+    }
+    if is_one_chunk:
+        return next(iter(by_retention.values()))[0]
+    return AttentionMasks(None, _implementation_of(config, is_plain=False), chunks=by_retention)
+
+
+def _mask_of_chunk(config: MambaFormerConfig, chunk: Chunk, hidden_states: torch.Tensor) -> AttentionMasks:
+    """Queries see the slots up to that of their own key."""
+    implementation, keys = _implementation_of(config, is_plain=True), chunk.layout.key_positions
+    if keys is None and (implementation in CAUSAL_BY_ITSELF or chunk.width == 1):
+        return AttentionMasks(None, implementation)
+    queries, implementation = chunk.query_slots(hidden_states.device), _implementation_of(config, is_plain=False)
+    keys = queries if keys is None else keys
+    return _masks_from_positions(config, Retention(), implementation, queries, keys, hidden_states)
 
 
 def _block_size(window: int) -> int:

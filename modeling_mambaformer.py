@@ -18,6 +18,7 @@ from .cache_history_mambaformer import UNCHANGED, Change, NewTokens
 from .cache_lock_mambaformer import locks_its_cache
 from .cache_mambaformer import MambaFormerCache
 from .cache_options_mambaformer import CacheOptions
+from .cache_policies_mambaformer import Budgets, PruningPolicy, resolve_policy
 from .cache_prefix_mambaformer import PrefixCache
 from .cache_retention_mambaformer import Span
 from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
@@ -112,11 +113,14 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         rollback_reach: int = 0,
         kv_bits: int | dict[str, int] | None = None,
         park_bytes: int = 0,
+        policy: PruningPolicy | dict[str, object] | str | None = None,
+        budget: Budgets | None = None,
         **unknown,
     ) -> MambaFormerCache:
-        """A cache for this model; the options are those of `CacheOptions`."""
+        """A cache for this model; the options are those of `CacheOptions`. `budget` replaces the one of `policy`."""
         check_keywords(self.make_cache, unknown, frozenset())
-        options = CacheOptions(storage, max_cache_len, on_expert_change, rollback_reach, kv_bits, park_bytes)
+        pruning = resolve_policy(policy, budget)
+        options = CacheOptions(storage, max_cache_len, on_expert_change, rollback_reach, kv_bits, park_bytes, pruning)
         resolve = functools.partial(resolve_with_key, self._expert_library)
         return MambaFormerCache(self.config, options, resolve, self.base_model)
 

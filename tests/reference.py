@@ -4,9 +4,11 @@ It reads like the papers, imports nothing but torch, knows neither batches nor p
 that does. All of it is differentiable, so it judges gradients too.
 
 Sources: Mamba (arXiv 2312.00752, algorithm 2), MambaFormer (2402.04248), attention sinks (2309.17453), RoPE
-(2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section 3.1). Letters: D channels, N state size, K taps
-of the convolution.
+(2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section 3.1), KeyDiff (2504.15364), TOVA (2401.06104),
+SnapKV (2404.14469), key norm (2406.11430). Letters: D channels, N state size, K taps of the convolution.
 """
+
+import math
 
 import torch
 
@@ -89,6 +91,12 @@ def rounded(vector, bits):
     return rotation.T @ torch.stack(pieces)
 
 
+def rounded_score(score):
+    """A score with half of its digits: equal tokens have equal scores, whatever the errors of rounding are."""
+    mantissa, exponent = math.frexp(score)
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)
+
+
 class ReferenceRow:
     """Reads one text token by token. All that it remembers is in plain sight: keys, values, conv inputs, h."""
 
@@ -100,6 +108,9 @@ class ReferenceRow:
         self.values = [[] for _ in layers]
         self.conv_inputs = [[] for _ in layers]  # per token (D,)
         self.h = [0.0 for _ in layers]
+        self.queries = [[] for _ in layers]  # per token (heads, head size), for policies that read them
+        # Per key/value head the positions whose keys a policy has left.
+        self.left = [[[] for _ in range(config["num_key_value_heads"])] for _ in layers]
 
     def copy(self):
         """Another reader that remembers the same text and goes on by itself."""
@@ -107,6 +118,8 @@ class ReferenceRow:
         other.position, other.h = self.position, list(self.h)
         for name in ("keys", "values", "conv_inputs"):
             setattr(other, name, [list(of_layer) for of_layer in getattr(self, name)])
+        other.queries = [list(of_layer) for of_layer in self.queries]
+        other.left = [[list(of_head) for of_head in of_layer] for of_layer in self.left]
         return other
 
     def read(self, token, weights):
@@ -142,26 +155,75 @@ class ReferenceRow:
             values = torch.stack([rounded(value, bits["values"]) for value in values])
         self.keys[layer].append(keys)
         self.values[layer].append(values)
-        seen = [p for p in range(self.position + 1) if self.visible(kind, p)]
-        queries, seen_keys = self.at_places_in_the_cache(kind, queries, [self.keys[layer][p] for p in seen], seen)
+        self.queries[layer].append(queries)
+        for positions in self.left[layer]:
+            positions.append(self.position)
         outputs = []
         for head in range(heads):
             kv_head = head // (heads // kv_heads)
-            scores = torch.stack([queries[head] @ key[kv_head] for key in seen_keys]) / size**0.5
+            seen = [p for p in self.left[layer][kv_head] if self.visible(kind, p)]
+            query, keys = self.at_places_in_the_cache(
+                kind, queries[head], [self.keys[layer][p][kv_head] for p in seen], seen
+            )
+            scores = torch.stack([query @ key for key in keys]) / size**0.5
             shares = torch.exp(scores - scores.max())
             shares = shares / shares.sum()
             outputs.append(sum(share * self.values[layer][p][kv_head] for share, p in zip(shares, seen, strict=True)))
+        if config.get("policy") is not None and kind not in SLIDING:
+            self.evict(layer, config["policy"])
         return at.linear("self_attn.o_proj", torch.cat(outputs))
 
-    def at_places_in_the_cache(self, kind, queries, keys, positions):
+    def at_places_in_the_cache(self, kind, query, keys, positions):
         """StreamingLLM: all that a query sees, itself at the end, gets the positions 0, 1, 2, ... within the cache."""
         config = self.config
         if kind not in SLIDING or config["rope_parameters"] is None or config["window_positions"] == "absolute":
-            return queries, keys
+            return query, keys
         theta = config["rope_parameters"]["rope_theta"]
         places = zip(keys, positions, strict=True)
         moved = [rotate(key, n - position, theta) for n, (key, position) in enumerate(places)]
-        return rotate(queries, len(positions) - 1 - self.position, theta), moved
+        return rotate(query, len(positions) - 1 - self.position, theta), moved
+
+    def evict(self, layer, policy):
+        """Drops keys after every `interval` tokens: all but the best of each head."""
+        seen, budget = self.position + 1, policy["budget"]
+        budget = budget[layer] if isinstance(budget, list) else budget
+        if isinstance(budget, dict):
+            budget = budget.get(layer)
+        if seen % policy["interval"] or budget is None:
+            return
+        number = budget if isinstance(budget, int) else math.ceil(budget * seen)
+        number = max(number, policy["sinks"] + policy["recent"])
+        for kv_head, positions in enumerate(self.left[layer]):
+            scores = self.scores(layer, kv_head, positions, policy)
+            always = [p for p in positions if p < policy["sinks"] or p >= seen - policy["recent"]]
+            rest = [p for p in positions if p not in always]
+            rest = sorted(rest, key=lambda p: (-rounded_score(scores[p]), p))[: max(number - len(always), 0)]
+            self.left[layer][kv_head] = sorted(always + rest)
+
+    def scores(self, layer, kv_head, positions, policy):
+        """A score for each of these positions; the higher ones stay."""
+        keys = {p: self.keys[layer][p][kv_head] for p in positions}
+        if policy["name"] == "key_norm":
+            return {p: -float((key @ key).sqrt()) for p, key in keys.items()}
+        if policy["name"] == "key_diff":
+            mean = sum(key / (key @ key).sqrt() for key in keys.values()) / len(keys)
+            return {p: -float(key @ mean / ((key @ key) * (mean @ mean)).sqrt()) for p, key in keys.items()}
+        if policy["name"] == "sinks_and_window":
+            return {p: p for p in positions}
+        window = {"tova": 1}.get(policy["name"]) or policy["window"]
+        votes = dict.fromkeys(positions, 0.0)
+        group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+        for at in range(self.position + 1 - window, self.position + 1):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                query = self.queries[layer][at][head] / self.config["head_dim"] ** 0.5
+                shares = {p: float(torch.exp(query @ key)) for p, key in keys.items() if p <= at}
+                for p, share in shares.items():
+                    votes[p] += share / sum(shares.values())
+        if policy["name"] == "tova":
+            return votes
+        reach = policy["kernel_size"] // 2
+        near = {p: positions[max(n - reach, 0) : n + reach + 1] for n, p in enumerate(positions)}
+        return {p: max(votes[q] for q in near[p]) for p in positions}
 
     def visible(self, kind, key_position):
         """Whether the newest token sees this earlier (or own) position."""

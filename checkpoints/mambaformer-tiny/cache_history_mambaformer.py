@@ -330,13 +330,14 @@ def make_removal(
             f"`crop` takes -k for the last k columns, with k at most {columns}, or one such number for each of the"
             f" {lengths.rows or 0} rows; got {tokens_to_remove}."
         )
+    seen = columns if lengths.tokens_seen is None else lengths.tokens_seen
     by_row = [-k for k in numbers if isinstance(k, int)]
     by_row = by_row[:1] if len(set(by_row)) == 1 else by_row
     if lengths.tokens_seen is None or not any(by_row):
         tokens = by_row[0] if len(by_row) == 1 else torch.tensor(by_row, device="cpu")
-        return Removal(columns, by_row, tokens, max(by_row, default=0), lengths.overshoot)
+        return Removal(columns, by_row, tokens, max(by_row, default=0), lengths.overshoot, seen)
     tokens = history.count_removed(by_row, columns)
-    return Removal(columns, by_row, tokens, int(tokens.max()), lengths.overshoot)
+    return Removal(columns, by_row, tokens, int(tokens.max()), lengths.overshoot, seen)
 
 
 # -------------------------------------------------------------------------------------------------------- provenance

@@ -40,6 +40,7 @@ class Removal:
         by_row: columns that each row loses; a single number if all rows lose equally many.
         tokens: real tokens that each row loses: an integer if all rows lose equally many, else a tensor (rows,).
         most: the maximum of `tokens`.
+        tokens_seen: real tokens of each row before: an integer if no row ever had padding, else a tensor (rows or 1,).
         overshoot: `CacheLengths.overshoot` before the removal.
     """
 
@@ -48,6 +49,7 @@ class Removal:
     tokens: int | torch.Tensor
     most: int
     overshoot: int = 0
+    tokens_seen: int | torch.Tensor = 0
 
     @property
     def columns_left(self) -> int:
@@ -78,9 +80,17 @@ class KeyValueStore:
         self.num_slots = self.staged_slots = 0
 
     def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layout: Layout, is_saved: bool = False
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: Layout,
+        is_saved: bool = False,
+        queries: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores new keys and values (rows, heads, tokens, head_dim); returns all that attention sees."""
+        """Stores new keys and values (rows, heads, tokens, head_dim); returns all that attention sees.
+
+        `queries` are for stores with a pruning policy.
+        """
         stored = self._put(self.encode("keys", keys), self.encode("values", values), layout, is_saved)
         return self.decode("keys", stored[0]), self.decode("values", stored[1])
 
@@ -123,6 +133,19 @@ class KeyValueStore:
         for buffer in (self.keys, self.values):
             buffer.reserve(like, layout.num_slots, self.retention.most_slots)
         return self.keys.make_own(), self.values.make_own()
+
+    def keep_slots(self, index: torch.Tensor) -> None:
+        """Makes slot j of each head a copy of the earlier slot `index[..., j]`, and frees the other slots.
+
+        `index` is (rows, heads, slots). The storage grows, and no forward is open.
+        """
+        for buffer in (self.keys, self.values):
+            stored = buffer.view(self.num_slots)
+            kept = stored.gather(2, index[..., None].expand(*index.shape, stored.shape[3]))
+            buffer.reset()
+            buffer.reserve(kept, index.shape[2])
+            buffer.write(0, kept)
+        self.num_slots = self.staged_slots = index.shape[2]
 
     def commit(self) -> None:
         if self.staged:

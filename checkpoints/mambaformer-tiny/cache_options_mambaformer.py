@@ -1,12 +1,15 @@
 """The options of a cache: one field for each, with its checks."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import UnionType
 from typing import cast, get_args, get_origin
 
 from .cache_history_mambaformer import check_policy
 from .cache_layers_mambaformer import STORAGES
+from .cache_policies_mambaformer import Budget, PruningPolicy, policy_fields, resolve_policy
 from .cache_quantized_mambaformer import resolve_kv_bits
+from .modeling_stack_mambaformer import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ class CacheOptions:
             for quantized storage, and the dtype of the activations for other storage. Static storage takes it too.
         park_bytes: bytes for the states of expert vectors that are not in force. With them a change back encodes only
             the columns that were fed since the change (`cache_parked_mambaformer`).
+        policy: which keys of layers without a window stay, a `PruningPolicy` or its name; by default all keys stay.
+            The schedule of evictions depends on lengths that static storage does not read, so it takes no policy.
 
     Raises:
-        ValueError: an unknown value, or static storage without `max_cache_len`.
+        ValueError: an unknown value, static storage without `max_cache_len`, or static storage with a policy.
     """
 
     storage: str = "dense"
@@ -37,6 +42,7 @@ class CacheOptions:
     rollback_reach: int = 0
     kv_bits: int | dict[str, int] | None = None
     park_bytes: int = 0
+    policy: PruningPolicy | dict[str, object] | str | None = None
 
     def __post_init__(self) -> None:
         if self.storage not in STORAGES:
@@ -50,6 +56,12 @@ class CacheOptions:
         check_policy(self.on_expert_change)
         check_reach(self.rollback_reach)
         self._check_park_bytes()
+        if self.policy is not None and self.storage == "static":
+            raise ValueError(
+                "A `policy` evicts keys at fixed numbers of tokens, which the host does not count under static "
+                "storage: leave `policy` out, or use storage='dense' or 'quantized'."
+            )
+        object.__setattr__(self, "policy", resolve_policy(self.policy))
         object.__setattr__(self, "kv_bits", resolve_kv_bits(self.kv_bits, is_quantized=self.storage == "quantized"))
 
     def _check_park_bytes(self) -> None:
@@ -73,7 +85,29 @@ class CacheOptions:
 
     def to_dict(self, rollback_reach: int) -> dict[str, object]:
         """The options as JSON, of a cache whose reach has grown to `rollback_reach`."""
-        return asdict(replace(self, rollback_reach=rollback_reach))
+        options: dict[str, object] = asdict(replace(self, rollback_reach=rollback_reach))
+        options["policy"] = None if self.pruning is None else policy_fields(self.pruning)
+        return options
+
+    @property
+    def pruning(self) -> PruningPolicy | None:
+        """The policy; `None` if all keys stay."""
+        return cast("PruningPolicy | None", self.policy)  # resolved by `__post_init__`
+
+    def budgets(self, specs: Sequence[LayerSpec]) -> list[Budget | None]:
+        """The policy's budget of each layer; `None` where all keys stay.
+
+        Raises:
+            ValueError: no layer has keys that a policy could evict, or budgets for another number of layers.
+        """
+        if self.pruning is None or not specs:
+            return [None] * len(specs)
+        if not any(spec.attends and spec.window is None for spec in specs):
+            raise ValueError(
+                "A `policy` evicts keys of layers that keep all of them, and this model has no such layer: leave "
+                "`policy` out. Windows and recurrent states are of constant size."
+            )
+        return self.pruning.budgets(len(specs))
 
 
 def check_reach(reach: object) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .cache_eviction_mambaformer import PrunedRetention, make_pruned_layout
 from .cache_retention_mambaformer import Layout, Retention, Span, make_layout
 
 if TYPE_CHECKING:
@@ -60,11 +61,16 @@ class CacheTransaction:
         columns = before.columns if isinstance(before.columns, int) else None
         self.span = Span(self.num_tokens, start=before.start, lengths=self.lengths, columns=columns)
         retentions = {layer.attention.retention for layer in cache.layers if layer.attention is not None}
-        self.layouts = {kind: make_layout(kind, self.span, self.device, cache.max_columns) for kind in retentions}
+        self.layouts = {kind: self._make_layout(kind) for kind in retentions}
         if change.replaces_states:
             self._replace_states()
         cache.open_transaction = self
         return self
+
+    def _make_layout(self, retention: Retention) -> Layout:
+        if isinstance(retention, PrunedRetention):
+            return make_pruned_layout(retention, self.span, self.device)
+        return make_layout(retention, self.span, self.device, self.cache.max_columns)
 
     def _lengths_before(self) -> "CacheLengths":
         """The lengths of the sequence that the forward continues."""

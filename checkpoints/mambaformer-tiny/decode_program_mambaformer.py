@@ -303,8 +303,8 @@ class ProgramStep:
         mask, slots = attention.mask, layout.slots
         if not is_own_attention(attention.implementation) or attention.alignment is not None:
             return None
-        if layout.sources is not None or (mask is None and self.count > 1):
-            return None  # keys that are staged; a causal mask that attention makes by itself
+        if layout.sources is not None or attention.chunks or (mask is None and self.count > 1):
+            return None  # keys that are staged or evicted on the way; a causal mask that attention makes by itself
         if attention.sink_angles is not None:
             return None
         address, mask_strides = 0, (0, 0)
