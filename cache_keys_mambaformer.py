@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .cache_buffers_mambaformer import Buffer, expand_index
+from .cache_codes_mambaformer import VectorCodec
 from .cache_retention_mambaformer import Layout, Retention
 
 
@@ -54,6 +55,19 @@ class Removal:
     @property
     def columns_left(self) -> int:
         return self.columns - min(self.by_row)
+
+
+@dataclass(frozen=True)
+class KeyValueSlots:
+    """All slots of keys and of values for a kernel, (rows, heads, slots, head_dim or bytes), and how it writes them.
+
+    Args:
+        codecs: of keys and of values, if they are stored as codes.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    codecs: tuple[VectorCodec, VectorCodec] | None = None
 
 
 class KeyValueStore:
@@ -124,15 +138,15 @@ class KeyValueStore:
         """The keys and values that attention sees, by name."""
         return {name: self.decode(name, stored) for name, stored in self.state().items()}
 
-    def place(self, like: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """All slots of keys and of values, for a kernel that writes keys and values shaped like `like` into them.
+    def place(self, like: torch.Tensor, layout: Layout) -> KeyValueSlots:
+        """The slots for a kernel that writes keys and values shaped like `like` into them, and reads them.
 
-        `layout` is one that writes in place. `None`, and nothing has changed, where no kernel writes the stored form.
+        `layout` is one that writes in place.
         """
         self.staged, self.staged_slots = [], layout.num_slots
         for buffer in (self.keys, self.values):
             buffer.reserve(like, layout.num_slots, self.retention.most_slots)
-        return self.keys.make_own(), self.values.make_own()
+        return KeyValueSlots(self.keys.make_own(), self.values.make_own())
 
     def keep_slots(self, index: torch.Tensor) -> None:
         """Makes slot j of each head a copy of the earlier slot `index[..., j]`, and frees the other slots.
@@ -230,4 +244,4 @@ class KeyValueStore:
         self.num_slots = self.staged_slots = plan
 
 
-__all__ = ["KeyValueStore", "Removal", "StateSpec"]
+__all__ = ["KeyValueSlots", "KeyValueStore", "Removal", "StateSpec"]

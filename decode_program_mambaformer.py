@@ -20,6 +20,7 @@ from .cache_mambaformer import MambaFormerCache
 from .cache_retention_mambaformer import Layout
 from .decode_builder_mambaformer import CannotLower, LinkedProgram, ProgramBuilder, StateOf
 from .decode_memory_mambaformer import HeldMemory
+from .decode_slots_mambaformer import describe_codecs
 from .decode_workspace_mambaformer import Intermediate
 from .expert_runtime_mambaformer import ScaledBases
 from .mixer_attention_masks_mambaformer import AttentionMasks
@@ -343,13 +344,12 @@ class ProgramStep:
             if like is None:
                 like = new_keys[shape] = self.hidden_states.new_empty((self.rows, shape[0], self.count, shape[1]))
             placed = cache.key_store(slots.position).place(like, self.layouts[window])
-            if placed is None:
-                return False
-            keys, values = placed
+            keys, values = placed.keys, placed.values
+            codecs = describe_codecs(placed, like)
             capacity = keys.shape[2]
-            if not _are_slots(keys, values, like) or capacity < self.slots_needed[window]:
+            if codecs is None or capacity < self.slots_needed[window]:
                 return False
-            numbers += windows[window], keys.data_ptr(), values.data_ptr(), capacity
+            numbers += windows[window], keys.data_ptr(), values.data_ptr(), capacity, *codecs
             self.pointed_to += keys, values
         self.key_slots = self._address((ctypes.c_int64 * len(numbers))(*numbers))
         return True
@@ -381,15 +381,6 @@ class ProgramStep:
 
 def _is_like(old: Tensor, new: Tensor) -> bool:
     return old.shape == new.shape and old.dtype is new.dtype and old.is_contiguous() and may_run_forward(old)
-
-
-def _are_slots(keys: Tensor, values: Tensor, like: Tensor) -> bool:
-    """Whether these are slots for keys and values like `like`, (rows, key heads, tokens, head_dim)."""
-    (rows, heads, _, width), shape = like.shape, keys.shape
-    if (rows, heads, width) != (shape[0], shape[1], shape[3]) or not keys.dtype is values.dtype is like.dtype:
-        return False
-    is_contiguous = values.shape == shape and keys.is_contiguous() and values.is_contiguous()
-    return is_contiguous and not (keys.is_neg() or values.is_neg())
 
 
 def _takes_angles(hidden_states: Tensor, angles: tuple[Tensor, Tensor], head_dim: int) -> bool:

@@ -7,6 +7,7 @@ run, and returns `None` if not, or if it does not take these sizes. A GPU kernel
 from collections.abc import Callable
 from typing import Any
 
+from .ops_cpu_codes_mambaformer import encode_on_cpu
 from .ops_cpu_decode_mambaformer import (
     apply_rope_on_cpu,
     attention_on_cpu,
@@ -26,6 +27,7 @@ BACKENDS: dict[str, tuple[Callable, ...]] = {
     "apply_rope": (apply_rope_on_cpu,),
     "silu_gate": (silu_gate_on_cpu,),
     "attention": (attention_on_cpu,),
+    "encode": (encode_on_cpu,),
     "causal_conv1d": (convolve_on_cpu, convolve_in_graph, convolve_on_gpu),
     "selective_scan": (scan_on_cpu, scan_in_graph, scan_on_gpu),
     "matrix_recurrence": (),

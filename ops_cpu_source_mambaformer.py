@@ -10,6 +10,21 @@ SOURCE = r"""
 // A line is one query of one head. Scores are in powers of two: queries are multiplied by log2(e).
 
 
+#line 1 "csrc/code_products.h"
+// Products of queries with keys that are codes, and sums of values that are codes, without decoding them to memory.
+//
+// With levels L of a group, q . (scale L + shift) = scale (q . L) + shift sum(q), and for shares p of the values
+// sum p (scale L + shift) = sum (p scale) L + sum p shift.
+
+
+#line 1 "csrc/codes.h"
+// Keys and values as codes of a few bits, in the bytes of `VectorCodec` (`cache_codes_mambaformer.py`), bit for bit.
+//
+// A vector is rotated (signs, then a Hadamard transform) and rounded to a uniform grid in groups: each number is
+// scale * level + shift. The rotation is orthogonal, so queries are rotated instead of keys, and sums of values are
+// rotated back once. Levels are read as numbers around zero.
+
+
 #line 1 "csrc/storage.h"
 // Activations between kernels: numbers of type A, rounded to the type T that they are stored in.
 
@@ -50,7 +65,7 @@ SOURCE = r"""
 typedef int64_t Long;
 
 // Increase it whenever a structure or a function changes.
-static const int INTERFACE_VERSION = 2;
+static const int INTERFACE_VERSION = 3;
 
 // Tokens that the scan processes at a time.
 static const int CHUNK = 32;
@@ -151,11 +166,19 @@ struct KeyLayout {
     Long slots_row;
 };
 
-// The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim) each.
+// The codes of a vector: bits of each number, groups with a scale each, bytes of the vector, and whether
+// groups have a shift too. `bits` is 0 for numbers in the type of the activations.
+struct Codec {
+    Long bits, groups, nbytes, has_shift;
+};
+
+// The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim or bytes) each.
+// Both are codes, or neither.
 struct KeySlots {
     Long layout;  // index of its `KeyLayout`
     void *keys, *values;
     Long capacity;
+    Codec key_codec, value_codec;
 };
 
 // A recurrent state before and after the token; `before` is null before the first token.
@@ -305,6 +328,7 @@ struct RecurrenceStepOp {
     DO(Weight)                                                                                                        \
     DO(Shape)                                                                                                         \
     DO(KeyLayout)                                                                                                     \
+    DO(Codec)                                                                                                         \
     DO(KeySlots)                                                                                                      \
     DO(State)                                                                                                         \
     DO(ProgramInputs)                                                                                                 \
@@ -339,6 +363,7 @@ struct bfloat16 {
     void gate_##name(const T *gates, const T *x, Long count, T *y, int threads);                                      \
     void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
                        const Shape *shape, int threads);                                                              \
+    void encode_##name(const T *x, Long count, Long width, const Codec *codec, uint8_t *y, int threads);              \
     void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
                             int threads);
 
@@ -583,7 +608,7 @@ static ALWAYS_INLINE void store_rounded(Vec<A> values, X *to, int count) {
     store<A>(values, stored);
     store_some<A>(load<A>(stored), to, count);
 }
-#line 7 "csrc/attention.h"
+#line 9 "csrc/codes.h"
 #line 1 "csrc/threads.h"
 // Work shared by threads, and views of tensors.
 
@@ -655,57 +680,372 @@ template <typename R> static void copy_or_clear(const R *from, R *to, Long count
     if (from) memcpy(to, from, count * sizeof(R));
     else memset(to, 0, count * sizeof(R));
 }
-#line 8 "csrc/attention.h"
+#line 10 "csrc/codes.h"
 
-static const int KEYS_AT_A_TIME = 64;
+static const int CODES_OF_BLOCK = 16;
 
-// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
-// values.
-template <typename A, typename T, int LINES>
-static void attend_part(const A *queries, const T *keys, const T *values, Long key_stride, Long value_stride,
-                        Long width, const uint8_t *const *masks, Long first, Long last, A *most, A *weight, A *mixed) {
+// ---- rotation
+
+// Whether the sign of this number is turned. The signs never change: stored codes depend on them.
+static ALWAYS_INLINE bool is_turned(Long index) { return !((uint32_t)(index + 1) * 0x9E3779B1u >> 15 & 1); }
+
+// The orthonormal transform of each block, whose size is the largest power of two that divides the width. Not inlined,
+// since a product that is contracted with a later sum would not be rounded as in PyTorch.
+template <typename A> static __attribute__((noinline)) void hadamard(A *x, Long width) {
+    const Long block = width & -width;
+    for (Long step = 1; step < block; step *= 2)
+        for (Long start = 0; start < width; start += 2 * step)
+            for (Long i = start; i < start + step; i++) {
+                const A one = x[i], other = x[i + step];
+                x[i] = one + other, x[i + step] = one - other;
+            }
+    const A factor = (A)sqrt(1.0 / block);
+    for (Long i = 0; i < width; i++) x[i] *= factor;
+}
+template <typename A> static void flip_signs(A *x, Long width) {
+    for (Long i = 0; i < width; i++) x[i] = is_turned(i) ? -x[i] : x[i];
+}
+template <typename A> static void rotate_vector(A *x, Long width) {
+    flip_signs(x, width);
+    hadamard(x, width);
+}
+template <typename A> static void rotate_vector_back(A *x, Long width) {
+    hadamard(x, width);
+    flip_signs(x, width);
+}
+
+// ---- sizes
+
+// Bits of a code are stored in planes of 8, 4, 2 or 1 bits, low bits first.
+static ALWAYS_INLINE Long plane_of(Long bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+static ALWAYS_INLINE Long plane_bytes(Long width, Long bits) {
+    return (width + CODES_OF_BLOCK - 1) / CODES_OF_BLOCK * (CODES_OF_BLOCK / 8) * bits;
+}
+// The first bit of a code in its block: of four bits, even codes come before odd ones.
+static ALWAYS_INLINE Long place_in_block(Long plane, Long code) {
+    return plane == 4 ? code % 2 * 32 + code / 2 * 4 : code * plane;
+}
+static ALWAYS_INLINE Long numbers_of_group(const Codec &codec) { return codec.has_shift ? 2 : 1; }
+static ALWAYS_INLINE double half_of(Long bits) { return (double)(1 << (bits - 1)) - 0.5; }
+
+// The scale (number 0) or the shift (number 1) of a group, as it is stored.
+static ALWAYS_INLINE bfloat16 *grid_of(const uint8_t *vector, const Codec &codec, Long width, Long group,
+                                       Long number) {
+    return (bfloat16 *)(vector + plane_bytes(width, codec.bits)) + group * numbers_of_group(codec) + number;
+}
+static ALWAYS_INLINE float load_bfloat16(const bfloat16 *from) {
+    bfloat16 stored;
+    memcpy(&stored, from, sizeof stored);
+    return to_float(stored);
+}
+
+// ---- encoding
+
+// Rounded to bfloat16; infinity becomes NaN.
+template <typename A> static A store_grid(A value, bfloat16 *to) {
+    bfloat16 stored;
+    from_float((float)value, &stored);
+    if ((stored.bits & 0x7f80) == 0x7f80) stored.bits = 0x7fc0;
+    memcpy(to, &stored, sizeof stored);
+    return (A)to_float(stored);
+}
+
+// Stores the grid of a group; `found` is its scale and its shift. Not inlined, for the reason of `hadamard`.
+template <typename A>
+static __attribute__((noinline)) void make_grid(const A *x, Long count, const Codec &codec, bfloat16 *grid, A *found) {
+    A low = x[0], high = x[0], largest = 0;
+    bool is_nan = false;
+    for (Long i = 0; i < count; i++) {
+        const A size = x[i] < 0 ? -x[i] : x[i];
+        low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high, largest = size > largest ? size : largest;
+        is_nan |= x[i] != x[i];
+    }
+    if (is_nan) low = high = largest = (A)NAN;
+    if (!codec.has_shift) {
+        found[0] = store_grid(largest / (A)half_of(codec.bits), grid);
+        found[1] = -(A)half_of(codec.bits) * found[0];
+        return;
+    }
+    found[1] = store_grid(low + (A)0, grid + 1);
+    const A range = high - found[1];
+    found[0] = store_grid((range < 0 ? (A)0 : range) / (A)((1 << codec.bits) - 1) + (A)0, grid);
+}
+
+static ALWAYS_INLINE void put_code(uint8_t *codes, Long width, Long bits, Long index, unsigned code) {
+    for (Long low = 0; low < bits;) {
+        const Long plane = plane_of(bits - low), place = place_in_block(plane, index % CODES_OF_BLOCK);
+        uint8_t *block = codes + plane_bytes(width, low) + index / CODES_OF_BLOCK * (CODES_OF_BLOCK / 8) * plane;
+        block[place / 8] |= (code >> low & ((1 << plane) - 1)) << place % 8;
+        low += plane;
+    }
+}
+
+// Encodes a vector, which is rotated in place.
+template <typename A> static void encode(A *x, Long width, const Codec &codec, uint8_t *to) {
+    const Long size = width / codec.groups;
+    const A most = (A)((1 << codec.bits) - 1);
+    rotate_vector(x, width);
+    memset(to, 0, plane_bytes(width, codec.bits));
+    for (Long group = 0; group < codec.groups; group++) {
+        A grid[2];
+        make_grid(x + group * size, size, codec, grid_of(to, codec, width, group, 0), grid);
+        const A step = grid[0] == 0 ? (A)1 : grid[0];
+        for (Long i = group * size; i < (group + 1) * size; i++) {
+            A level = (A)nearbyint((x[i] - grid[1]) / step);  // half to even
+            level = level < 0 ? (A)0 : level > most ? most : level == level ? level : (A)0;
+            const unsigned code = (unsigned)level;
+            put_code(to, width, codec.bits, i, codec.bits == 8 ? code ^ 0x80 : code);
+        }
+    }
+}
+
+// x (count, width) -> y (count, bytes).
+template <typename T>
+static void encode_all(const T *x, Long count, Long width, const Codec &codec, uint8_t *y, int threads) {
+    typedef Real<T> A;
+#pragma omp parallel num_threads(threads) if (count * width > FEW)
+    {
+        A *vector = (A *)malloc(width * sizeof(A));
+#pragma omp for schedule(static)
+        for (Long i = 0; i < count; i++) {
+            for (Long c = 0; c < width; c++) vector[c] = to_float(x[i * width + c]);
+            encode(vector, width, codec, y + i * codec.nbytes);
+        }
+        free(vector);
+    }
+}
+
+// ---- levels
+
+// The first bit of each code of a block in the words of its plane.
+static const uint32_t PLACES_OF_4[] = {0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28};
+static const uint32_t PLACES_OF_2[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+static const uint32_t PLACES_OF_1[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// A vector of words whose low bits are the codes from `index` on, in one plane; other bits are of other codes.
+template <int PLANE> static ALWAYS_INLINE Words load_plane(const uint8_t *plane, Long index) {
+    typedef uint64_t Pairs __attribute__((vector_size(VECTOR_BYTES)));
+    const uint8_t *block = plane + index / CODES_OF_BLOCK * (CODES_OF_BLOCK / 8) * PLANE;
+    uint64_t both = 0;
+    memcpy(&both, block, CODES_OF_BLOCK / 8 * PLANE);
+    if (PLANE < 4) both |= both << 32;
+    const Pairs pairs = both - Pairs{};
+    Words words, places;
+    memcpy(&words, &pairs, sizeof words);
+    const uint32_t *from = PLANE == 4 ? PLACES_OF_4 : PLANE == 2 ? PLACES_OF_2 : PLACES_OF_1;
+    memcpy(&places, from + index % CODES_OF_BLOCK, sizeof places);
+    return words >> places;
+}
+
+// The low bits of each word as numbers: first + step * bits.
+template <int PLANE> static ALWAYS_INLINE Vec<float> numbers_of_plane(Words words, float first, float step) {
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+    Vec<float> table;  // the instruction reads four bits
+    for (int code = 0; code < 16; code++) table[code] = first + step * (code & ((1 << PLANE) - 1));
+    return (Vec<float>)_mm512_permutexvar_ps((__m512i)words, (__m512)table);
+#else
+    typedef Lanes<float>::Int Int;
+    return __builtin_convertvector((Int)(words & ((1 << PLANE) - 1)), Vec<float>) * step + first;
+#endif
+}
+
+// A vector of levels from `index` on, less the middle of the grid; of 8 bits, less the middle and a half.
+template <int BITS> static ALWAYS_INLINE Vec<float> load_levels(const uint8_t *codes, Long width, Long index, float) {
+    if (BITS == 8) return __builtin_convertvector((Lanes<float>::Int)widen((const int8_t *)codes + index), Vec<float>);
+    const int low = BITS >= 4 ? 4 : 2, high = BITS > low ? BITS - low : 1;
+    Vec<float> levels = numbers_of_plane<low>(load_plane<low>(codes, index), (float)-half_of(BITS), 1);
+    if (BITS > low)
+        levels += numbers_of_plane<high>(load_plane<high>(codes + plane_bytes(width, low), index), 0, 1 << low);
+    return levels;
+}
+template <int BITS>
+static ALWAYS_INLINE Vec<double> load_levels(const uint8_t *codes, Long width, Long index, double) {
+    Vec<double> levels;
+    for (int lane = 0; lane < Lanes<double>::count; lane++) {
+        const Long own = index + lane;
+        unsigned code = 0;
+        for (Long low = 0; low < BITS;) {
+            const Long plane = plane_of(BITS - low), place = place_in_block(plane, own % CODES_OF_BLOCK);
+            const uint8_t *block =
+                codes + plane_bytes(width, low) + own / CODES_OF_BLOCK * (CODES_OF_BLOCK / 8) * plane;
+            code |= (block[place / 8] >> place % 8 & ((1u << plane) - 1)) << low;
+            low += plane;
+        }
+        levels[lane] = BITS == 8 ? (double)(int8_t)code : code - half_of(BITS);
+    }
+    return levels;
+}
+
+// The scales of a group of some vectors, and the shifts that belong to the levels of `load_levels`.
+template <typename A>
+static void load_grids(const uint8_t *vectors, const Codec &codec, Long width, Long group, int count, A *scales,
+                       A *shifts) {
+    for (int i = 0; i < count; i++) {
+        const uint8_t *vector = vectors + i * codec.nbytes;
+        const A scale = load_bfloat16(grid_of(vector, codec, width, group, 0));
+        scales[i] = scale;
+        if (codec.has_shift)
+            shifts[i] = load_bfloat16(grid_of(vector, codec, width, group, 1)) + (A)half_of(codec.bits) * scale;
+        else shifts[i] = codec.bits == 8 ? (A)0.5 * scale : (A)0;
+    }
+}
+#line 8 "csrc/code_products.h"
+
+static const int KEYS_AT_A_TIME = 64, TOGETHER = 4;
+
+// Sums of the elements of four vectors each.
+template <typename A> static ALWAYS_INLINE void sums_of_four(const Vec<A> vectors[TOGETHER], A *to) {
+    for (int i = 0; i < TOGETHER; i++) to[i] = sum<A>(vectors[i]);
+}
+#if VECTOR_BYTES == 64 && defined(__AVX512F__)
+template <> ALWAYS_INLINE void sums_of_four<float>(const Vec<float> v[TOGETHER], float *to) {
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512d one = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512d two = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps((__m512)_mm512_unpacklo_pd(one, two), (__m512)_mm512_unpackhi_pd(one, two));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#elif VECTOR_BYTES == 32 && defined(__AVX2__)
+template <> ALWAYS_INLINE void sums_of_four<float>(const Vec<float> v[TOGETHER], float *to) {
+    const __m256 one = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), two = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+    const __m256 all = _mm256_hadd_ps(one, two);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+#endif
+
+// q . L of one group, from `first` to `last`, for some lines and `count` vectors: dots (LINES, KEYS_AT_A_TIME).
+template <typename A, int BITS, int LINES>
+static void dot_levels(const A *queries, const uint8_t *vectors, Long nbytes, Long width, Long first, Long last,
+                       int count, A (*dots)[KEYS_AT_A_TIME]) {
+    for (int i = 0; i < count; i += TOGETHER) {
+        Vec<A> totals[LINES][TOGETHER] = {};
+        const uint8_t *codes[TOGETHER];  // of fewer vectors, the last one stands for those that are missing
+        for (int k = 0; k < TOGETHER; k++) codes[k] = vectors + least(i + k, count - 1) * nbytes;
+        for (Long c = first; c < last; c += Lanes<A>::count) {
+            Vec<A> query[LINES];
+            for (int line = 0; line < LINES; line++) query[line] = load<A>(queries + line * width + c);
+            for (int k = 0; k < TOGETHER; k++) {
+                const Vec<A> levels = load_levels<BITS>(codes[k], width, c, (A)0);
+                for (int line = 0; line < LINES; line++) totals[line][k] += levels * query[line];
+            }
+        }
+        for (int line = 0; line < LINES; line++) sums_of_four<A>(totals[line], dots[line] + i);
+    }
+}
+
+// Adds sum (weights L) of `COLUMNS` vectors of one group, from `first` on, to `mixed`.
+template <typename A, int BITS, int LINES, int COLUMNS>
+static ALWAYS_INLINE void mix_columns(const A (*weights)[KEYS_AT_A_TIME], const A *constant, const uint8_t *vectors,
+                                      Long nbytes, Long width, Long first, int count, A *mixed) {
     const int lanes = Lanes<A>::count;
-    A scores[LINES][KEYS_AT_A_TIME];
-    for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
-    memset(mixed, 0, LINES * width * sizeof(A));
-    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
-        const int count = least(KEYS_AT_A_TIME, last - start);
+    Vec<A> sums[LINES][COLUMNS];
+    for (int line = 0; line < LINES; line++)
+        for (int v = 0; v < COLUMNS; v++)
+            sums[line][v] = load<A>(mixed + line * width + first + v * lanes) + constant[line];
+    for (int i = 0; i < count; i++)
+        for (int v = 0; v < COLUMNS; v++) {
+            const Vec<A> levels = load_levels<BITS>(vectors + i * nbytes, width, first + v * lanes, (A)0);
+            for (int line = 0; line < LINES; line++) sums[line][v] += weights[line][i] * levels;
+        }
+    for (int line = 0; line < LINES; line++)
+        for (int v = 0; v < COLUMNS; v++) store<A>(sums[line][v], mixed + line * width + first + v * lanes);
+}
+
+template <typename A, int BITS, int LINES>
+static void mix_levels(const A (*weights)[KEYS_AT_A_TIME], const A *constant, const uint8_t *vectors, Long nbytes,
+                       Long width, Long first, Long last, int count, A *mixed) {
+    const int lanes = Lanes<A>::count, columns = VECTOR_BYTES == 64 ? 4 : 2;
+    Long c = first;
+    for (; c + columns * lanes <= last; c += columns * lanes)
+        mix_columns<A, BITS, LINES, columns>(weights, constant, vectors, nbytes, width, c, count, mixed);
+    for (; c < last; c += lanes)
+        mix_columns<A, BITS, LINES, 1>(weights, constant, vectors, nbytes, width, c, count, mixed);
+}
+
+#define FOR_BITS(call)                                                                                                \
+    switch (codec.bits) {                                                                                             \
+    case 8: call(8); break;                                                                                           \
+    case 6: call(6); break;                                                                                           \
+    case 5: call(5); break;                                                                                           \
+    case 4: call(4); break;                                                                                           \
+    case 3: call(3); break;                                                                                           \
+    }
+
+// Products of some lines with up to KEYS_AT_A_TIME vectors: scores (LINES, KEYS_AT_A_TIME).
+template <typename A, int LINES>
+static void score_codes(const A *queries, const uint8_t *vectors, const Codec &codec, Long width, int count,
+                        A (*scores)[KEYS_AT_A_TIME]) {
+    const Long size = width / codec.groups, lanes = Lanes<A>::count;
+    A dots[LINES][KEYS_AT_A_TIME] = {}, scales[KEYS_AT_A_TIME] = {}, shifts[KEYS_AT_A_TIME] = {};
+    for (Long first = 0; first < width; first += size) {
+        load_grids(vectors, codec, width, first / size, count, scales, shifts);
+#define DOT(BITS) dot_levels<A, BITS, LINES>(queries, vectors, codec.nbytes, width, first, first + size, count, dots)
+        FOR_BITS(DOT)
+#undef DOT
+        for (int line = 0; line < LINES; line++) {
+            Vec<A> total = {};
+            for (Long c = first; c < first + size; c += lanes) total += load<A>(queries + line * width + c);
+            const A whole = sum<A>(total);
+            for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
+                Vec<A> part = load<A>(scales + i) * load<A>(dots[line] + i) + whole * load<A>(shifts + i);
+                if (first) part += load<A>(scores[line] + i);
+                store<A>(part, scores[line] + i);
+            }
+        }
+    }
+}
+
+// Adds up to KEYS_AT_A_TIME vectors, times their shares of each line, to `mixed`.
+template <typename A, int LINES>
+static void mix_codes(const A (*shares)[KEYS_AT_A_TIME], const uint8_t *vectors, const Codec &codec, Long width,
+                      int count, A *mixed) {
+    const Long size = width / codec.groups, lanes = Lanes<A>::count;
+    A weights[LINES][KEYS_AT_A_TIME], constant[LINES], scales[KEYS_AT_A_TIME] = {}, shifts[KEYS_AT_A_TIME] = {};
+    for (Long first = 0; first < width; first += size) {
+        load_grids(vectors, codec, width, first / size, count, scales, shifts);
+        for (int line = 0; line < LINES; line++) {
+            Vec<A> total = {};
+            for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
+                const Vec<A> share = load<A>(shares[line] + i);
+                store<A>(share * load<A>(scales + i), weights[line] + i);
+                total += share * load<A>(shifts + i);
+            }
+            constant[line] = sum<A>(total);
+        }
+#define MIX(BITS)                                                                                                     \
+    mix_levels<A, BITS, LINES>(weights, constant, vectors, codec.nbytes, width, first, first + size, count, mixed)
+        FOR_BITS(MIX)
+#undef MIX
+    }
+}
+#line 7 "csrc/attention.h"
+
+
+
+// ---- keys and values of one head, as they are stored
+
+// Vectors of numbers of type T.
+template <typename A, typename T> struct PlainVectors {
+    const T *data;
+    Long stride, width;
+
+    // Products of some lines with `count` vectors from `start` on.
+    template <int LINES> void score(const A *queries, Long start, int count, A (*scores)[KEYS_AT_A_TIME]) const {
         for (int i = 0; i < count; i++) {
-            const T *key = keys + (start + i) * key_stride;
+            const T *key = data + (start + i) * stride;
             Vec<A> totals[LINES] = {};
-            for (Long c = 0; c < width; c += lanes) {
+            for (Long c = 0; c < width; c += Lanes<A>::count) {
                 Vec<A> part = load<A>(key + c);
                 for (int line = 0; line < LINES; line++) totals[line] += part * load<A>(queries + line * width + c);
             }
-            for (int line = 0; line < LINES; line++)
-                scores[line][i] = !masks[line] || masks[line][start + i] ? sum<A>(totals[line]) : (A)-INFINITY;
+            for (int line = 0; line < LINES; line++) scores[line][i] = sum<A>(totals[line]);
         }
-        for (int line = 0; line < LINES; line++) {
-            A highest = most[line];  // NaN from the first score that is NaN
-            for (int i = 0; i < count; i++) {
-                A score = scores[line][i];
-                highest = score > highest || score != score ? score : highest;
-            }
-            for (int i = count; i < KEYS_AT_A_TIME; i++) scores[line][i] = -INFINITY;
-            if (highest == (A)-INFINITY) {
-                memset(scores[line], 0, sizeof scores[line]);
-                continue;
-            }
-            Vec<A> total = {};
-            for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
-                Vec<A> exponent = load<A>(scores[line] + i) - highest;
-                Vec<A> share = exp2_of(exponent);
-                typename Lanes<A>::Int is_unseen = exponent == (A)-INFINITY;
-                share = is_unseen ? Vec<A>{} : share;
-                total += share;
-                store<A>(share, scores[line] + i);
-            }
-            A kept = most[line] == (A)-INFINITY ? 0 : exp2_of(broadcast<A>(most[line] - highest))[0];
-            weight[line] = weight[line] * kept + sum<A>(total);
-            for (Long c = 0; c < width; c += lanes)
-                store<A>(load<A>(mixed + line * width + c) * kept, mixed + line * width + c);
-            most[line] = highest;
-        }
+    }
+
+    // Adds `count` vectors from `start` on, times their shares of each line, to `mixed`.
+    template <int LINES> void mix(const A (*shares)[KEYS_AT_A_TIME], Long start, int count, A *mixed) const {
+        const int lanes = Lanes<A>::count;
         for (Long c = 0; c < width; c += 2 * lanes) {
             const int wide = c + lanes < width;
             Vec<A> sums[LINES][2];
@@ -714,11 +1054,11 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
                 sums[line][1] = wide ? load<A>(mixed + line * width + c + lanes) : Vec<A>{};
             }
             for (int i = 0; i < count; i++) {
-                const T *value = values + (start + i) * value_stride + c;
+                const T *value = data + (start + i) * stride + c;
                 Vec<A> one = load<A>(value), other = wide ? load<A>(value + lanes) : Vec<A>{};
                 for (int line = 0; line < LINES; line++) {
-                    sums[line][0] += scores[line][i] * one;
-                    sums[line][1] += scores[line][i] * other;
+                    sums[line][0] += shares[line][i] * one;
+                    sums[line][1] += shares[line][i] * other;
                 }
             }
             for (int line = 0; line < LINES; line++) {
@@ -727,7 +1067,102 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
             }
         }
     }
+};
+
+// Vectors of codes; queries and mixed values are rotated.
+template <typename A> struct CodedVectors {
+    const uint8_t *data;
+    Codec codec;
+    Long width;
+
+    template <int LINES> void score(const A *queries, Long start, int count, A (*scores)[KEYS_AT_A_TIME]) const {
+        score_codes<A, LINES>(queries, data + start * codec.nbytes, codec, width, count, scores);
+    }
+    template <int LINES> void mix(const A (*shares)[KEYS_AT_A_TIME], Long start, int count, A *mixed) const {
+        mix_codes<A, LINES>(shares, data + start * codec.nbytes, codec, width, count, mixed);
+    }
+};
+
+// ---- attention of one head
+
+// Replaces scores by shares, whose sum is added to `weight`, and rescales the earlier results of the line.
+template <typename A>
+static void share_out(A *scores, const uint8_t *mask, int count, Long width, A *most, A *weight, A *mixed) {
+    const int lanes = Lanes<A>::count;
+    A highest = *most;  // NaN from the first score that is NaN
+    for (int i = 0; i < count; i++) {
+        if (mask && !mask[i]) scores[i] = -INFINITY;
+        A score = scores[i];
+        highest = score > highest || score != score ? score : highest;
+    }
+    for (int i = count; i < KEYS_AT_A_TIME; i++) scores[i] = -INFINITY;
+    if (highest == (A)-INFINITY) {
+        memset(scores, 0, KEYS_AT_A_TIME * sizeof(A));
+        return;
+    }
+    Vec<A> total = {};
+    for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
+        Vec<A> exponent = load<A>(scores + i) - highest;
+        Vec<A> share = exp2_of(exponent);
+        typename Lanes<A>::Int is_unseen = exponent == (A)-INFINITY;
+        share = is_unseen ? Vec<A>{} : share;
+        total += share;
+        store<A>(share, scores + i);
+    }
+    A kept = *most == (A)-INFINITY ? 0 : exp2_of(broadcast<A>(*most - highest))[0];
+    *weight = *weight * kept + sum<A>(total);
+    for (Long c = 0; c < width; c += lanes) store<A>(load<A>(mixed + c) * kept, mixed + c);
+    *most = highest;
 }
+
+// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
+// values.
+template <typename A, int LINES, typename Vectors>
+static void attend_part(const A *queries, const Vectors &keys, const Vectors &values, const uint8_t *const *masks,
+                        Long first, Long last, A *most, A *weight, A *mixed) {
+    const Long width = keys.width;
+    A scores[LINES][KEYS_AT_A_TIME];
+    for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
+    memset(mixed, 0, LINES * width * sizeof(A));
+    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
+        const int count = least(KEYS_AT_A_TIME, last - start);
+        keys.template score<LINES>(queries, start, count, scores);
+        for (int line = 0; line < LINES; line++)
+            share_out(scores[line], masks[line] ? masks[line] + start : 0, count, width, most + line, weight + line,
+                      mixed + line * width);
+        values.template mix<LINES>(scores, start, count, mixed);
+    }
+}
+
+// ---- storage of the keys and values of all heads
+
+template <typename T> struct PlainStorage {
+    typedef PlainVectors<Real<T>, T> Vectors;
+    const T *key, *value;
+
+    Vectors keys(const Shape &s, Long row, Long head) const {
+        return {key + row * s.key[0] + head * s.key[1], s.key[2], s.width};
+    }
+    Vectors values(const Shape &s, Long row, Long head) const {
+        return {value + row * s.value[0] + head * s.value[1], s.value[2], s.width};
+    }
+    void restore(Real<T> *, Long) const {}
+};
+
+// The strides of the shape count vectors here.
+template <typename T> struct CodedStorage {
+    typedef CodedVectors<Real<T>> Vectors;
+    const uint8_t *key, *value;
+    const Codec &key_codec, &value_codec;
+
+    Vectors keys(const Shape &s, Long row, Long head) const {
+        return {key + (row * s.key[0] + head * s.key[1]) * key_codec.nbytes, key_codec, s.width};
+    }
+    Vectors values(const Shape &s, Long row, Long head) const {
+        return {value + (row * s.value[0] + head * s.value[1]) * value_codec.nbytes, value_codec, s.width};
+    }
+    void restore(Real<T> *mixed, Long width) const { rotate_vector_back(mixed, width); }
+};
 
 static Long parts_of(Long keys, int threads) { return keys < 2 * KEYS_AT_A_TIME ? 1 : least(MOST_PARTS, threads); }
 
@@ -738,17 +1173,16 @@ template <typename A> static A *place_of(A *scaled, const Shape &s, Long row, Lo
 
 // Attention of scaled queries: mixed (rows, queries, heads, width). `found` has room for the results of each part of
 // the keys: rows * heads * queries * parts * (2 + width) numbers.
-template <typename T, typename A>
-TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *mask, const Shape &s, int threads,
-                 A *found, A *mixed) {
+template <typename T, typename A, typename Storage>
+TEAM void attend(const A *scaled, const Storage &storage, const uint8_t *mask, const Shape &s, int threads, A *found,
+                 A *mixed) {
     const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width, size = 2 + width;
     const Long parts = parts_of(s.keys, threads), step = (s.keys + parts - 1) / parts;
 #pragma omp for schedule(static) collapse(2)
     for (Long head = 0; head < heads; head++)
         for (Long part = 0; part < parts; part++) {
             Long row = head / s.key_heads, own = head % s.key_heads;
-            const T *keys = key + row * s.key[0] + own * s.key[1];
-            const T *values = value + row * s.value[0] + own * s.value[1];
+            const typename Storage::Vectors keys = storage.keys(s, row, own), values = storage.values(s, row, own);
             Long first = part * step, last = first + step < s.keys ? first + step : s.keys;
             A *here = found + (head * parts + part) * lines * size;
             for (Long line = 0; line < lines;) {
@@ -757,8 +1191,7 @@ TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *m
                     masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
                 const A *queries = scaled + (head * lines + line) * width;
                 A *most = here + line, *weight = here + lines + line, *sums = here + 2 * lines + line * width;
-#define ATTEND(N)                                                                                                     \
-    attend_part<A, T, N>(queries, keys, values, s.key[2], s.value[2], width, masks, first, last, most, weight, sums)
+#define ATTEND(N) attend_part<A, N>(queries, keys, values, masks, first, last, most, weight, sums)
                 const int count = least(4, lines - line);
                 if (count == 1) ATTEND(1);
                 if (count == 2) ATTEND(2);
@@ -790,8 +1223,10 @@ TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *m
                     const A *here = found + (head * parts + part) * lines * size;
                     total += shares[part] * here[2 * lines + line * width + c];
                 }
-                to[c] = as_stored<T>(weight == 0 ? (A)0 : total / weight);
+                to[c] = weight == 0 ? (A)0 : total / weight;
             }
+            storage.restore(to, width);
+            for (Long c = 0; c < width; c++) to[c] = as_stored<T>(to[c]);
         }
 }
 
@@ -811,12 +1246,13 @@ static void attend_all(const T *query, const T *key, const T *value, const uint8
                 for (Long c = 0; c < s.width; c++) to[c] = to_float(from[c]) * (A)(scaling * LOG2_E);
             }
 #pragma omp parallel num_threads(threads) if (lines / s.group * s.keys * s.width > SMALL)
-    attend<T>(scaled, key, value, mask, s, threads, found, mixed);
+    attend<T>(scaled, PlainStorage<T>{key, value}, mask, s, threads, found, mixed);
     free(found);
     free(scaled);
     narrowed(mixed, count, y);
 }
 #line 3 "csrc/kernels.cpp"
+
 #line 1 "csrc/convolution.h"
 // Causal depthwise convolution with silu, forward and backward.
 //
@@ -954,7 +1390,7 @@ static void convolve_share_back(const ConvolutionGradient &gradient, Long row, L
                                    least(CHUNK, inputs - start));
     clear<T>(gradient.dx, row, length, conv.shares.length, first, last);
 }
-#line 4 "csrc/kernels.cpp"
+#line 5 "csrc/kernels.cpp"
 #line 1 "csrc/expert_vector.h"
 // Expert vectors: y = x + Q ((z - 1) * Q^T x) with Q (width, rank), on the input or the output of a product.
 
@@ -1287,7 +1723,7 @@ template <typename T> static void rescale_all(const T *x, Long rows, const Weigh
     narrowed(found, count, y);
     dropped(wide, x);
 }
-#line 5 "csrc/kernels.cpp"
+#line 6 "csrc/kernels.cpp"
 
 
 
@@ -1361,7 +1797,7 @@ static void rotate_all(const T *x, Long rows, Long heads, Long tokens, Long half
                         sines + angle, y + ((row * heads + head) * tokens + token) * 2 * half);
             }
 }
-#line 9 "csrc/kernels.cpp"
+#line 10 "csrc/kernels.cpp"
 #line 1 "csrc/program.h"
 // The decode program: a list of operations over a workspace, run by one team of threads.
 //
@@ -1677,12 +2113,11 @@ template <typename T, typename A> TEAM void run(const GateOp &op, const Run<A> &
 
 // ---- attention
 
-// Writes one key or value to its slot.
+// Writes one key or value to its slot; if it is encoded, it is rotated in place.
 template <typename T, typename A>
-static void write_slot(const A *from, Long width, const KeySlots &stored, const KeyLayout &layout, Long row,
-                       Long token, Long head, Long heads, void *slots) {
-    const Long slot = layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
-    T *to = (T *)slots + ((row * heads + head) * stored.capacity + slot) * width;
+static void write_slot(A *from, Long width, const Codec &codec, Long slot, void *slots) {
+    if (codec.bits) return encode(from, width, codec, (uint8_t *)slots + slot * codec.nbytes);
+    T *to = (T *)slots + slot * width;
     for (Long c = 0; c < width; c++) from_float(from[c], to + c);
 }
 
@@ -1712,9 +2147,13 @@ template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run
                 if (is_query) {
                     A *to = place_of(scaled, shape, row, head, token);
                     for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
+                    if (stored.key_codec.bits) rotate_vector(to, width);
                 } else {
-                    void *slots = is_value ? stored.values : stored.keys;
-                    write_slot<T>(from, width, stored, layout, row, token, own, key_heads, slots);
+                    const Long place =
+                        layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
+                    const Long slot = (row * key_heads + own) * stored.capacity + place;
+                    if (is_value) write_slot<T>(from, width, stored.value_codec, slot, stored.values);
+                    else write_slot<T>(from, width, stored.key_codec, slot, stored.keys);
                 }
             }
 }
@@ -1722,13 +2161,21 @@ template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run
 template <typename T, typename A> TEAM void run(const AttendOp &op, const Run<A> &run) {
     const KeySlots &stored = run.inputs.key_slots[op.key_slots];
     const KeyLayout &layout = run.inputs.layouts[stored.layout];
-    const Long head = stored.capacity * op.head_dim, row = op.key_heads * head;
-    const Shape shape = {
-        run.inputs.rows,  op.key_heads, op.heads / op.key_heads,  run.inputs.tokens,        layout.keys,
-        op.head_dim,      {},           {row, head, op.head_dim}, {row, head, op.head_dim}, layout.mask_row,
-        layout.mask_query};
-    attend<T>(run.at(op.scaled), (const T *)stored.keys, (const T *)stored.values, layout.mask, shape, run.threads,
-              run.at(op.scratch), run.at(op.mixed));
+    // Strides are in numbers, or in vectors if these are codes.
+    const bool is_coded = stored.key_codec.bits;
+    const Long token = is_coded ? 1 : op.head_dim, head = stored.capacity * token, row = op.key_heads * head;
+    const Shape shape = {run.inputs.rows,  op.key_heads, op.heads / op.key_heads, run.inputs.tokens,  layout.keys,
+                         op.head_dim,      {},           {row, head, token},      {row, head, token}, layout.mask_row,
+                         layout.mask_query};
+    A *scaled = run.at(op.scaled), *scratch = run.at(op.scratch), *mixed = run.at(op.mixed);
+    if (is_coded) {
+        const uint8_t *keys = (const uint8_t *)stored.keys, *values = (const uint8_t *)stored.values;
+        const CodedStorage<T> storage = {keys, values, stored.key_codec, stored.value_codec};
+        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+    } else {
+        const PlainStorage<T> storage = {(const T *)stored.keys, (const T *)stored.values};
+        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+    }
 }
 
 // ---- recurrences
@@ -1836,7 +2283,7 @@ static void run_program(const T *x, const ProgramInputs &inputs, const Op *first
     for (Long i = 0; i < count; i++) from_float(workspace[i], y + i);
     free(workspace);
 }
-#line 10 "csrc/kernels.cpp"
+#line 11 "csrc/kernels.cpp"
 
 
 #define DEFINE_FOR_STORAGE(name, T)                                                                                   \
@@ -1880,6 +2327,9 @@ static void run_program(const T *x, const ProgramInputs &inputs, const Op *first
     void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
                        const Shape *shape, int threads) {                                                             \
         attend_all<T>(query, key, value, mask, scaling, y, shape, threads);                                           \
+    }                                                                                                                 \
+    void encode_##name(const T *x, Long count, Long width, const Codec *codec, uint8_t *y, int threads) {             \
+        encode_all<T>(x, count, width, *codec, y, threads);                                                           \
     }                                                                                                                 \
     void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
                             int threads) {                                                                            \

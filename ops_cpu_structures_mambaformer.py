@@ -17,7 +17,7 @@ class Constant(NamedTuple):
 
 
 CONSTANTS = {
-    "INTERFACE_VERSION": Constant(2, "Increase it whenever a structure or a function changes."),
+    "INTERFACE_VERSION": Constant(3, "Increase it whenever a structure or a function changes."),
     "CHUNK": Constant(32, "Tokens that the scan processes at a time."),
     "MOST_TAPS": Constant(16, "The largest kernel size of a convolution."),
     "MOST_ROWS": Constant(16, "The most rows of activations in a product."),
@@ -142,12 +142,21 @@ STRUCTURES = {
         Long slots_row;
         """,
     ),
+    "Codec": Structure(
+        "The codes of a vector: bits of each number, groups with a scale each, bytes of the vector, and whether\n"
+        "groups have a shift too. `bits` is 0 for numbers in the type of the activations.",
+        """
+        Long bits, groups, nbytes, has_shift;
+        """,
+    ),
     "KeySlots": Structure(
-        "The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim) each.",
+        "The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim or bytes) each.\n"
+        "Both are codes, or neither.",
         """
         Long layout;  // index of its `KeyLayout`
         void *keys, *values;
         Long capacity;
+        Codec key_codec, value_codec;
         """,
     ),
     "State": Structure(

@@ -3,58 +3,33 @@
 // A line is one query of one head. Scores are in powers of two: queries are multiplied by log2(e).
 #pragma once
 
+#include "code_products.h"
 #include "storage.h"
 #include "threads.h"
 
-static const int KEYS_AT_A_TIME = 64;
+// ---- keys and values of one head, as they are stored
 
-// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
-// values.
-template <typename A, typename T, int LINES>
-static void attend_part(const A *queries, const T *keys, const T *values, Long key_stride, Long value_stride,
-                        Long width, const uint8_t *const *masks, Long first, Long last, A *most, A *weight, A *mixed) {
-    const int lanes = Lanes<A>::count;
-    A scores[LINES][KEYS_AT_A_TIME];
-    for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
-    memset(mixed, 0, LINES * width * sizeof(A));
-    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
-        const int count = least(KEYS_AT_A_TIME, last - start);
+// Vectors of numbers of type T.
+template <typename A, typename T> struct PlainVectors {
+    const T *data;
+    Long stride, width;
+
+    // Products of some lines with `count` vectors from `start` on.
+    template <int LINES> void score(const A *queries, Long start, int count, A (*scores)[KEYS_AT_A_TIME]) const {
         for (int i = 0; i < count; i++) {
-            const T *key = keys + (start + i) * key_stride;
+            const T *key = data + (start + i) * stride;
             Vec<A> totals[LINES] = {};
-            for (Long c = 0; c < width; c += lanes) {
+            for (Long c = 0; c < width; c += Lanes<A>::count) {
                 Vec<A> part = load<A>(key + c);
                 for (int line = 0; line < LINES; line++) totals[line] += part * load<A>(queries + line * width + c);
             }
-            for (int line = 0; line < LINES; line++)
-                scores[line][i] = !masks[line] || masks[line][start + i] ? sum<A>(totals[line]) : (A)-INFINITY;
+            for (int line = 0; line < LINES; line++) scores[line][i] = sum<A>(totals[line]);
         }
-        for (int line = 0; line < LINES; line++) {
-            A highest = most[line];  // NaN from the first score that is NaN
-            for (int i = 0; i < count; i++) {
-                A score = scores[line][i];
-                highest = score > highest || score != score ? score : highest;
-            }
-            for (int i = count; i < KEYS_AT_A_TIME; i++) scores[line][i] = -INFINITY;
-            if (highest == (A)-INFINITY) {
-                memset(scores[line], 0, sizeof scores[line]);
-                continue;
-            }
-            Vec<A> total = {};
-            for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
-                Vec<A> exponent = load<A>(scores[line] + i) - highest;
-                Vec<A> share = exp2_of(exponent);
-                typename Lanes<A>::Int is_unseen = exponent == (A)-INFINITY;
-                share = is_unseen ? Vec<A>{} : share;
-                total += share;
-                store<A>(share, scores[line] + i);
-            }
-            A kept = most[line] == (A)-INFINITY ? 0 : exp2_of(broadcast<A>(most[line] - highest))[0];
-            weight[line] = weight[line] * kept + sum<A>(total);
-            for (Long c = 0; c < width; c += lanes)
-                store<A>(load<A>(mixed + line * width + c) * kept, mixed + line * width + c);
-            most[line] = highest;
-        }
+    }
+
+    // Adds `count` vectors from `start` on, times their shares of each line, to `mixed`.
+    template <int LINES> void mix(const A (*shares)[KEYS_AT_A_TIME], Long start, int count, A *mixed) const {
+        const int lanes = Lanes<A>::count;
         for (Long c = 0; c < width; c += 2 * lanes) {
             const int wide = c + lanes < width;
             Vec<A> sums[LINES][2];
@@ -63,11 +38,11 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
                 sums[line][1] = wide ? load<A>(mixed + line * width + c + lanes) : Vec<A>{};
             }
             for (int i = 0; i < count; i++) {
-                const T *value = values + (start + i) * value_stride + c;
+                const T *value = data + (start + i) * stride + c;
                 Vec<A> one = load<A>(value), other = wide ? load<A>(value + lanes) : Vec<A>{};
                 for (int line = 0; line < LINES; line++) {
-                    sums[line][0] += scores[line][i] * one;
-                    sums[line][1] += scores[line][i] * other;
+                    sums[line][0] += shares[line][i] * one;
+                    sums[line][1] += shares[line][i] * other;
                 }
             }
             for (int line = 0; line < LINES; line++) {
@@ -76,7 +51,102 @@ static void attend_part(const A *queries, const T *keys, const T *values, Long k
             }
         }
     }
+};
+
+// Vectors of codes; queries and mixed values are rotated.
+template <typename A> struct CodedVectors {
+    const uint8_t *data;
+    Codec codec;
+    Long width;
+
+    template <int LINES> void score(const A *queries, Long start, int count, A (*scores)[KEYS_AT_A_TIME]) const {
+        score_codes<A, LINES>(queries, data + start * codec.nbytes, codec, width, count, scores);
+    }
+    template <int LINES> void mix(const A (*shares)[KEYS_AT_A_TIME], Long start, int count, A *mixed) const {
+        mix_codes<A, LINES>(shares, data + start * codec.nbytes, codec, width, count, mixed);
+    }
+};
+
+// ---- attention of one head
+
+// Replaces scores by shares, whose sum is added to `weight`, and rescales the earlier results of the line.
+template <typename A>
+static void share_out(A *scores, const uint8_t *mask, int count, Long width, A *most, A *weight, A *mixed) {
+    const int lanes = Lanes<A>::count;
+    A highest = *most;  // NaN from the first score that is NaN
+    for (int i = 0; i < count; i++) {
+        if (mask && !mask[i]) scores[i] = -INFINITY;
+        A score = scores[i];
+        highest = score > highest || score != score ? score : highest;
+    }
+    for (int i = count; i < KEYS_AT_A_TIME; i++) scores[i] = -INFINITY;
+    if (highest == (A)-INFINITY) {
+        memset(scores, 0, KEYS_AT_A_TIME * sizeof(A));
+        return;
+    }
+    Vec<A> total = {};
+    for (int i = 0; i < KEYS_AT_A_TIME; i += lanes) {
+        Vec<A> exponent = load<A>(scores + i) - highest;
+        Vec<A> share = exp2_of(exponent);
+        typename Lanes<A>::Int is_unseen = exponent == (A)-INFINITY;
+        share = is_unseen ? Vec<A>{} : share;
+        total += share;
+        store<A>(share, scores + i);
+    }
+    A kept = *most == (A)-INFINITY ? 0 : exp2_of(broadcast<A>(*most - highest))[0];
+    *weight = *weight * kept + sum<A>(total);
+    for (Long c = 0; c < width; c += lanes) store<A>(load<A>(mixed + c) * kept, mixed + c);
+    *most = highest;
 }
+
+// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
+// values.
+template <typename A, int LINES, typename Vectors>
+static void attend_part(const A *queries, const Vectors &keys, const Vectors &values, const uint8_t *const *masks,
+                        Long first, Long last, A *most, A *weight, A *mixed) {
+    const Long width = keys.width;
+    A scores[LINES][KEYS_AT_A_TIME];
+    for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
+    memset(mixed, 0, LINES * width * sizeof(A));
+    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
+        const int count = least(KEYS_AT_A_TIME, last - start);
+        keys.template score<LINES>(queries, start, count, scores);
+        for (int line = 0; line < LINES; line++)
+            share_out(scores[line], masks[line] ? masks[line] + start : 0, count, width, most + line, weight + line,
+                      mixed + line * width);
+        values.template mix<LINES>(scores, start, count, mixed);
+    }
+}
+
+// ---- storage of the keys and values of all heads
+
+template <typename T> struct PlainStorage {
+    typedef PlainVectors<Real<T>, T> Vectors;
+    const T *key, *value;
+
+    Vectors keys(const Shape &s, Long row, Long head) const {
+        return {key + row * s.key[0] + head * s.key[1], s.key[2], s.width};
+    }
+    Vectors values(const Shape &s, Long row, Long head) const {
+        return {value + row * s.value[0] + head * s.value[1], s.value[2], s.width};
+    }
+    void restore(Real<T> *, Long) const {}
+};
+
+// The strides of the shape count vectors here.
+template <typename T> struct CodedStorage {
+    typedef CodedVectors<Real<T>> Vectors;
+    const uint8_t *key, *value;
+    const Codec &key_codec, &value_codec;
+
+    Vectors keys(const Shape &s, Long row, Long head) const {
+        return {key + (row * s.key[0] + head * s.key[1]) * key_codec.nbytes, key_codec, s.width};
+    }
+    Vectors values(const Shape &s, Long row, Long head) const {
+        return {value + (row * s.value[0] + head * s.value[1]) * value_codec.nbytes, value_codec, s.width};
+    }
+    void restore(Real<T> *mixed, Long width) const { rotate_vector_back(mixed, width); }
+};
 
 static Long parts_of(Long keys, int threads) { return keys < 2 * KEYS_AT_A_TIME ? 1 : least(MOST_PARTS, threads); }
 
@@ -87,17 +157,16 @@ template <typename A> static A *place_of(A *scaled, const Shape &s, Long row, Lo
 
 // Attention of scaled queries: mixed (rows, queries, heads, width). `found` has room for the results of each part of
 // the keys: rows * heads * queries * parts * (2 + width) numbers.
-template <typename T, typename A>
-TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *mask, const Shape &s, int threads,
-                 A *found, A *mixed) {
+template <typename T, typename A, typename Storage>
+TEAM void attend(const A *scaled, const Storage &storage, const uint8_t *mask, const Shape &s, int threads, A *found,
+                 A *mixed) {
     const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width, size = 2 + width;
     const Long parts = parts_of(s.keys, threads), step = (s.keys + parts - 1) / parts;
 #pragma omp for schedule(static) collapse(2)
     for (Long head = 0; head < heads; head++)
         for (Long part = 0; part < parts; part++) {
             Long row = head / s.key_heads, own = head % s.key_heads;
-            const T *keys = key + row * s.key[0] + own * s.key[1];
-            const T *values = value + row * s.value[0] + own * s.value[1];
+            const typename Storage::Vectors keys = storage.keys(s, row, own), values = storage.values(s, row, own);
             Long first = part * step, last = first + step < s.keys ? first + step : s.keys;
             A *here = found + (head * parts + part) * lines * size;
             for (Long line = 0; line < lines;) {
@@ -106,8 +175,7 @@ TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *m
                     masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
                 const A *queries = scaled + (head * lines + line) * width;
                 A *most = here + line, *weight = here + lines + line, *sums = here + 2 * lines + line * width;
-#define ATTEND(N)                                                                                                     \
-    attend_part<A, T, N>(queries, keys, values, s.key[2], s.value[2], width, masks, first, last, most, weight, sums)
+#define ATTEND(N) attend_part<A, N>(queries, keys, values, masks, first, last, most, weight, sums)
                 const int count = least(4, lines - line);
                 if (count == 1) ATTEND(1);
                 if (count == 2) ATTEND(2);
@@ -139,8 +207,10 @@ TEAM void attend(const A *scaled, const T *key, const T *value, const uint8_t *m
                     const A *here = found + (head * parts + part) * lines * size;
                     total += shares[part] * here[2 * lines + line * width + c];
                 }
-                to[c] = as_stored<T>(weight == 0 ? (A)0 : total / weight);
+                to[c] = weight == 0 ? (A)0 : total / weight;
             }
+            storage.restore(to, width);
+            for (Long c = 0; c < width; c++) to[c] = as_stored<T>(to[c]);
         }
 }
 
@@ -160,7 +230,7 @@ static void attend_all(const T *query, const T *key, const T *value, const uint8
                 for (Long c = 0; c < s.width; c++) to[c] = to_float(from[c]) * (A)(scaling * LOG2_E);
             }
 #pragma omp parallel num_threads(threads) if (lines / s.group * s.keys * s.width > SMALL)
-    attend<T>(scaled, key, value, mask, s, threads, found, mixed);
+    attend<T>(scaled, PlainStorage<T>{key, value}, mask, s, threads, found, mixed);
     free(found);
     free(scaled);
     narrowed(mixed, count, y);

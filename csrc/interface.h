@@ -27,6 +27,7 @@ struct bfloat16 {
     void gate_##name(const T *gates, const T *x, Long count, T *y, int threads);                                      \
     void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
                        const Shape *shape, int threads);                                                              \
+    void encode_##name(const T *x, Long count, Long width, const Codec *codec, uint8_t *y, int threads);              \
     void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
                             int threads);
 

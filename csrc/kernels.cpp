@@ -1,5 +1,6 @@
 // The exported functions, and the only file that is compiled.
 #include "attention.h"
+#include "codes.h"
 #include "convolution.h"
 #include "expert_vector.h"
 #include "int4.h"
@@ -50,6 +51,9 @@
     void attend_##name(const T *query, const T *key, const T *value, const uint8_t *mask, double scaling, T *y,       \
                        const Shape *shape, int threads) {                                                             \
         attend_all<T>(query, key, value, mask, scaling, y, shape, threads);                                           \
+    }                                                                                                                 \
+    void encode_##name(const T *x, Long count, Long width, const Codec *codec, uint8_t *y, int threads) {             \
+        encode_all<T>(x, count, width, *codec, y, threads);                                                           \
     }                                                                                                                 \
     void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
                             int threads) {                                                                            \

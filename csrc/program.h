@@ -52,12 +52,11 @@ template <typename T, typename A> TEAM void run(const GateOp &op, const Run<A> &
 
 // ---- attention
 
-// Writes one key or value to its slot.
+// Writes one key or value to its slot; if it is encoded, it is rotated in place.
 template <typename T, typename A>
-static void write_slot(const A *from, Long width, const KeySlots &stored, const KeyLayout &layout, Long row,
-                       Long token, Long head, Long heads, void *slots) {
-    const Long slot = layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
-    T *to = (T *)slots + ((row * heads + head) * stored.capacity + slot) * width;
+static void write_slot(A *from, Long width, const Codec &codec, Long slot, void *slots) {
+    if (codec.bits) return encode(from, width, codec, (uint8_t *)slots + slot * codec.nbytes);
+    T *to = (T *)slots + slot * width;
     for (Long c = 0; c < width; c++) from_float(from[c], to + c);
 }
 
@@ -87,9 +86,13 @@ template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run
                 if (is_query) {
                     A *to = place_of(scaled, shape, row, head, token);
                     for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
+                    if (stored.key_codec.bits) rotate_vector(to, width);
                 } else {
-                    void *slots = is_value ? stored.values : stored.keys;
-                    write_slot<T>(from, width, stored, layout, row, token, own, key_heads, slots);
+                    const Long place =
+                        layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
+                    const Long slot = (row * key_heads + own) * stored.capacity + place;
+                    if (is_value) write_slot<T>(from, width, stored.value_codec, slot, stored.values);
+                    else write_slot<T>(from, width, stored.key_codec, slot, stored.keys);
                 }
             }
 }
@@ -97,13 +100,21 @@ template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run
 template <typename T, typename A> TEAM void run(const AttendOp &op, const Run<A> &run) {
     const KeySlots &stored = run.inputs.key_slots[op.key_slots];
     const KeyLayout &layout = run.inputs.layouts[stored.layout];
-    const Long head = stored.capacity * op.head_dim, row = op.key_heads * head;
-    const Shape shape = {
-        run.inputs.rows,  op.key_heads, op.heads / op.key_heads,  run.inputs.tokens,        layout.keys,
-        op.head_dim,      {},           {row, head, op.head_dim}, {row, head, op.head_dim}, layout.mask_row,
-        layout.mask_query};
-    attend<T>(run.at(op.scaled), (const T *)stored.keys, (const T *)stored.values, layout.mask, shape, run.threads,
-              run.at(op.scratch), run.at(op.mixed));
+    // Strides are in numbers, or in vectors if these are codes.
+    const bool is_coded = stored.key_codec.bits;
+    const Long token = is_coded ? 1 : op.head_dim, head = stored.capacity * token, row = op.key_heads * head;
+    const Shape shape = {run.inputs.rows,  op.key_heads, op.heads / op.key_heads, run.inputs.tokens,  layout.keys,
+                         op.head_dim,      {},           {row, head, token},      {row, head, token}, layout.mask_row,
+                         layout.mask_query};
+    A *scaled = run.at(op.scaled), *scratch = run.at(op.scratch), *mixed = run.at(op.mixed);
+    if (is_coded) {
+        const uint8_t *keys = (const uint8_t *)stored.keys, *values = (const uint8_t *)stored.values;
+        const CodedStorage<T> storage = {keys, values, stored.key_codec, stored.value_codec};
+        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+    } else {
+        const PlainStorage<T> storage = {(const T *)stored.keys, (const T *)stored.values};
+        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+    }
 }
 
 // ---- recurrences

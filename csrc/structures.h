@@ -6,7 +6,7 @@
 typedef int64_t Long;
 
 // Increase it whenever a structure or a function changes.
-static const int INTERFACE_VERSION = 2;
+static const int INTERFACE_VERSION = 3;
 
 // Tokens that the scan processes at a time.
 static const int CHUNK = 32;
@@ -107,11 +107,19 @@ struct KeyLayout {
     Long slots_row;
 };
 
-// The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim) each.
+// The codes of a vector: bits of each number, groups with a scale each, bytes of the vector, and whether
+// groups have a shift too. `bits` is 0 for numbers in the type of the activations.
+struct Codec {
+    Long bits, groups, nbytes, has_shift;
+};
+
+// The memory of an attention layer's keys and values, (rows, key heads, capacity, head_dim or bytes) each.
+// Both are codes, or neither.
 struct KeySlots {
     Long layout;  // index of its `KeyLayout`
     void *keys, *values;
     Long capacity;
+    Codec key_codec, value_codec;
 };
 
 // A recurrent state before and after the token; `before` is null before the first token.
@@ -261,6 +269,7 @@ struct RecurrenceStepOp {
     DO(Weight)                                                                                                        \
     DO(Shape)                                                                                                         \
     DO(KeyLayout)                                                                                                     \
+    DO(Codec)                                                                                                         \
     DO(KeySlots)                                                                                                      \
     DO(State)                                                                                                         \
     DO(ProgramInputs)                                                                                                 \

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cache_buffers_mambaformer import Buffer
 from .cache_codes_mambaformer import VectorCodec, check_bits
-from .cache_keys_mambaformer import KeyValueStore, StateSpec
+from .cache_keys_mambaformer import KeyValueSlots, KeyValueStore, StateSpec
 from .cache_retention_mambaformer import Layout, Retention
 
 DEFAULT_KV_BITS = 8
@@ -73,8 +73,14 @@ class QuantizedKeyValueStore(KeyValueStore):
     def decode(self, name: str, stored: Tensor) -> Tensor:
         return self.codecs[name].decode(stored, self.activation_dtype)
 
-    def place(self, like: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
-        return None  # no kernel writes codes
+    def place(self, like: Tensor, layout: Layout) -> KeyValueSlots:
+        self.activation_dtype = like.dtype
+        self.staged, self.staged_slots = [], layout.num_slots
+        for name, buffer in (("keys", self.keys), ("values", self.values)):
+            codes = like.new_empty((*like.shape[:3], self.codecs[name].nbytes), dtype=torch.uint8)
+            buffer.reserve(codes, layout.num_slots, self.retention.most_slots)
+        codecs = self.codecs["keys"], self.codecs["values"]
+        return KeyValueSlots(self.keys.make_own(), self.values.make_own(), codecs)
 
     def spec(self, rows: int, columns: int, layer: torch.nn.Module) -> dict[str, StateSpec]:
         shape = (rows, self.row_shape[0], self.retention.num_slots(columns))

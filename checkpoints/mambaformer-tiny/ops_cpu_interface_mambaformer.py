@@ -65,8 +65,12 @@ class KeyLayout(ctypes.Structure):
     _fields_ = ctypes_fields("KeyLayout")
 
 
+class Codec(ctypes.Structure):
+    _fields_ = ctypes_fields("Codec")
+
+
 class KeySlots(ctypes.Structure):
-    _fields_ = ctypes_fields("KeySlots")
+    _fields_ = ctypes_fields("KeySlots", Codec)
 
 
 class State(ctypes.Structure):
@@ -126,9 +130,9 @@ class RecurrenceStepOp(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
-    View, Shares, Convolution, ConvolutionGradient, Scan, ScanGradient, Weight, Shape, KeyLayout, KeySlots, State,
-    ProgramInputs, Op, Columns, Projection, NormOp, LinearOp, ScaleOp, WriteKeysOp, AttendOp, GateOp, ConvStepOp,
-    InnerNormsOp, RecurrenceStepOp,
+    View, Shares, Convolution, ConvolutionGradient, Scan, ScanGradient, Weight, Shape, KeyLayout, Codec, KeySlots,
+    State, ProgramInputs, Op, Columns, Projection, NormOp, LinearOp, ScaleOp, WriteKeysOp, AttendOp, GateOp,
+    ConvStepOp, InnerNormsOp, RecurrenceStepOp,
 )  # fmt: skip
 # The operations of a decode program: the number of each kind, by its structure.
 KINDS: dict[type[ctypes.Structure], int] = {
@@ -155,6 +159,7 @@ _ARGUMENTS = {
     "rotate": "pnnnnnnnppnpi",
     "gate": "ppnpi",
     "attend": "ppppdppi",
+    "encode": "pnnppi",
     "run_program": "pppppi",
 }
 FUNCTIONS = (
