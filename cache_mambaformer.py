@@ -88,6 +88,7 @@ class MambaFormerCache(Cache):
         # The model's own layers, since users may have changed them and the configuration describes others.
         if specs is None:
             specs = specs_of(config) if model is None else [place.spec for place in places_of_model(model)]
+        options.check_layers(specs)
         self.specs = specs
         super().__init__(layers=[])
         self.parked = ParkedStates(options.park_bytes)
@@ -100,7 +101,7 @@ class MambaFormerCache(Cache):
         options, dtype = self.options, torch.float32 if self.model is None else self.model.dtype
         kind = options.storage, self.max_columns, options.bits, dtype
         layers = [
-            make_layer(self.config, spec, self.lengths, *kind, options.pruning, budget)
+            make_layer(self.config, spec, self.lengths, *kind, options.pruning, budget, options.state_bits)
             for spec, budget in zip(self.specs, options.budgets(self.specs), strict=True)
         ]
         if self.rollback_reach:
@@ -166,9 +167,15 @@ class MambaFormerCache(Cache):
 
     def recurrent_states(self, layer_idx: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """States of layer `layer_idx` before the open forward, on the device of `like`; none if the cache is empty."""
-        states = self.recurrent_store(layer_idx).state()
+        states = self.recurrent_store(layer_idx).visible()
         # Fixed states keep their addresses after a reset; they are zero then, and may have another number of rows.
         return {name: state.to(like.device) for name, state in states.items() if state.shape[0] == like.shape[0]}
+
+    def token_positions(self, like: torch.Tensor) -> torch.Tensor:
+        """Positions in their rows of the open forward's tokens (rows, tokens, ...), padding not counted."""
+        if self.open_transaction is None:
+            raise RuntimeError("Layers read and write a cache only in `with cache.transaction(...)`: call the model.")
+        return self.open_transaction.span.positions(like.device).expand(like.shape[0], -1)
 
     def stores(self) -> Iterator[tuple[str, CacheStore]]:
         """The stores of all layers, with names such as "0.attention"."""

@@ -9,6 +9,7 @@ from .cache_history_mambaformer import check_policy
 from .cache_layers_mambaformer import STORAGES
 from .cache_policies_mambaformer import Budget, PruningPolicy, policy_fields, resolve_policy
 from .cache_quantized_mambaformer import resolve_kv_bits
+from .cache_states_quantized_mambaformer import check_state_bits
 from .modeling_stack_mambaformer import LayerSpec
 
 
@@ -31,6 +32,8 @@ class CacheOptions:
             the columns that were fed since the change (`cache_parked_mambaformer`).
         policy: which keys of layers without a window stay, a `PruningPolicy` or its name; by default all keys stay.
             The schedule of evictions depends on lengths that static storage does not read, so it takes no policy.
+        state_bits: 8 stores recurrent states in 8 bits, rounded after each token
+            (`cache_states_quantized_mambaformer`); `None` in float32 at least.
 
     Raises:
         ValueError: an unknown value, static storage without `max_cache_len`, or static storage with a policy.
@@ -43,6 +46,7 @@ class CacheOptions:
     kv_bits: int | dict[str, int] | None = None
     park_bytes: int = 0
     policy: PruningPolicy | dict[str, object] | str | None = None
+    state_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.storage not in STORAGES:
@@ -62,6 +66,7 @@ class CacheOptions:
                 "storage: leave `policy` out, or use storage='dense' or 'quantized'."
             )
         object.__setattr__(self, "policy", resolve_policy(self.policy))
+        check_state_bits(self.state_bits)
         object.__setattr__(self, "kv_bits", resolve_kv_bits(self.kv_bits, is_quantized=self.storage == "quantized"))
 
     def _check_park_bytes(self) -> None:
@@ -76,6 +81,14 @@ class CacheOptions:
             raise ValueError(
                 "Static storage has fixed addresses and parks no states: leave `park_bytes` out, or use "
                 "storage='dense'."
+            )
+
+    def check_layers(self, specs: Sequence[LayerSpec]) -> None:
+        """Raises `ValueError` if an option has no meaning for a cache of these layers."""
+        if self.state_bits is not None and specs and not any(spec.is_recurrent for spec in specs):
+            raise ValueError(
+                "`state_bits` is about recurrent states, and no layer of this model has any: leave it out. `kv_bits` "
+                "is about keys and values."
             )
 
     @property

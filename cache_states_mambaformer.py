@@ -103,6 +103,8 @@ class RecurrentStore:
     that stay. Fixed states are overwritten in place and have no segments.
     """
 
+    rounds_states = False  # whether wide states are rounded after each token
+
     def __init__(self, is_fixed: bool = False):
         self.is_fixed, self.reach = is_fixed, 0
         self.states: States = {}
@@ -110,7 +112,8 @@ class RecurrentStore:
         self.segments: list[ReplaySegment] = []
         self.staged_segments: list[ReplaySegment] = []
 
-    def update(self, name: str, state: torch.Tensor) -> None:
+    def update(self, name: str, state: torch.Tensor, is_wide: bool = False) -> None:
+        """Stages a state; `is_wide` as in its `StateSpec`."""
         self.staged[name] = state
 
     def stage_segment(self, segment: ReplaySegment | None, is_complete: bool = True) -> None:
@@ -170,12 +173,19 @@ class RecurrentStore:
 
     def fork(self) -> "RecurrentStore":
         other = RecurrentStore(self.is_fixed)
+        self._fork_into(other)
+        return other
+
+    def _fork_into(self, other: "RecurrentStore") -> None:
         other.states = {name: state.clone() if self.is_fixed else state for name, state in self.states.items()}
         other.segments, other.reach = list(self.segments), self.reach
-        return other
 
     def state(self, columns: int | None = None) -> dict[str, torch.Tensor]:
         return {name: as_normal_tensor(state) for name, state in self.states.items()}
+
+    def visible(self) -> States:
+        """The states as the mixer takes them."""
+        return self.state()
 
     def load_state(self, state: dict[str, torch.Tensor], columns: int) -> None:
         for name, tensor in state.items():
@@ -183,8 +193,12 @@ class RecurrentStore:
         self.commit()
 
     def spec(self, rows: int, columns: int, layer: nn.Module) -> dict[str, StateSpec]:
-        mixer = next(each for each in layer.modules() if isinstance(each, HasStateSpecs))  # `layer` may be wrapped
-        return {name: StateSpec((rows, *spec.shape), is_wide=True) for name, spec in mixer.state_specs().items()}
+        return {name: StateSpec((rows, *spec.shape), is_wide=True) for name, spec in self.specs_of(layer).items()}
+
+    @staticmethod
+    def specs_of(layer: nn.Module) -> dict[str, StateSpec]:
+        """The states of the layer's mixer, with the shape of one row."""
+        return next(each for each in layer.modules() if isinstance(each, HasStateSpecs)).state_specs()  # or wrapped
 
     def buffers(self) -> dict[str, torch.Tensor]:
         return dict(self.states)
@@ -223,9 +237,13 @@ class RecurrentStore:
         for segment in replayed:
             if segment.num_tokens:
                 segments.append(replace(segment, initial_states=states))
-                states = segment.advance(states, segment.inputs, segment.lengths)
+                states = self.replay(segment, states)
         # A state of zeros is the state before the first token.
         return states or {name: torch.zeros_like(state) for name, state in self.states.items()}, segments
+
+    def replay(self, segment: ReplaySegment, states: States) -> States:
+        """The states after the tokens of `segment`, from the states before them, as they are stored."""
+        return segment.advance(states, segment.inputs, segment.lengths)
 
     def crop(self, plan: tuple[States, list[ReplaySegment]]) -> None:
         self.states, self.segments = plan

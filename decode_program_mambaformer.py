@@ -28,6 +28,7 @@ from .modeling_stack_mambaformer import Place
 from .ops_cpu_decode_mambaformer import MOST_ROWS, strides_of_mask, takes_mask
 from .ops_cpu_interface_mambaformer import ProgramInputs, as_integers, kernel_of
 from .ops_eligibility_mambaformer import Watch, is_of_own_type, is_own_attention, may_run_forward
+from .ops_state_codes_mambaformer import round_states
 
 Angles = tuple[Tensor, Tensor] | None
 # Programs that a model keeps, so that sessions with different expert vectors may take turns.
@@ -376,7 +377,10 @@ class ProgramStep:
 
     def stage_states(self, cache: MambaFormerCache) -> None:
         for state, new in self.new_states:
-            cache.recurrent_store(state.position).update(state.name, new)
+            store = cache.recurrent_store(state.position)
+            if store.rounds_states and state.is_wide:
+                new = round_states(new, cache.token_positions(self.hidden_states)[:, 0])
+            store.update(state.name, new, state.is_wide)
 
 
 def _is_like(old: Tensor, new: Tensor) -> bool:

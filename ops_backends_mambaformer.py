@@ -31,6 +31,10 @@ BACKENDS: dict[str, tuple[Callable, ...]] = {
     "causal_conv1d": (convolve_on_cpu, convolve_in_graph, convolve_on_gpu),
     "selective_scan": (scan_on_cpu, scan_in_graph, scan_on_gpu),
     "matrix_recurrence": (),
+    "rounded_scan": (),
+    "round_states": (),
+    "encode_states": (),
+    "decode_states": (),
 }
 
 

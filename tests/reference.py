@@ -1,13 +1,14 @@
 """The slow, obvious oracle: MambaFormer in float64, one row at a time, one token at a time.
 
-It reads like the papers, imports nothing but torch, knows neither batches nor pads nor caches, and judges everything
-that does. All of it is differentiable, so it judges gradients too.
+It reads like the papers, imports nothing but torch and Python's library, knows neither batches nor pads nor caches,
+and judges everything that does. All of it is differentiable, so it judges gradients too.
 
 Sources: Mamba (arXiv 2312.00752, algorithm 2), MambaFormer (2402.04248), attention sinks (2309.17453), RoPE
 (2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section 3.1), KeyDiff (2504.15364), TOVA (2401.06104),
 SnapKV (2404.14469), key norm (2406.11430). Letters: D channels, N state size, K taps of the convolution.
 """
 
+import functools
 import math
 
 import torch
@@ -95,6 +96,32 @@ def rounded_score(score):
     """A score with half of its digits: equal tokens have equal scores, whatever the errors of rounding are."""
     mantissa, exponent = math.frexp(score)
     return math.ldexp(round(mantissa * 2**24), exponent - 24)
+
+
+def rounded_state(state, position):
+    """A state (..., numbers) as a cache of 8-bit states keeps it after the token at `position`."""
+    numbers = state.shape[-1]
+    groups = []
+    for index, group in enumerate(state.reshape(-1, numbers).tolist()):
+        step = 2.0**-126
+        while 127 * step < max(map(abs, group)):
+            step *= 2
+        kept = []
+        for n, number in enumerate(group):
+            low = math.floor(number / step)
+            is_up = number / step - low > threshold(position, index * numbers + n)
+            kept.append((low + is_up) * step)
+        groups.append(kept)
+    return torch.tensor(groups, dtype=state.dtype).view(state.shape)
+
+
+@functools.lru_cache(maxsize=2**18)
+def threshold(position, index):
+    """From 0 to 1, as a hash of 32 bits."""
+    mixed = (position * 0x9E3779B1 % 2**32) ^ ((index * 0x85EBCA77 + 0x165667B1) % 2**32)
+    mixed = (mixed ^ mixed >> 16) * 0x7FEB352D % 2**32
+    mixed = (mixed ^ mixed >> 15) * 0x846CA68B % 2**32
+    return ((mixed ^ mixed >> 16) >> 8) / 2**24
 
 
 class ReferenceRow:
@@ -253,6 +280,7 @@ class ReferenceRow:
         A = -torch.exp(at["mamba.A_log"])
         self.h[layer] = torch.exp(dt[:, None] * A) * self.h[layer] + (dt * u)[:, None] * B[None, :]
         y = self.h[layer] @ C + at["mamba.D"] * u
+        self.round_state(layer)
         return at.linear("mamba.out_proj", y * gate * torch.sigmoid(gate))
 
     def gated_linear_attention(self, layer, at, x):
@@ -265,7 +293,13 @@ class ReferenceRow:
         values = (values * torch.sigmoid(values)).view(heads, size)
         decays = torch.sigmoid(at.linear("gla.g_proj", x))
         self.h[layer] = decays[:, None, None] * self.h[layer] + keys[:, :, None] * values[:, None, :]
-        return at.linear("gla.o_proj", (self.h[layer] * queries[:, :, None]).sum(1).flatten())
+        read = (self.h[layer] * queries[:, :, None]).sum(1).flatten()
+        self.round_state(layer)
+        return at.linear("gla.o_proj", read)
+
+    def round_state(self, layer):
+        if self.config.get("state_bits") == 8:
+            self.h[layer] = rounded_state(self.h[layer], self.position)
 
 
 class Names:

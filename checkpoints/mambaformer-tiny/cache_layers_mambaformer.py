@@ -23,6 +23,7 @@ from .cache_pruned_mambaformer import PrunedKeyValueStore
 from .cache_quantized_mambaformer import QuantizedKeyValueStore
 from .cache_retention_mambaformer import Layout, Retention
 from .cache_states_mambaformer import RecurrentStore
+from .cache_states_quantized_mambaformer import QuantizedRecurrentStore
 from .modeling_stack_mambaformer import LayerSpec
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class CacheLayer:
 
     def to_dict(self) -> dict[str, dict[str, torch.Tensor] | None]:
         """The layer's part of `MambaFormerCache.to_dict`, without its length."""
-        mamba = None if self.recurrent is None else self.recurrent.state() or None
+        mamba = None if self.recurrent is None else self.recurrent.visible() or None
         keys = None if self.attention is None else self.attention.visible() or None
         return {"mamba_cache": mamba, "attn_kv_cache": keys}
 
@@ -220,16 +221,16 @@ class RecurrentCacheLayer(CacheLayer, LinearAttentionCacheLayerMixin):
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
-        self.recurrent.update("ssm", recurrent_states)
+        self.recurrent.update("ssm", recurrent_states, is_wide=True)
         return recurrent_states
 
     @property
     def conv_states(self) -> dict[int, torch.Tensor | None]:
-        return {0: self.recurrent.state().get("conv")}
+        return {0: self.recurrent.visible().get("conv")}
 
     @property
     def recurrent_states(self) -> dict[int, torch.Tensor | None]:
-        return {0: self.recurrent.state().get("ssm")}
+        return {0: self.recurrent.visible().get("ssm")}
 
     @property
     def has_previous_state(self) -> dict[int, bool]:
@@ -260,11 +261,13 @@ def make_layer(
     dtype: torch.dtype = torch.float32,
     policy: PruningPolicy | None = None,
     budget: Budget | None = None,
+    state_bits: int | None = None,
 ) -> CacheLayer:
     """An empty cache layer for a layer of this spec.
 
-    Its storage is fixed if `max_columns` is set, and its keys and values are codes if `kv_bits` is. `dtype` is that of
-    the activations. `policy` prunes keys to `budget`, unless the layer has a window of its own.
+    Its storage is fixed if `max_columns` is set, its keys and values are codes if `kv_bits` is, and its recurrent
+    states are if `state_bits` is. `dtype` is that of the activations. `policy` prunes keys to `budget`, unless the
+    layer has a window of its own.
     """
     attention = recurrent = None
     if spec.attends:
@@ -278,7 +281,8 @@ def make_layer(
             inner = store(retention, row_shape, max_columns, STORAGES[storage])
             attention = PrunedKeyValueStore(inner, policy, config.num_attention_heads)
     if spec.is_recurrent:
-        recurrent = RecurrentStore(is_fixed=max_columns is not None)
+        make = RecurrentStore if state_bits is None else functools.partial(QuantizedRecurrentStore, dtype)
+        recurrent = make(is_fixed=max_columns is not None)
     return LAYER_CLASSES[spec.attends, spec.is_recurrent](lengths, attention, recurrent, max_columns)
 
 

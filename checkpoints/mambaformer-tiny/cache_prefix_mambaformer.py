@@ -282,6 +282,7 @@ class PrefixCache:
             "static storage": cache.max_columns is not None,
             "quantized keys and values": cache.options.kv_bits is not None,
             "a pruning policy": cache.options.policy is not None,
+            "quantized recurrent states": cache.options.state_bits is not None,
             "nothing is cached": cache.lengths.is_empty,
             "embeddings": cache.history.has_embeddings,
             "positions chosen by hand": cache.history.position_ids.tensor is not None,

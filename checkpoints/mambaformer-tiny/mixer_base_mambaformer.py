@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .cache_keys_mambaformer import StateSpec
 from .cache_mambaformer import MambaFormerCache
 from .cache_states_mambaformer import ReplaySegment, split_at_reach
+from .cache_states_quantized_mambaformer import POSITIONS, advance_rounded, lengths_of_token, round_wide
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import CannotLower, ProgramBuilder
 from .decode_workspace_mambaformer import Intermediate
@@ -122,6 +123,38 @@ class RecurrentMixer(MambaFormerMixer):
     def advance(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
         """A pure function `(states, tape, lengths) -> states` that repeats the recurrence with the present weights."""
 
+    def recur_rounded(
+        self,
+        states: States,
+        inputs: tuple[Tensor, ...],
+        vectors: dict[str, ScaledBasis],
+        lengths: Lengths,
+        positions: Tensor,
+    ) -> tuple[Tensor, States, dict[str, Tensor] | None]:
+        """`recur` with the wide states rounded after each token, which is at `positions` (rows, tokens) of its row.
+
+        Here one token at a time, for any mixer; one with a kernel overrides it and `advance_rounded`.
+        """
+        outputs, tapes = [], []
+        for token in range(positions.shape[1]):
+            one = tuple(each[:, token : token + 1] for each in inputs)
+            mixed, states, tape = self.recur(states, one, vectors, lengths_of_token(lengths, token))
+            states = round_wide(states, self.wide_names(), positions[:, token])
+            outputs.append(mixed)
+            tapes.append(tape)
+        joined = None
+        if all(tape is not None for tape in tapes):
+            joined = {name: torch.cat([tape[name] for tape in tapes], dim=1) for name in tapes[0]}
+        return torch.cat(outputs, dim=1), states, joined
+
+    def advance_rounded(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
+        """`advance` with the wide states rounded after each token, as in `recur_rounded`; the tape has positions."""
+        return advance_rounded(self.advance(), self.wide_names())
+
+    def wide_names(self) -> frozenset[str]:
+        """The states that are float32 at least."""
+        return frozenset(name for name, spec in self.state_specs().items() if spec.is_wide)
+
     @abstractmethod
     def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
         """Hidden states (rows, tokens, hidden) from the outputs of the recurrence."""
@@ -158,19 +191,32 @@ class RecurrentMixer(MambaFormerMixer):
     ) -> Tensor:
         """`recur` from the states of a cache; stores the new states, and the replay segment of the tokens in reach."""
         store, states = cache.recurrent_store(self.layer_idx), cache.recurrent_states(self.layer_idx, inputs[0])
+        positions = cache.token_positions(inputs[0]) if store.rounds_states else None
         parts = split_at_reach(inputs[0].shape[1], lengths, cache.replay_reach)
         outputs, segment = [], None
         for number, (tokens, real) in enumerate(parts, start=1):
             part = tuple(each[:, tokens] for each in inputs)
-            mixed, new_states, tape = self.recur(states, part, vectors, real)
+            if positions is None:
+                mixed, new_states, tape = self.recur(states, part, vectors, real)
+            else:
+                mixed, new_states, tape = self.recur_rounded(states, part, vectors, real, positions[:, tokens])
             if number == len(parts) and cache.replay_reach and tape is not None:
-                segment = ReplaySegment(_copy_views(tape, part), self.advance(), states, real)
+                segment = self._segment(_copy_views(tape, part), states, real, positions, tokens)
             states = new_states
             outputs.append(mixed)
+        wide_names = self.wide_names()
         for name, state in states.items():
-            store.update(name, state)
+            store.update(name, state, name in wide_names)
         store.stage_segment(segment, is_complete=len(parts) == 1)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _segment(
+        self, tape: dict[str, Tensor], states: States, lengths: Lengths, positions: Tensor | None, tokens: slice
+    ) -> ReplaySegment:
+        """The replay segment of a tape; `positions` of all tokens of the forward where states are rounded."""
+        if positions is None:
+            return ReplaySegment(tape, self.advance(), states, lengths)
+        return ReplaySegment(tape | {POSITIONS: positions[:, tokens]}, self.advance_rounded(), states, lengths)
 
 
 def _copy_views(tape: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .cache_keys_mambaformer import StateSpec
+from .cache_states_quantized_mambaformer import POSITIONS
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_builder_mambaformer import Columns, ProgramBuilder
 from .decode_workspace_mambaformer import Intermediate
@@ -16,7 +17,7 @@ from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import Lengths, MambaFormerRMSNorm, RecurrentMixer, States
 from .ops_eligibility_mambaformer import is_replaceable, replaceable_by_kernels
-from .ops_mambaformer import causal_conv1d, conv_window, selective_scan
+from .ops_mambaformer import causal_conv1d, conv_window, rounded_scan, selective_scan
 from .weights_parallel_mambaformer import mesh_of_inputs, used_by_shards
 
 
@@ -89,11 +90,33 @@ class MambaFormerMambaMixer(RecurrentMixer):
         positions: Tensor | None = None,
     ) -> tuple[Tensor, States, dict[str, Tensor] | None]:
         """Convolution and selective scan, gated."""
+        return self._recur(selective_scan, states, inputs, vectors, lengths, positions, positions)
+
+    def recur_rounded(
+        self,
+        states: States,
+        inputs: tuple[Tensor, ...],
+        vectors: dict[str, ScaledBasis],
+        lengths: Lengths,
+        positions: Tensor,
+    ) -> tuple[Tensor, States, dict[str, Tensor] | None]:
+        return self._recur(rounded_scan, states, inputs, vectors, lengths, None, positions)
+
+    def _recur(
+        self,
+        scan: Callable[..., tuple[Tensor, Tensor]],
+        states: States,
+        inputs: tuple[Tensor, ...],
+        vectors: dict[str, ScaledBasis],
+        lengths: Lengths,
+        conv_positions: Tensor | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, States, dict[str, Tensor] | None]:
         x, gate = inputs
-        u, window = self.conv1d(x, states.get("conv"), lengths, positions)
+        u, window = self.conv1d(x, states.get("conv"), lengths, conv_positions)
         dt, B, C = self.selection(u, vectors)
         options = {"lengths": lengths, "dt_softplus": True, "A_is_log": True, "positions": positions}
-        y, state = selective_scan(u, dt, self.A_log, B, C, self.D, gate, states.get("ssm"), **options)
+        y, state = scan(u, dt, self.A_log, B, C, self.D, gate, states.get("ssm"), **options)
         # `advance` does not call the module of the convolution.
         tape = {"x": x, "u": u, "dt": dt, "B": B} if is_replaceable(self.conv1d) else None
         return y, {"conv": window, "ssm": state}, tape
@@ -101,6 +124,9 @@ class MambaFormerMambaMixer(RecurrentMixer):
     def advance(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
         A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))  # a copy: training may go on
         return functools.partial(_advance_states, A, self.conv1d.kernel_size[0])
+
+    def advance_rounded(self) -> Callable[[States, dict[str, Tensor], Lengths], States]:
+        return self.advance()  # which rounds if the tape has positions
 
     def after(self, mixed: Tensor, inputs: tuple[Tensor, ...], vectors: dict[str, ScaledBasis]) -> Tensor:
         return apply_expert_linear(self.out_proj, mixed, vectors.get("out_proj"))
@@ -141,5 +167,7 @@ class MambaFormerMambaMixer(RecurrentMixer):
 def _advance_states(A: Tensor, kernel_size: int, states: States, tape: dict[str, Tensor], lengths: Lengths) -> States:
     window = conv_window(tape["x"], kernel_size, states.get("conv"), lengths)
     u, dt, B, state = tape["u"], tape["dt"], tape["B"], states.get("ssm")
-    _, state = selective_scan(u, dt, A, B, B, initial_state=state, lengths=lengths, dt_softplus=True)
+    scan, positions = (rounded_scan, tape[POSITIONS]) if POSITIONS in tape else (selective_scan, None)
+    options = {"lengths": lengths, "dt_softplus": True, "positions": positions}
+    _, state = scan(u, dt, A, B, B, initial_state=state, **options)
     return {"conv": window, "ssm": state}

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from .ops_backends_mambaformer import run_kernel
 from .ops_reference_mambaformer import arithmetic_dtype, convolve, last_inputs, recur, scan, start_of_convolution
+from .ops_state_codes_mambaformer import scan_rounded
 
 
 def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -214,6 +215,44 @@ def selective_scan(
     return scan(*arguments) if results is None else results
 
 
+def rounded_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    gate: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    dt_softplus: bool = False,
+    A_is_log: bool = False,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` with a state that is rounded after each token, by `round_states`.
+
+    A token's output is computed from its state before rounding.
+
+    Args:
+        positions: (B, L) integers that increase by 1 along a row: the position of each token in its row, which may
+            have started in earlier calls. `None` means that it starts here, at 0. The other arguments are those of
+            `selective_scan`.
+
+    Returns:
+        y: (B, L, D) in the dtype of u; zero at padding.
+        final_state: (B, D, N) in the dtype of the arithmetic, rounded.
+
+    Raises:
+        ValueError: shapes that contradict each other, or a state that gradients are asked of.
+    """
+    if positions is None:
+        positions = torch.arange(u.shape[1], device=u.device).expand(u.shape[:2])
+    _check_shapes(dt=(dt, u.shape), gate=(gate, u.shape), positions=(positions, u.shape[:2]))
+    arguments = (u, dt, A, B, C, D, gate, initial_state, lengths, dt_softplus, A_is_log, positions)
+    results = run_kernel("rounded_scan", *arguments)
+    return scan_rounded(*arguments) if results is None else results
+
+
 def matrix_recurrence(
     q: Tensor,
     k: Tensor,
@@ -280,6 +319,7 @@ __all__ = [
     "linear",
     "matrix_recurrence",
     "rms_norm",
+    "rounded_scan",
     "scale_singular_values",
     "selective_scan",
     "silu_gate",
