@@ -98,6 +98,22 @@ def test_a_rollback_is_as_if_the_tokens_had_never_been_fed(pattern, name, reach)
 
 
 @every_policy
+def test_a_crop_across_evictions_within_reach_encodes_nothing_again(name):
+    model = shared_model("full")
+    for length in range(8, 13):
+        rows = rows_of("full", 3, (length, length))
+        cache = cache_of(model, name, rollback_reach=5)
+        feed(model, cache, [one_turn(rows)])
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        feed(model, cache, [one_turn(random_rows(9, (3, 3))), one_turn(random_rows(8, (2, 2)))])
+        fork = cache.fork()
+        for each in (fork, cache):
+            each.crop(-5)
+            assert each.status == "current"
+            read_on(model, each, rows[::-1], cache_fields=fields_of(cache))
+
+
+@every_policy
 def test_rows_lose_different_numbers_of_tokens(name):
     model, rows = shared_model("everything"), rows_of("everything", 3, (12, 12, 12))
     cache = cache_of(model, name)

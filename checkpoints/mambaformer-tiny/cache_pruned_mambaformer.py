@@ -6,7 +6,7 @@ queries too.
 """
 
 import copy
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,21 @@ from .cache_eviction_mambaformer import Chunk, PrunedLayout, PrunedRetention
 from .cache_keys_mambaformer import KeyValueStore, Removal, StateSpec
 from .cache_policies_mambaformer import PruningPolicy, round_scores
 from .cache_retention_mambaformer import Layout
+
+
+class BeforeEviction(NamedTuple):
+    """The keys and queries of rows of `tokens` tokens each, before they evicted keys; it shares their memory."""
+
+    tokens: int
+    store: KeyValueStore
+    queries: Tensor | None
+
+    def fork(self) -> "BeforeEviction":
+        return self._replace(store=self.store.fork())
+
+    def select_rows(self, rows: Tensor) -> "BeforeEviction":
+        self.store.select_rows(rows)
+        return self._replace(queries=_select_rows(self.queries, rows))
 
 
 class PrunedKeyValueStore:
@@ -35,6 +50,9 @@ class PrunedKeyValueStore:
         # The last `query_window` queries of each interval, (rows, heads, query_window, head_dim).
         self.queries: Tensor | None = None
         self.staged, self.staged_queries = store, self.queries
+        # The evictions of the last `reach` tokens, so that a removal may go back behind them.
+        self.past: list[BeforeEviction] = []
+        self.staged_past, self.reach = self.past, 0
         self.open: PrunedLayout | None = None  # of a forward that has fed the layer
 
     @property
@@ -69,7 +87,7 @@ class PrunedKeyValueStore:
         return self.staged.update(keys, values, chunk.layout, is_saved)
 
     def _open(self, layout: PrunedLayout) -> None:
-        self.open, self.staged_queries = layout, self.queries
+        self.open, self.staged_queries, self.staged_past = layout, self.queries, self.past
         self.staged = self.store if len(layout.chunks) == 1 else self.store.fork()
 
     def _keep_queries(self, queries: Tensor | None, chunk: Chunk) -> None:
@@ -118,6 +136,9 @@ class PrunedKeyValueStore:
         groups = chunk.evicting()
         if not groups:
             return
+        if self.reach and len(chunk.first) == 1:
+            tokens = chunk.first[0] + chunk.counts[0]
+            self.staged_past = [*self.staged_past, BeforeEviction(tokens, store.fork(), self.staged_queries)]
         with torch.no_grad():
             visible = store.visible()
             keys, values = visible["keys"], visible["values"]
@@ -142,28 +163,32 @@ class PrunedKeyValueStore:
         if self.open is None:
             return
         self.store, self.queries = self.staged, self.staged_queries
-        self._evict(self.store, self.open.chunks[-1])
+        last = self.open.chunks[-1]
+        self._evict(self.store, last)
+        fewest = min(first + count for first, count in zip(last.first, last.counts, strict=True))
+        self.past = [each for each in self.staged_past if each.tokens > fewest - self.reach]
         self.open = None
 
     def discard(self) -> None:
-        self.open, self.staged, self.staged_queries = None, self.store, self.queries
+        self.open, self.staged, self.staged_queries, self.staged_past = None, self.store, self.queries, self.past
         self.store.discard()
 
     # ---- between forwards
 
     def reset(self) -> None:
         self.store.reset()
-        self.queries = None
+        self.queries, self.past = None, []
         self.discard()
 
     def select_rows(self, rows: Tensor) -> None:
         self.store.select_rows(rows)
-        if self.queries is not None:
-            self.queries = self.queries.index_select(0, rows.to(self.queries.device))
+        self.queries = _select_rows(self.queries, rows)
+        self.past = [each.select_rows(rows) for each in self.past]
+        self.discard()
 
     def fork(self) -> "PrunedKeyValueStore":
         other = copy.copy(self)
-        other.store = self.store.fork()
+        other.store, other.past = self.store.fork(), [each.fork() for each in self.past]
         other.discard()
         return other
 
@@ -187,7 +212,7 @@ class PrunedKeyValueStore:
 
     def load_state(self, state: dict[str, Tensor], columns: int) -> None:
         self.store.load_state({name: state[name] for name in ("keys", "values")}, columns)
-        self.queries = state.get("queries")
+        self.queries, self.past = state.get("queries"), []
         self.discard()
 
     def spec(self, rows: int, columns: int, layer: nn.Module) -> dict[str, StateSpec]:
@@ -205,24 +230,47 @@ class PrunedKeyValueStore:
         self.queries = buffers.get("queries", self.queries)
 
     def nbytes(self) -> dict[str, int]:
-        return self.store.nbytes() | ({} if self.queries is None else {"queries": self.queries.nbytes})
+        sizes = self.store.nbytes() | ({} if self.queries is None else {"queries": self.queries.nbytes})
+        past = sum(sum(each.store.nbytes().values()) for each in self.past)
+        return sizes | ({"past": past} if past else {})
 
     def extend_reach(self, reach: int, tokens_seen: Tensor, columns: int) -> None:
-        """Nothing to do: within an interval all tokens can be taken back."""
+        """Keeps the keys of later evictions for a while; within an interval all tokens can be taken back anyway."""
+        self.reach = reach
 
-    def plan_crop(self, removal: Removal) -> int | None:
-        """Slots in use after a removal; `None` if a row goes back behind an eviction."""
+    def plan_crop(self, removal: Removal) -> tuple[int, int | None] | None:
+        """Slots in use after a removal, and the index in `past` that it returns to.
+
+        `None` if a row goes back behind an eviction that has not been kept.
+        """
         before, interval = _as_list(removal.tokens_seen), self.retention.interval
         removed = _as_list(removal.tokens)
         num_rows = max(len(before), len(removed))
         before, removed = before * (num_rows // len(before)), removed * (num_rows // len(removed))
         after = [old - tokens for old, tokens in zip(before, removed, strict=True)]
+        num_slots, index = max(self.retention.stored(new) for new in after), None
         if any(old // interval != new // interval for old, new in zip(before, after, strict=True)):
-            return None
-        return max(self.retention.stored(new) for new in after)
+            kept = [
+                n
+                for n, each in enumerate(self.past)
+                if {(new // interval + 1) * interval for new in after} == {each.tokens}
+            ]
+            if not kept:
+                return None
+            index = kept[0]
+        return num_slots, index
 
-    def crop(self, plan: int) -> None:
-        self.store.crop(plan)
+    def crop(self, plan: tuple[int, int | None]) -> None:
+        num_slots, index = plan
+        if index is not None:
+            _, self.store, self.queries = self.past[index]
+            self.past = self.past[:index]
+            self.discard()
+        self.store.crop(num_slots)
+
+
+def _select_rows(queries: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if queries is None else queries.index_select(0, rows.to(queries.device))
 
 
 def _as_list(counts: int | Tensor) -> list[int]:
