@@ -214,6 +214,18 @@ class KeyValueStore:
     def nbytes(self) -> dict[str, int]:
         return {name: tensor.nbytes for name, tensor in self.buffers().items()}
 
+    def slack(self, columns: int) -> dict[str, int]:
+        used = self.num_slots if self.keys.fixed_size is None else self.retention.num_slots(columns)
+        tensors = self.buffers().items()
+        return {name: tensor.nbytes - tensor.nbytes // tensor.shape[2] * used for name, tensor in tensors}
+
+    def evicted(self, columns: int) -> dict[str, int]:
+        return {}
+
+    def shared(self) -> dict[str, int]:
+        pairs = {"keys": self.keys, "values": self.values}.items()
+        return {name: buffer.tensor.nbytes for name, buffer in pairs if buffer.is_shared and buffer.tensor is not None}
+
     def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: int) -> None:
         """Widens a ring, so that `reach` tokens can be taken back."""
         if self.retention.window is None or self.retention.spare >= reach:

@@ -93,6 +93,18 @@ class CacheStore(Protocol):
         """Bytes by kind of tensor."""
         ...
 
+    def slack(self, columns: int) -> dict[str, int]:
+        """Bytes of slots without a token, in a sequence of `columns` columns, by kind of tensor."""
+        ...
+
+    def evicted(self, columns: int) -> dict[str, int]:
+        """Bytes that tensors of tokens that a pruning policy has evicted would take, by kind."""
+        ...
+
+    def shared(self) -> dict[str, int]:
+        """Bytes that a fork may have too, by kind of tensor."""
+        ...
+
 
 # Storage of keys and values, by its name in `make_cache`.
 STORAGES: dict[str, Callable[[int, int | None], Buffer]] = {"dense": Buffer, "static": Buffer, "quantized": Buffer}

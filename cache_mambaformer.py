@@ -33,6 +33,7 @@ from .cache_lock_mambaformer import CacheLock, not_while_fed
 from .cache_options_mambaformer import CacheOptions, check_reach
 from .cache_parked_mambaformer import ParkedStates
 from .cache_pruned_mambaformer import PrunedKeyValueStore
+from .cache_report_mambaformer import bytes_held, make_report
 from .cache_retention_mambaformer import Layout
 from .cache_session_mambaformer import SessionModel, load_session, save_session
 from .cache_states_mambaformer import RecurrentStore
@@ -574,26 +575,19 @@ class MambaFormerCache(Cache):
         return {"layers": {name: layer.to_dict() | {"cache_length": length} for name, layer in layers}}
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Bytes by layer type and kind of tensor, and of the token history; without the expert vector.
+        """Bytes by layer type and kind of tensor, of the token history, and of parked states.
 
-        Kinds are `keys`, `values`, `conv`, `ssm` and `past`: the tape and the checkpoints for rollback. `"parked"`
-        has the states of expert vectors that are not in force, if `park_bytes` allows any.
+        Kinds are `keys`, `values`, `conv`, `ssm` and `past`: the tape and the checkpoints for rollback. The expert
+        vector is not counted. Two entries say what some of these bytes are: `"slack"` are slots without a token, and
+        `"shared"` is memory that a fork had at its start and that this cache has not written since. With a pruning
+        policy `"evicted"` is what the keys and values that it removed would take.
         """
-        by_type: dict[str, dict[str, int]] = {}
-        for spec, layer in zip(self.specs, self.layers, strict=True):
-            kinds = by_type.setdefault(spec.layer_type, {})
-            for store in layer.stores.values():
-                for kind, nbytes in store.nbytes().items():
-                    kinds[kind] = kinds.get(kind, 0) + nbytes
-        by_type["tokens"] = self.history.nbytes()
-        if self.options.park_bytes:
-            by_type["parked"] = {"states": self.parked.nbytes}
-        return by_type
+        return make_report(self)
 
     @property
     def nbytes(self) -> int:
-        """The sum of `report()`."""
-        return sum(sum(kinds.values()) for kinds in self.report().values())
+        """Bytes of all tensors in `report()`; memory that is shared with a fork counts in both."""
+        return bytes_held(self.report())
 
 
 __all__ = ["MambaFormerCache"]

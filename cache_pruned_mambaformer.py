@@ -234,6 +234,18 @@ class PrunedKeyValueStore:
         past = sum(sum(each.store.nbytes().values()) for each in self.past)
         return sizes | ({"past": past} if past else {})
 
+    def slack(self, columns: int) -> dict[str, int]:
+        return self.store.slack(columns)
+
+    def shared(self) -> dict[str, int]:
+        return self.store.shared()
+
+    def evicted(self, columns: int) -> dict[str, int]:
+        """Bytes that the keys and values of evicted tokens would take."""
+        tensors = self.store.buffers().items()
+        removed = columns - self.store.num_slots
+        return {name: tensor.nbytes // tensor.shape[2] * removed for name, tensor in tensors}
+
     def extend_reach(self, reach: int, tokens_seen: Tensor, columns: int) -> None:
         """Keeps the keys of later evictions for a while; within an interval all tokens can be taken back anyway."""
         self.reach = reach

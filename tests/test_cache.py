@@ -64,7 +64,7 @@ def test_a_decoding_step_without_full_attention_costs_the_same_at_any_length():
     cache, sizes = model.make_cache(), []
     for _ in range(8):
         model(torch.randint(0, VOCAB, (1, 16)), past_key_values=cache)
-        sizes.append(sum(sum(kinds.values()) for name, kinds in cache.report().items() if name != "tokens"))
+        sizes.append(sum(cache.report()["hybrid_sliding"].values()))
     assert len(set(sizes)) == 1
 
 
@@ -82,7 +82,51 @@ def test_nbytes_is_the_sum_of_all_tensors_the_cache_holds(variant):
         held += layer.recurrent.states.values() if layer.recurrent else []
         held += [layer.attention.keys.tensor, layer.attention.values.tensor] if layer.attention else []
     assert cache.nbytes == sum(tensor.nbytes for tensor in held) > 0
-    assert set(cache.report()) == {*model.config.layer_types, "tokens"}
+    assert set(cache.report()) == {*model.config.layer_types, "tokens", "slack", "shared"}
+
+
+def test_a_report_says_which_bytes_are_spare_and_which_are_shared():
+    model = shared_model("everything")
+    cache = model.make_cache()
+    ids = torch.tensor(random_rows(0)[:1])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        report = cache.report()
+        full = [layer.attention for layer in cache.layers if layer.attention and not layer.is_sliding]
+        assert all(store.keys.tensor.shape[2] == ids.shape[1] + 64 for store in full)
+        assert report["slack"]["keys"] == 64 * sum(store.keys.tensor[0, :, 0].nbytes for store in full)
+        assert report["shared"] == {}
+        fork = cache.fork()
+        kinds = ("keys", "values", "conv", "ssm")
+        every = {kind: sum(report[name].get(kind, 0) for name in model.config.layer_types) for kind in kinds}
+        assert cache.report()["shared"] == fork.report()["shared"] == every
+        model(ids[:, :1], past_key_values=fork)
+        assert fork.report()["shared"] == {}
+    held = {*model.config.layer_types, "tokens"}
+    assert fork.nbytes == cache.nbytes == sum(sum(report[name].values()) for name in held)
+
+
+def test_a_report_says_what_a_policy_has_evicted():
+    model = shared_model("full")
+    pruned, plain = model.make_cache(policy="key_norm", budget=0.5), model.make_cache()
+    with torch.no_grad():
+        for cache in (pruned, plain):
+            model(torch.tensor(random_rows(1, (300,))), past_key_values=cache)
+    report, per_key = pruned.report(), plain.layers[0].attention.keys.tensor[:, :, 0].nbytes
+    stored = [layer.attention.visible()["keys"].shape[2] for layer in pruned.layers]
+    assert max(stored) < 200
+    assert report["evicted"]["keys"] == report["evicted"]["values"] == sum((300 - size) * per_key for size in stored)
+    assert pruned.nbytes == sum(sum(report[part].values()) for part in ("full_attention", "tokens"))
+
+
+def test_the_slack_of_static_storage_shrinks_with_the_sequence():
+    model, found = shared_model("full"), []
+    cache = model.make_cache("static", max_cache_len=32)
+    for _ in range(2):
+        feed_row(model, cache, random_rows(1, (8,))[0])
+        report = cache.report()
+        found.append(report["slack"]["keys"] / report["full_attention"]["keys"])
+    assert found == [24 / 32, 16 / 32]
 
 
 @torch.no_grad()

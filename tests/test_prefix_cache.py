@@ -93,7 +93,7 @@ def test_each_turn_of_a_chat_reads_only_its_new_tokens(pattern):
         new = ids_of(pattern, 10 + turn, 4)
         chat, plain = torch.cat([chat, new], 1), torch.cat([plain, new], 1)
     report = prefixes.report()
-    assert (report["requests"], report["hits"]) == (3, 2)
+    assert report["requests"] == {"all": 3, "hits": 2}
 
 
 @pytest.mark.parametrize("pattern", MODELS)
@@ -107,7 +107,7 @@ def test_a_branch_is_stored_where_the_second_request_leaves_the_first(pattern):
     reused = []
     for ids in requests:
         cache = prefixes.fetch(ids)
-        reused.append(prefixes.report()["tokens_reused"])
+        reused.append(prefixes.report()["tokens"]["reused"])
         assert_continues(model, cache, ids)
         prefixes.insert(cache)
     assert reused[0] == 0 and reused[2] - reused[1] == 8
@@ -119,7 +119,7 @@ def test_attention_alone_answers_from_any_length_of_a_stored_sequence(pattern):
     stored(prefixes, model, ids_of(pattern, 1, 12))
     ids = torch.cat([ids_of(pattern, 1, 12)[:, :7], ids_of(pattern, 2, 6)], 1)
     cache = prefixes.fetch(ids)
-    assert cache.get_seq_length() == 7 and prefixes.report()["hits"] == 1
+    assert cache.get_seq_length() == 7 and prefixes.report()["requests"]["hits"] == 1
     assert_continues(model, cache, ids)
 
 
@@ -130,7 +130,7 @@ def test_a_repeated_prompt_leaves_one_token_to_feed():
         assert cache.get_seq_length() < 9
         assert_continues(model, cache, ids)
         prefixes.insert(cache)
-    assert prefixes.report()["tokens_reused"] == 8
+    assert prefixes.report()["tokens"]["reused"] == 8
 
 
 def test_no_request_is_answered_under_another_expert_vector_or_other_weights():
@@ -149,7 +149,7 @@ def test_no_request_is_answered_under_another_expert_vector_or_other_weights():
     assert cache.get_seq_length() == 0
     assert_continues(model, cache, longer, expert_vector=expert)
     report = prefixes.report()
-    assert (report["missed: other expert vector"], report["missed: other weights"]) == (1, 1)
+    assert (report["missed"]["other expert vector"], report["missed"]["other weights"]) == (1, 1)
 
 
 def test_a_schedule_of_expert_vectors_is_stored_under_its_last_one():
@@ -223,7 +223,7 @@ def test_entries_that_are_used_outlive_the_others_within_the_bytes():
         stored(prefixes, model, ids_of("everything", seed, 20))
         assert prefixes.nbytes <= prefixes.max_bytes
     report = prefixes.report()
-    assert (report["entries"], report["evicted"], report["hits"]) == (3, 5, 7)
+    assert (report["held"]["entries"], report["evicted"]["entries"], report["requests"]["hits"]) == (3, 5, 7)
 
 
 def test_a_state_that_is_larger_than_all_the_room_evicts_nothing():
@@ -232,7 +232,7 @@ def test_a_state_that_is_larger_than_all_the_room_evicts_nothing():
     prefixes = make_prefixes("everything", max_bytes=size.nbytes)
     stored(prefixes, model, ids_of("everything", 1, 9))
     assert stored(prefixes, model, ids_of("everything", 2, 300)) == 0
-    assert len(prefixes) == 1 and prefixes.report()["not stored: larger than `max_bytes`"] == 1
+    assert len(prefixes) == 1 and prefixes.report()["not stored"]["larger than `max_bytes`"] == 1
 
 
 @pytest.mark.parametrize("policy", ["continue", "reset", "error"])
@@ -290,7 +290,7 @@ def test_threads_share_one_prefix_cache():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and prefixes.report()["requests"] == 12
+    assert not wrong and prefixes.report()["requests"]["all"] == 12
 
 
 def test_what_cannot_answer_is_not_stored_and_the_reason_is_counted():
@@ -311,8 +311,7 @@ def test_what_cannot_answer_is_not_stored_and_the_reason_is_counted():
         model(ids.expand(2, -1), cache=rows, expert_vector=[None, expert])
     for cache in (static, quantized, mixed, padded, embedded, placed, rows):
         assert prefixes.insert(cache) == 0
-    reasons = {name: count for name, count in prefixes.report().items() if name.startswith("not stored")}
-    assert sorted(reasons.values()) == [1] * 7
+    assert sorted(prefixes.report()["not stored"].values()) == [1] * 7
     assert prefixes.fetch(ids).get_seq_length() == 0
 
 
@@ -324,7 +323,7 @@ def test_a_padded_batch_is_answered_from_an_empty_cache():
     options = {"attention_mask": mask, "max_new_tokens": 3, **GREEDY}
     found = model.generate(padded, prefix_cache=prefixes, **options)
     assert torch.equal(found, model.generate(padded, **options))
-    assert prefixes.report()["missed: padding"] == 1
+    assert prefixes.report()["missed"]["padding"] == 1
 
 
 def test_a_saved_prefix_cache_answers_in_the_next_process(tmp_path):
@@ -386,7 +385,7 @@ def test_generate_refuses_another_cache_beside_a_prefix_cache(options):
         prefixes.insert(None)
     with pytest.raises(TypeError, match="MambaFormer model"):
         PrefixCache("everything", PLENTY)
-    assert "requests" not in prefixes.report()
+    assert prefixes.report()["requests"]["all"] == 0
 
 
 @pytest.mark.parametrize("pattern", ["mamba", "everything"])

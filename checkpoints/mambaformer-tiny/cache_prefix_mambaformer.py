@@ -98,7 +98,7 @@ class PrefixCache:
         ids = self._lookup_ids(input_ids, attention_mask, cache)
         num_tokens = input_ids.shape[0] * input_ids.shape[1]
         if ids is None:
-            self._count(requests=1, tokens_read=num_tokens)
+            self._count({"requests: all": 1, "tokens: read": num_tokens})
             return cache
         found, length_seen = self._longest(cache.provenance.in_force, ids)
         start = 0 if found is None else found.get_seq_length()
@@ -107,7 +107,8 @@ class PrefixCache:
             self._encode(found, ids[start:length_seen])
             self.insert(found)
         reused = start * input_ids.shape[0]
-        self._count(requests=1, hits=int(start > 0), tokens_reused=reused, tokens_read=num_tokens - reused)
+        hits = {"requests: hits": 1} if start else {}
+        self._count({"requests: all": 1, "tokens: reused": reused, "tokens: read": num_tokens - reused} | hits)
         found = cache if found is None else found
         if input_ids.shape[0] > 1 and found.get_seq_length():
             found.batch_repeat_interleave(input_ids.shape[0])
@@ -132,7 +133,7 @@ class PrefixCache:
         check_cache_type(cache)
         reason = self._obstacle(cache)
         if reason is not None:
-            self._count(**{f"not stored: {reason}": 1})
+            self._count({f"not stored: {reason}": 1})
             return 0
         token_ids = cache.token_ids
         if token_ids is None:
@@ -158,10 +159,18 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def report(self) -> dict[str, int]:
-        """Counts since it was made: requests, hits, tokens reused and read, misses and their reasons, evictions."""
+    def report(self) -> dict[str, dict[str, int]]:
+        """Counts since it was made, and what is held now.
+
+        Parts are `requests`, `tokens` (reused and read), `missed` and `not stored` by reason, `evicted`, and `held`.
+        """
         with self._lock:
-            return {**self._counts, "entries": len(self._entries), "nbytes": self.nbytes, "max_bytes": self.max_bytes}
+            report: dict[str, dict[str, int]] = {"requests": {"all": 0, "hits": 0}, "tokens": {"reused": 0, "read": 0}}
+            for name, count in self._counts.items():
+                part, _, what = name.partition(": ")
+                report.setdefault(part, {})[what] = count
+            held = {"entries": len(self._entries), "bytes": self.nbytes, "max_bytes": self.max_bytes}
+            return report | {"held": held}
 
     # ---- on disk
 
@@ -207,7 +216,8 @@ class PrefixCache:
 
     # ---- inside
 
-    def _count(self, **counts: int) -> None:
+    def _count(self, counts: dict[str, int]) -> None:
+        """Adds to counters, which are named "part of the report: name"."""
         with self._lock:
             self._counts.update(counts)
 
@@ -223,11 +233,11 @@ class PrefixCache:
     def _lookup_ids(self, input_ids: Tensor, attention_mask: Tensor | None, cache: MambaFormerCache) -> Tensor | None:
         """The tokens that all rows begin with, but the last; `None`, and the reason is counted, if there are none."""
         if isinstance(cache.expert_vector, list):
-            self._count(**{"missed: one expert vector per row": 1})
+            self._count({"missed: one expert vector per row": 1})
         elif torch.is_autocast_enabled(self.model.device.type):
-            self._count(**{"missed: autocast": 1})
+            self._count({"missed: autocast": 1})
         elif attention_mask is not None and not bool(attention_mask.bool().all()):
-            self._count(**{"missed: padding": 1})
+            self._count({"missed: padding": 1})
         else:
             ids = _as_ids(input_ids[:, :-1])  # one token is left to be fed
             differ = (ids != ids[:1]).any(0).nonzero()
@@ -244,7 +254,7 @@ class PrefixCache:
                 self._use(entry)
                 cache = entry.cache.fork()
             if cache is None:
-                self._count(**{f"missed: {self._reason(encoding, ids, match.length)}": 1})
+                self._count({f"missed: {self._reason(encoding, ids, match.length)}": 1})
             return cache, match.length
 
     def _cropped_fork(self, match: Match) -> MambaFormerCache | None:
@@ -309,7 +319,7 @@ class PrefixCache:
             stored.batch_select_indices(torch.tensor([row], device="cpu"))
         entry = Entry(stored, len(ids), stored.nbytes)
         if entry.nbytes > self.max_bytes:
-            self._count(**{"not stored: larger than `max_bytes`": 1})
+            self._count({"not stored: larger than `max_bytes`": 1})
             return False
         with self._lock:
             node = self._trees.setdefault(encoding, PrefixTree()).node_at(ids)
@@ -357,7 +367,7 @@ class PrefixCache:
             tree.remove(entry, ids)
             if not tree.root.children:
                 del self._trees[encoding]
-            self._count(evicted=1, bytes_evicted=entry.nbytes)
+            self._count({"evicted: entries": 1, "evicted: bytes": entry.nbytes})
 
 
 def _as_ids(ids: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ class RecurrentStore:
 
     def __init__(self, is_fixed: bool = False):
         self.is_fixed, self.reach = is_fixed, 0
+        self.is_shared = False  # a fork has the states and segments too
         self.states: States = {}
         self.staged: States = {}
         self.segments: list[ReplaySegment] = []
@@ -126,6 +127,7 @@ class RecurrentStore:
             self.staged_segments = [*self.segments, segment] if is_complete else [segment]
 
     def commit(self) -> None:
+        self.is_shared = self.is_shared and not self.staged
         for name, state in self.staged.items():
             if not self.is_fixed:
                 self.states[name] = state
@@ -165,11 +167,13 @@ class RecurrentStore:
         # A state of zeros is the state before the first token.
         self.states = {name: fill_zeros(state) for name, state in self.states.items()} if self.is_fixed else {}
         self.staged, self.staged_segments, self.segments = {}, [], []
+        self.is_shared = False
 
     def select_rows(self, rows: torch.Tensor) -> None:
         may_write = self.is_fixed and not torch.is_grad_enabled()
         self.states = {name: select_rows_of(state, rows, may_write) for name, state in self.states.items()}
         self.segments = [segment.select_rows(rows) for segment in self.segments]
+        self.is_shared = False
 
     def fork(self) -> "RecurrentStore":
         other = RecurrentStore(self.is_fixed)
@@ -179,6 +183,7 @@ class RecurrentStore:
     def _fork_into(self, other: "RecurrentStore") -> None:
         other.states = {name: state.clone() if self.is_fixed else state for name, state in self.states.items()}
         other.segments, other.reach = list(self.segments), self.reach
+        self.is_shared = other.is_shared = not self.is_fixed
 
     def state(self, columns: int | None = None) -> dict[str, torch.Tensor]:
         return {name: as_normal_tensor(state) for name, state in self.states.items()}
@@ -209,6 +214,15 @@ class RecurrentStore:
     def nbytes(self) -> dict[str, int]:
         sizes = {name: state.nbytes for name, state in self.states.items()}
         return sizes | ({"past": sum(segment.nbytes() for segment in self.segments)} if self.segments else {})
+
+    def slack(self, columns: int) -> dict[str, int]:
+        return {}
+
+    def evicted(self, columns: int) -> dict[str, int]:
+        return {}
+
+    def shared(self) -> dict[str, int]:
+        return self.nbytes() if self.is_shared else {}
 
     def extend_reach(self, reach: int, tokens_seen: torch.Tensor, columns: int) -> None:
         self.reach = reach
