@@ -6,7 +6,7 @@ of expert vector, and takes back wrong drafts.
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +18,9 @@ from .cache_history_mambaformer import Status
 from .cache_lock_mambaformer import GenerateLock
 from .cache_mambaformer import DEFAULT_REACH, MambaFormerCache
 from .cache_prefix_mambaformer import PrefixCache
-from .expert_vectors_mambaformer import ExpertVectorsLike, resolve_expert_vector
+from .expert_posterior_mambaformer import ExpertPosterior
+from .expert_vectors_mambaformer import ExpertVectorLike, ExpertVectorsLike, resolve_expert_vector
+from .generation_posterior_mambaformer import cache_under_posterior
 from .generation_schedule_mambaformer import (
     BoundedDrafts,
     ExpertFields,
@@ -41,6 +43,7 @@ from .weights_version_mambaformer import weights_stamp
 
 if TYPE_CHECKING:
     from .expert_runtime_mambaformer import ExpertRuntimeMixin as Model
+    from .modeling_mambaformer import MambaFormerForCausalLM
 else:
     Model = object  # a mixin: the class that uses it is such a model
 
@@ -64,6 +67,8 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
         expert_vector: ExpertVectorsLike | EllipsisType = ...,
         expert_schedule: dict[int, ExpertVectorsLike] | None = None,
         prefix_cache: PrefixCache | None = None,
+        expert_posterior: ExpertPosterior | Sequence[ExpertVectorLike] | None = None,
+        posterior_mode: str = "choose",
         **kwargs,
     ):
         """`generate` of Transformers, with expert vectors.
@@ -77,6 +82,12 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
             expert_schedule: {n: expert vector}, the expert vector that predicts new tokens from number n (0-based) on.
             prefix_cache: the prompt continues from the longest prefix that it stores, and the sequence at the end of
                 generation is stored in it.
+            expert_posterior: a posterior over expert vectors, or its candidates. It observes the prompt; a posterior
+                that has observed a prefix observes the rest, as in the next turn of a chat.
+            posterior_mode: `"choose"` continues with the most probable candidate of each row and its states;
+                `"sample"` draws the candidate from the posterior; `"blend"` continues the states of the most probable
+                one with the average z = sum_k p_k z_k; `"mixture"` averages the predictions of all candidates, and the
+                posterior observes the new tokens too.
 
         Raises:
             ValueError, TypeError: an expert vector that does not fit, both arguments for token 0, or a prompt of
@@ -104,6 +115,11 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
             kwargs["num_embeds_cached"] = num_repeated
         if prefix_cache is not None:
             cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
+        if expert_posterior is not None:
+            options = [kwargs, *configs]
+            if entries or prefix_cache is not None:
+                raise ValueError("`expert_posterior` brings a cache and expert vectors: leave other ones out.")
+            cache = self._continue_posterior(expert_posterior, posterior_mode, prompt, cache, options)
         with GenerateLock(cache):
             output = self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
         if prefix_cache is not None and prompt is not None and cache is not None and cache.batch_size == len(prompt):
@@ -157,6 +173,33 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
         if max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1:
             prefix_cache.encode(prompt, cache)
         return cache
+
+    def _continue_posterior(
+        self,
+        posterior: ExpertPosterior | Sequence[ExpertVectorLike],
+        mode: str,
+        prompt: torch.Tensor | None,
+        cache: MambaFormerCache | None,
+        options: list[Keywords | GenerationConfig],
+    ) -> MambaFormerCache:
+        """The cache that generation under a posterior continues from; `options` as in `_continue_prefix`."""
+        option = functools.partial(_first_of, [each if isinstance(each, dict) else vars(each) for each in options])
+        if prompt is None or option("inputs_embeds") is not None or option("position_ids") is not None:
+            raise ValueError(
+                "A posterior observes token ids at the positions that the model counts: pass the prompt as "
+                "`input_ids`, without `inputs_embeds` and `position_ids`."
+            )
+        implementation = option("cache_implementation")
+        if cache is not None or option("use_cache") is False or implementation not in (None, "dynamic"):
+            raise ValueError(
+                "`expert_posterior` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
+                "`use_cache=False` out."
+            )
+        mask = option("attention_mask")
+        if mask is None and option("pad_token_id") is not None:
+            mask = prompt != option("pad_token_id")  # the library takes such tokens for padding too
+        model = cast("MambaFormerForCausalLM", self)
+        return cast(MambaFormerCache, cache_under_posterior(model, posterior, mode, prompt, mask))
 
     def can_run_compiled(self, cache: MambaFormerCache | None) -> bool:
         """Whether the next decoding step may run compiled; one that encodes a sequence again may not."""

@@ -218,7 +218,7 @@ def _check_cached_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
 
 def check_cache_type(cache: object) -> None:
     # Not by its class: remote code may have loaded a second copy of it.
-    if cache is not None and not hasattr(cache, "provenance"):
+    if cache is not None and not hasattr(cache, "provenance") and not getattr(cache, "is_posterior", False):
         raise TypeError(
             f"`cache` is a {type(cache).__name__}, which has no states of Mamba layers: make one with "
             "`model.make_cache()`. Prefix tuning of PEFT makes such caches, of keys and values alone: use prompt "

@@ -5,6 +5,7 @@ which opens and closes the cache's transaction and checks that the weights are t
 """
 
 import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
@@ -25,6 +26,7 @@ from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import DecodePrograms
 from .expert_linear_mambaformer import apply_expert_linear
+from .expert_posterior_mambaformer import ExpertPosterior
 from .expert_runtime_mambaformer import (
     ExpertRuntimeMixin,
     ExpertVectorArgument,
@@ -32,6 +34,7 @@ from .expert_runtime_mambaformer import (
     is_compiled_step,
     resolve_with_key,
 )
+from .expert_vectors_mambaformer import ExpertVectorLike
 from .files_mambaformer import digest_of
 from .generation_export_mambaformer import DecodeStep
 from .generation_mambaformer import MambaFormerGenerationMixin
@@ -405,6 +408,9 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         shifted = kwargs.get("shift_labels")
         check_output_request(input_ids, inputs_embeds, labels, logits_to_keep, self.config.vocab_size, shifted)
         cache = cache_of(cache, past_key_values)
+        if getattr(cache, "is_posterior", False):
+            posterior, others = cast(ExpertPosterior, cache), (position_ids, inputs_embeds, labels)
+            return self._predict_mixture(posterior, input_ids, attention_mask, logits_to_keep, expert_vector, others)
         prepared = self._prepare_in_force(expert_vector, cache)
         outputs = self.model(
             input_ids=input_ids,
@@ -434,6 +440,37 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _predict_mixture(
+        self,
+        posterior: ExpertPosterior,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        expert_vector: ExpertVectorArgument,
+        others: tuple[torch.Tensor | None, ...],
+    ) -> MambaFormerCausalLMOutput:
+        """A forward that feeds a posterior as its cache: the logits are the log-probabilities of the mixture."""
+        if input_ids is None or expert_vector is not ... or any(each is not None for each in others):
+            raise ValueError(
+                "A posterior observes token ids and brings its expert vectors: leave `expert_vector`, `position_ids`, "
+                "`inputs_embeds` and `labels` out."
+            )
+        num_kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits = posterior.predict(input_ids, attention_mask, num_kept)
+        if isinstance(logits_to_keep, torch.Tensor):
+            logits = logits[:, logits_to_keep]
+        return MambaFormerCausalLMOutput(logits=logits, cache=cast(MambaFormerCache, posterior))
+
+    def make_posterior(
+        self,
+        candidates: Sequence[ExpertVectorLike] | None = None,
+        prior: object = None,
+        switching: float = 0.0,
+        drop_below: float = 0.0,
+    ) -> ExpertPosterior:
+        """An `ExpertPosterior` over candidates, for `generate(expert_posterior=...)`."""
+        return ExpertPosterior(self, candidates, prior, switching, drop_below)
 
     def decode_step(self, cache: MambaFormerCache) -> DecodeStep:
         """One decode step after the sequence of a static cache, as a module for `torch.export`."""
