@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cache_buffers_mambaformer import Buffer, IdBuffer, as_normal_tensor
 from .cache_keys_mambaformer import Removal
+from .cache_remember_mambaformer import LogBounds
 from .cache_retention_mambaformer import Span, count_positions
 from .expert_vectors_mambaformer import ExpertKey, ExpertVectorsLike, ResolvedExpertVector, collapsed_key
 
@@ -164,9 +165,10 @@ class NewTokens(NamedTuple):
 
 
 class TokenHistory:
-    """The tokens that a cache was fed, column by column with padding: enough to encode them again."""
+    """The tokens that a cache was fed, column by column with padding; column c is in slot `c - bounds.dropped`."""
 
-    def __init__(self, config: "MambaFormerConfig", fixed_size: int | None = None):
+    def __init__(self, config: "MambaFormerConfig", fixed_size: int | None = None, remember: int | None = None):
+        self.bounds = LogBounds(remember)
         self.token_ids = IdBuffer(config, fixed_size)
         self.mask, self.position_ids, self.embedding_marks = (Buffer(1, fixed_size) for _ in range(3))
         self.has_embeddings = False
@@ -180,7 +182,12 @@ class TokenHistory:
 
         Masks, positions and marks are stored from their first use on.
         """
-        token_ids, columns = new.token_ids, lengths.columns
+        columns = lengths.columns
+        if self.bounds.remember is not None and isinstance(columns, int):
+            num_skipped, columns = self.bounds.make_room(columns, new.token_ids.shape[1], self.buffers().values())
+            others = (each if each is None else each[:, num_skipped:] for each in new[1:])
+            new = NewTokens(new.token_ids[:, num_skipped:], *others)
+        token_ids = new.token_ids
         if isinstance(columns, int):
             slots, size = columns, columns + token_ids.shape[1]
         else:
@@ -203,6 +210,11 @@ class TokenHistory:
             self._reserve(self.embedding_marks, marks, size, torch.zeros_like)
             self.embedding_marks.write(slots, marks)
         self.has_embeddings |= new.embedding_marks is not None
+
+    def view(self, name: str, columns: int) -> Tensor:
+        """The readable columns of one of the `buffers()`: of `columns` columns, those from `bounds.first` on."""
+        slots = self.buffers()[name].view(columns - self.bounds.dropped)
+        return slots[:, self.bounds.first(columns) - self.bounds.dropped :]
 
     @staticmethod
     def _reserve(buffer: Buffer, like: Tensor, size: int, earlier: Callable[[Tensor], Tensor]) -> None:
@@ -236,6 +248,7 @@ class TokenHistory:
         """`MambaFormerCache.common_prefix` for a sequence of `columns` columns."""
         if self.token_ids.tensor is None:
             return 0
+        self.check_complete("compared with a prompt")
         cached = self.token_ids.view(columns)
         if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
             raise TypeError(f"`input_ids` must hold integers, got {input_ids.dtype}.")
@@ -256,7 +269,21 @@ class TokenHistory:
         differ = (~(is_same & (mask == is_real))).any(0).nonzero()
         return int(differ[0]) if len(differ) else length
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the tokens are enough to encode the sequence again."""
+        return not self.has_embeddings and not self.bounds.forgotten
+
+    def check_complete(self, action: str) -> None:
+        """Refuses an action that needs columns which are forgotten."""
+        if self.bounds.forgotten:
+            raise ValueError(
+                f"The cached sequence would have to be {action}, but the cache has forgotten its first "
+                f"{self.bounds.forgotten} columns: make it with a larger `remember`, or without one."
+            )
+
     def check_replayable(self) -> None:
+        self.check_complete("encoded again")
         if self.has_embeddings:
             raise ValueError(
                 "The cached sequence would have to be encoded again, but part of it was fed as `inputs_embeds`, which "
@@ -267,14 +294,16 @@ class TokenHistory:
     def crop(self, removal: Removal) -> None:
         """Turns columns that only some rows lose into padding of those rows."""
         if len(removal.by_row) > 1 and self.token_ids.tensor is not None:
-            lost = self._is_removed(removal.by_row, removal.columns)[:, : removal.columns_left]
+            slots, left = removal.columns - self.bounds.dropped, removal.columns_left - self.bounds.dropped
+            lost = self._is_removed(removal.by_row, slots)[:, :left]
             like = torch.ones_like(self.token_ids.tensor, dtype=torch.bool)
             self._reserve(self.mask, like, like.shape[1], torch.ones_like)
             self.mask.write(0, self.mask.view(lost.shape[1]) & ~lost)
 
     def count_removed(self, by_row: list[int], columns: int) -> Tensor:
         """Real tokens (rows,) among the last `by_row` columns of each row."""
-        return (self.mask.view(columns) & self._is_removed(by_row, columns)).sum(1)
+        slots = columns - self.bounds.dropped
+        return (self.mask.view(slots) & self._is_removed(by_row, slots)).sum(1)
 
     def _is_removed(self, by_row: list[int], columns: int) -> Tensor:
         """Whether a column is removed, (rows or 1, columns)."""
@@ -289,8 +318,15 @@ class TokenHistory:
         for buffer in self.buffers().values():
             buffer.select_rows(rows)
 
+    def make_empty(self) -> "TokenHistory":
+        """A history with the same options, before the first token."""
+        other = TokenHistory(self.token_ids.config, self.token_ids.fixed_size, self.bounds.remember)
+        other.bounds.reach = self.bounds.reach
+        return other
+
     def fork(self) -> "TokenHistory":
-        other = TokenHistory(self.token_ids.config)
+        other = self.make_empty()
+        other.bounds = replace(self.bounds)
         for name, buffer in self.buffers().items():
             setattr(other, name, buffer.fork())
         other.has_embeddings = self.has_embeddings
@@ -333,6 +369,8 @@ def make_removal(
     seen = columns if lengths.tokens_seen is None else lengths.tokens_seen
     by_row = [-k for k in numbers if isinstance(k, int)]
     by_row = by_row[:1] if len(set(by_row)) == 1 else by_row
+    if max(by_row, default=0) > columns - history.bounds.forgotten and by_row != [columns]:
+        history.check_complete("cropped in its forgotten part")
     if lengths.tokens_seen is None or not any(by_row):
         tokens = by_row[0] if len(by_row) == 1 else torch.tensor(by_row, device="cpu")
         return Removal(columns, by_row, tokens, max(by_row, default=0), lengths.overshoot, seen)

@@ -79,7 +79,7 @@ class MambaFormerCache(Cache):
         self.resolve = resolve
         self._model = None if model is None else weakref.ref(model)
         self.lengths = CacheLengths()
-        self.history = TokenHistory(config, self.max_columns)
+        self.history = TokenHistory(config, self.max_columns, options.remember)
         self.provenance = Provenance(options.on_expert_change)
         # Of the expert vector in force, by the model.
         self.prepared_expert_vectors: PreparedExpertVectors | None = None
@@ -259,7 +259,7 @@ class MambaFormerCache(Cache):
     def can_be_encoded_again(self) -> bool:
         """Whether the tokens and the expert vector in force determine all states."""
         is_uniform = self.lengths.is_empty or self.provenance.is_uniform
-        return is_uniform and not self.history.has_embeddings
+        return is_uniform and self.history.is_complete
 
     # Fields of the configuration that the shape of a cache depends on.
     depends_on = (
@@ -282,9 +282,9 @@ class MambaFormerCache(Cache):
 
     @property
     def token_ids(self) -> torch.Tensor | None:
-        """Ids of all columns fed, (rows, columns), pads included; -1 where embeddings were fed. A copy."""
+        """Ids of all columns fed, or of the last `remember`, pads included; -1 where embeddings were fed. A copy."""
         ids = self.history.token_ids
-        return None if ids.tensor is None else ids.view(self.get_seq_length())
+        return None if ids.tensor is None else self.history.view("token_ids", self.get_seq_length())
 
     def common_prefix(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
         """Number of leading columns that `input_ids` (rows, columns) shares with the cached sequence, in all rows.
@@ -297,7 +297,7 @@ class MambaFormerCache(Cache):
 
         Raises:
             TypeError: `input_ids` holds no integers.
-            ValueError: `input_ids` has another number of rows, or the mask another shape.
+            ValueError: another number of rows, a mask of another shape, or columns are forgotten (`remember`).
         """
         return self.history.common_prefix(self.get_seq_length(), input_ids, attention_mask)
 
@@ -369,6 +369,7 @@ class MambaFormerCache(Cache):
         if self.max_columns is not None or reach <= self.rollback_reach:
             return
         added, self.rollback_reach = reach - self.rollback_reach, reach
+        self.history.bounds.reach = reach
         extend_reach_of(self.layers, self.lengths, reach, added)
         self.parked.extend_reach(reach, added)
 
@@ -422,7 +423,7 @@ class MambaFormerCache(Cache):
 
     def forget_sequence(self) -> None:
         """Resets tokens and lengths, but not the states."""
-        self.history = TokenHistory(self.config, self.max_columns)
+        self.history = self.history.make_empty()
         self.lengths.reset()
         self.parked.clear()
         self.provenance.is_mixed = False

@@ -37,6 +37,7 @@ OTHER_WEIGHTS = "other weights"
 # The most static storage that a file may ask for by itself, in rows times columns: so many times the model's context,
 # or so many times the tokens in the file, whichever is more.
 MODEL_LENGTHS, SEQUENCE_LENGTHS = 8, 64
+TOKENS_SEEN = "tokens.seen"  # real tokens of each row (rows,), where the mask does not count them all
 HALF_DTYPES = {torch.float16, torch.bfloat16}  # autocast may turn any states into these
 
 
@@ -60,6 +61,7 @@ class Session:
         options: the options of `make_cache`.
         rows, columns: batch size and length of the sequence; rows are `None` without a sequence.
         overshoot: `CacheLengths.overshoot`.
+        forgotten: the first columns, whose tokens are not in the file (`remember`).
         has_embeddings: part of the sequence was fed as embeddings.
         is_mixed: several expert vectors or weights encoded the sequence.
         can_be_encoded_again: the tokens and the expert vector in force determine all states.
@@ -83,6 +85,12 @@ class Session:
     encoded_key: str | list | tuple | None
     expert_vectors: list
     expert_vector: int | list | None
+    forgotten: int = 0
+
+    @property
+    def stored_columns(self) -> int:
+        """Columns whose tokens are in the file."""
+        return self.columns - self.forgotten
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -115,6 +123,7 @@ def save_session(cache: "MambaFormerCache", path: str | os.PathLike) -> None:
             {"fingerprint": e.fingerprint, "name": e.name, "metadata": e.metadata} for e in expert_vectors
         ],
         expert_vector=in_force,
+        forgotten=cache.history.bounds.forgotten,
     )
     tensors = dict(_history_tensors(cache)) | ({} if encoded is None else dict(_states(cache)))
     tensors |= {f"expert_vectors.{n}.{name}": z for n, e in enumerate(expert_vectors) for name, z in e.vectors.items()}
@@ -167,9 +176,13 @@ def _content_of(expert_vector: ExpertVector) -> tuple:
 
 def _history_tensors(cache: "MambaFormerCache") -> Iterator[tuple[str, Tensor]]:
     if cache.is_initialized:
-        for name, buffer in cache.history.buffers().items():
+        history, lengths = cache.history, cache.lengths
+        skipped, slots = history.bounds.forgotten - history.bounds.dropped, cache.get_seq_length()
+        for name, buffer in history.buffers().items():
             if buffer.tensor is not None:
-                yield f"tokens.{name}", buffer.view(cache.get_seq_length())
+                yield f"tokens.{name}", buffer.view(slots - history.bounds.dropped)[:, skipped:]
+        if history.bounds.forgotten and lengths.tokens_seen is not None:
+            yield TOKENS_SEEN, lengths.tokens_seen.expand(lengths.rows or 1)
 
 
 def _states(cache: "MambaFormerCache") -> Iterator[tuple[str, Tensor]]:
@@ -250,11 +263,13 @@ def _restore_sequence(cache: "MambaFormerCache", session: Session, tensors: dict
     stack = _stack_of(cache)
     device = next(stack.get_input_embeddings().parameters()).device
     history = {name.removeprefix("tokens."): t.to(device) for name, t in tensors.items() if name.startswith("tokens.")}
+    tokens_seen = history.pop("seen", None)
     cache.history.append(cache.lengths, NewTokens(**history))
     cache.history.has_embeddings = session.has_embeddings
+    cache.history.bounds.forgotten = cache.history.bounds.dropped = session.forgotten
     is_fixed, lengths = cache.max_columns is not None, cache.lengths
     lengths.columns = torch.tensor(session.columns, device=device) if is_fixed else session.columns
-    lengths.tokens_seen = history["mask"].sum(1) if "mask" in history else None
+    lengths.tokens_seen = history["mask"].sum(1) if "mask" in history and tokens_seen is None else tokens_seen
     lengths.rows, lengths.overshoot = session.rows, session.overshoot
     if not session.has_states:
         return
@@ -275,6 +290,8 @@ def _read_header(header: dict[str, str], tensors: dict[str, Tensor]) -> tuple[Se
     values = json_of(header["session"])
     if isinstance(values, dict) and "experts" in values:
         values, tensors = _convert_old_names(values, tensors)
+    if isinstance(values, dict):
+        values.setdefault("forgotten", 0)  # before there was a bounded log of tokens
     if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Session)}:
         raise ValueError("its header has other fields than a session.")
     for field in fields(Session):
@@ -301,11 +318,15 @@ def _convert_old_names(values: dict, tensors: dict[str, Tensor]) -> tuple[dict, 
 def _check_session(session: Session) -> None:
     if session.columns < 0 or (session.rows is None) != (session.columns == 0) or (session.rows or 1) < 1:
         raise ValueError(f"it has a sequence of {session.rows} rows and {session.columns} columns.")
+    if not 0 <= session.forgotten <= max(session.columns - 1, 0) or session.columns >= 2**53:
+        raise ValueError(f"it has forgotten {session.forgotten} of {session.columns} columns.")
+    options = check_types(session.options)
+    if session.forgotten and session.stored_columns > (options["remember"] or 0) + options["rollback_reach"]:
+        raise ValueError(f"it has forgotten {session.forgotten} columns and remembers {options['remember']}.")
     if not 0 <= session.overshoot < 2**31:
         raise ValueError(f"its `overshoot` is {session.overshoot} tokens.")
     if session.has_states and not session.columns:
         raise ValueError("it has states but no sequence.")
-    check_types(session.options)
     _check_key(session)
 
 
@@ -315,7 +336,7 @@ def _options_for(session: Session, config: "MambaFormerConfig", max_cache_len: i
     Static storage is allocated completely when the session is loaded, and a number in a header costs its writer
     nothing.
     """
-    options, longest = check_types(session.options), max(config.max_position_embeddings, session.columns)
+    options, longest = check_types(session.options), max(config.max_position_embeddings, session.stored_columns)
     if options["rollback_reach"] > longest:
         raise ValueError(
             f"its `rollback_reach` of {options['rollback_reach']} is longer than any sequence ({longest})."
@@ -415,11 +436,12 @@ def _belongs_to_expert_vector(name: str, session: Session) -> bool:
 
 
 def _expected_history(session: Session) -> dict[str, tuple[tuple, set]]:
-    shape = (session.rows, session.columns)
+    shape = (session.rows, session.stored_columns)
     dtypes = {"token_ids": {torch.int64}, "mask": {torch.bool}, "position_ids": {torch.int32, torch.int64}}
     if session.has_embeddings:
         dtypes["embedding_marks"] = {torch.int64}
-    return {f"tokens.{name}": (shape, kinds) for name, kinds in dtypes.items()}
+    expected = {f"tokens.{name}": (shape, kinds) for name, kinds in dtypes.items()}
+    return expected | ({TOKENS_SEEN: ((session.rows,), {torch.int64})} if session.forgotten else {})
 
 
 def _expected_states(session: Session, cache: "MambaFormerCache") -> Iterator[tuple[str, tuple[tuple, set]]]:
@@ -440,6 +462,18 @@ def _check_history(session: Session, tensors: dict[str, Tensor], vocab_size: int
         raise ValueError(f"it has token ids that are not in the vocabulary of {vocab_size}.")
     if mask is not None and bool((mask.view(torch.uint8) > 1).any()):
         raise ValueError("its mask has values that are neither true nor false.")
+    if session.forgotten:
+        _check_tokens_seen(session, mask, tensors.get(TOKENS_SEEN))
+
+
+def _check_tokens_seen(session: Session, mask: Tensor | None, tokens_seen: Tensor | None) -> None:
+    if (mask is None) != (tokens_seen is None):
+        raise ValueError("its mask and its numbers of real tokens belong together, and one is missing.")
+    if mask is None or tokens_seen is None:
+        return
+    forgotten = tokens_seen - mask.sum(1)
+    if bool(((forgotten < 0) | (forgotten > session.forgotten)).any()):
+        raise ValueError(f"its rows have {tokens_seen.tolist()} real tokens, which its mask contradicts.")
 
 
 __all__ = ["load_session", "save_session"]

@@ -205,8 +205,9 @@ def _check_mask(
 
 
 def _check_cached_mask(mask: torch.Tensor, cache: MambaFormerCache) -> None:
-    cached = cache.history.mask.tensor
-    if not bool(mask.all() if cached is None else (mask == cached[:, : mask.shape[1]]).all()):
+    has_pads, columns = cache.history.mask.tensor is not None, mask.shape[1]
+    cached = cache.history.view("mask", columns) if has_pads else None
+    if not bool(mask.all() if cached is None else (mask[:, columns - cached.shape[1] :] == cached).all()):
         raise ValueError(
             "`attention_mask` marks other cached tokens as pads than the mask that they were fed with: pass that mask "
             "again, or only the mask of the new tokens."

@@ -74,14 +74,15 @@ def _is_new_part(prompt: torch.Tensor, num_cached: int, attention_mask: torch.Te
 def _starts_with(prompt: torch.Tensor, cache: "MambaFormerCache") -> bool:
     """Whether token ids (rows, columns) start with the cached ids and have more columns; pads may be any token."""
     num_cached = cache.get_seq_length()
-    cached = cache.history.token_ids.view(num_cached).to(prompt.device)
+    cached = cache.history.view("token_ids", num_cached).to(prompt.device)
     if prompt.shape[1] <= num_cached:
         return False
     if prompt.shape[0] != cached.shape[0]:
         return True  # the forward refuses the rows
-    is_same = (prompt[:, :num_cached] == cached) | (cached < 0)
-    mask = cache.history.mask.tensor
-    return bool((is_same if mask is None else is_same | ~mask[:, :num_cached].to(prompt.device)).all())
+    is_same = (prompt[:, num_cached - cached.shape[1] : num_cached] == cached) | (cached < 0)
+    if cache.history.mask.tensor is not None:
+        is_same |= ~cache.history.view("mask", num_cached).to(prompt.device)
+    return bool(is_same.all())
 
 
 def _repeats(embeds: torch.Tensor, cache: "MambaFormerCache", embed_tokens: Callable) -> bool:
@@ -96,6 +97,7 @@ def _repeats(embeds: torch.Tensor, cache: "MambaFormerCache", embed_tokens: Call
     repeats = cache.batch_size // embeds.shape[0]  # only the cache has a row for each beam
     marks = embedding_marks(embeds[:, :num_cached]).repeat_interleave(repeats, 0)
     cached_marks = _marks_of(cache, embed_tokens, embeds.dtype).to(marks.device)
+    marks = marks[:, num_cached - cached_marks.shape[1] :]
     is_same = (marks == cached_marks)[cached_marks != 0]
     if is_same.numel() and bool(is_same.all()):
         return True
@@ -110,14 +112,15 @@ def _repeats(embeds: torch.Tensor, cache: "MambaFormerCache", embed_tokens: Call
 
 
 def _marks_of(cache: "MambaFormerCache", embed_tokens: Callable, dtype: torch.dtype) -> torch.Tensor:
-    """Marks (rows, columns) of the cached columns, embedded in this dtype; 0 at pads and where there is no mark."""
+    """Marks (rows, columns) of the remembered columns, embedded in a dtype; 0 at pads and where there is no mark."""
     columns = cache.get_seq_length()
-    token_ids = cache.history.token_ids.view(columns)
+    history = cache.history
+    token_ids = history.view("token_ids", columns)
     with torch.no_grad():
         marks = embedding_marks(embed_tokens(token_ids.clamp(min=0)).to(dtype))
-    stored, mask = cache.history.embedding_marks, cache.history.mask
-    marks = torch.where(token_ids < 0, 0 if stored.tensor is None else stored.view(columns), marks)
-    return marks if mask.tensor is None else marks.masked_fill(~mask.view(columns), 0)
+    has_marks, has_pads = history.embedding_marks.tensor is not None, history.mask.tensor is not None
+    marks = torch.where(token_ids < 0, history.view("embedding_marks", columns) if has_marks else 0, marks)
+    return marks.masked_fill(~history.view("mask", columns), 0) if has_pads else marks
 
 
 __all__ = ["embedding_marks", "num_repeated_columns"]

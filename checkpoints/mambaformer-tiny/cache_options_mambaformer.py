@@ -34,6 +34,10 @@ class CacheOptions:
             The schedule of evictions depends on lengths that static storage does not read, so it takes no policy.
         state_bits: 8 stores recurrent states in 8 bits, rounded after each token
             (`cache_states_quantized_mambaformer`); `None` in float32 at least.
+        remember: columns of tokens that the cache keeps; all by default. With it, windows and recurrent states take
+            constant memory however long the sequence is; layers of full attention keep all keys all the same. Once
+            columns are forgotten, anything that needs all tokens is refused: encoding the sequence again after a
+            change of expert vector or weights, `crop` beyond the reach, `common_prefix`.
 
     Raises:
         ValueError: an unknown value, static storage without `max_cache_len`, or static storage with a policy.
@@ -47,6 +51,7 @@ class CacheOptions:
     park_bytes: int = 0
     policy: PruningPolicy | dict[str, object] | str | None = None
     state_bits: int | None = None
+    remember: int | None = None
 
     def __post_init__(self) -> None:
         if self.storage not in STORAGES:
@@ -67,6 +72,7 @@ class CacheOptions:
             )
         object.__setattr__(self, "policy", resolve_policy(self.policy))
         check_state_bits(self.state_bits)
+        self._check_remember()
         object.__setattr__(self, "kv_bits", resolve_kv_bits(self.kv_bits, is_quantized=self.storage == "quantized"))
 
     def _check_park_bytes(self) -> None:
@@ -89,6 +95,22 @@ class CacheOptions:
             raise ValueError(
                 "`state_bits` is about recurrent states, and no layer of this model has any: leave it out. `kv_bits` "
                 "is about keys and values."
+            )
+
+    def _check_remember(self) -> None:
+        if self.remember is None:
+            return
+        if not _is_count(self.remember, 1):
+            raise ValueError(f"`remember` must be a positive number of columns, got {self.remember!r}.")
+        if self.remember < self.rollback_reach:
+            raise ValueError(
+                f"A rollback of {self.rollback_reach} tokens would reach behind the {self.remember} columns that are "
+                "remembered: make `remember` at least `rollback_reach`."
+            )
+        if self.max_cache_len is not None:
+            raise ValueError(
+                "Static storage holds `max_cache_len` columns of everything: leave `remember` out, or use "
+                "storage='dense' for a sequence without end."
             )
 
     @property

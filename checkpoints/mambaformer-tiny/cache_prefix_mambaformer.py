@@ -294,6 +294,7 @@ class PrefixCache:
             "a pruning policy": cache.options.policy is not None,
             "quantized recurrent states": cache.options.state_bits is not None,
             "nothing is cached": cache.lengths.is_empty,
+            "a bounded log of tokens": cache.options.remember is not None,
             "embeddings": cache.history.has_embeddings,
             "positions chosen by hand": cache.history.position_ids.tensor is not None,
             "padding": mask is not None and not bool(mask[:, : cache.get_seq_length()].all()),

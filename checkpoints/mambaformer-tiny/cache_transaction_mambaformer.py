@@ -87,7 +87,7 @@ class CacheTransaction:
         if self.change.recomputes and self.change.encoding is not None:
             cache.parked.park(cache, self.change.encoding.weights)
         # States that cannot be computed again are kept until the forward has succeeded.
-        self.backup = cache.duplicate() if cache.history.has_embeddings else None
+        self.backup = None if cache.history.is_complete else cache.duplicate()
         cache.provenance.invalidate()
         cache.lengths.overshoot = 0
         cache.each_layer("reset")
@@ -122,6 +122,8 @@ class CacheTransaction:
         self.backup = None
         cache.each_layer("commit")
         cache.history.append(cache.lengths, new)
+        if cache.history.bounds.forgotten:
+            cache.parked.clear()  # the columns since cannot be encoded again
         cache.lengths.advance(self.span, new.token_ids)
         if is_change:
             cache.put_in_force(change)

@@ -119,13 +119,14 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         policy: PruningPolicy | dict[str, object] | str | None = None,
         budget: Budgets | None = None,
         state_bits: int | None = None,
+        remember: int | None = None,
         **unknown,
     ) -> MambaFormerCache:
         """A cache for this model; the options are those of `CacheOptions`. `budget` replaces the one of `policy`."""
         check_keywords(self.make_cache, unknown, frozenset())
         pruning = resolve_policy(policy, budget)
         kind = storage, max_cache_len, on_expert_change, rollback_reach
-        options = CacheOptions(*kind, kv_bits, park_bytes, pruning, state_bits)
+        options = CacheOptions(*kind, kv_bits, park_bytes, pruning, state_bits, remember)
         resolve = functools.partial(resolve_with_key, self._expert_library)
         return MambaFormerCache(self.config, options, resolve, self.base_model)
 
