@@ -65,7 +65,7 @@ SOURCE = r"""
 typedef int64_t Long;
 
 // Increase it whenever a structure or a function changes.
-static const int INTERFACE_VERSION = 3;
+static const int INTERFACE_VERSION = 4;
 
 // Tokens that the scan processes at a time.
 static const int CHUNK = 32;
@@ -130,6 +130,7 @@ struct Scan {
     const void *A, *D, *initial_state;
     void *final_state;  // (B, D, N)
     void *checkpoints;  // (B, chunks, D, N): the states before each chunk, for training; or null
+    const Long *starts;  // (B,): positions of the first tokens, where states are rounded after each token; or null
     Long numbers, dt_softplus, A_is_log;
     Shares shares;
 };
@@ -367,6 +368,12 @@ struct bfloat16 {
     void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
                             int threads);
 
+#define DECLARE_FOR_STATES(name, R)                                                                                   \
+    void round_states_##name(const R *states, Long rows, Long groups, Long numbers, const Long *positions, R *to,     \
+                             int threads);                                                                            \
+    void encode_states_##name(const R *states, Long groups, Long numbers, int8_t *codes, int threads);                \
+    void decode_states_##name(const int8_t *codes, Long groups, Long numbers, R *states, int threads);
+
 #define DECLARE_FOR_INT4(name, T, scale_name, S)                                                                      \
     void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \
                                            int threads);
@@ -375,6 +382,9 @@ extern "C" {
 DECLARE_FOR_STORAGE(float32, float)
 DECLARE_FOR_STORAGE(bfloat16, bfloat16)
 DECLARE_FOR_STORAGE(float64, double)
+
+DECLARE_FOR_STATES(float32, float)
+DECLARE_FOR_STATES(float64, double)
 
 DECLARE_FOR_INT4(float32, float, float32, float)
 DECLARE_FOR_INT4(float32, float, bfloat16, bfloat16)
@@ -1816,6 +1826,137 @@ static void rotate_all(const T *x, Long rows, Long heads, Long tokens, Long half
 // T is the type that activations are stored in, R the type of the arithmetic.
 
 
+#line 1 "csrc/state_codes.h"
+// Recurrent states in 8 bits, bit for bit as `ops_state_codes_mambaformer.py` computes them. The numbers of a group
+// share a power of two.
+
+
+
+
+static const int LOWEST_EXPONENT = -126, HIGHEST_EXPONENT = 121, NO_NUMBER = -128;
+
+// How a number is stored: bits of its mantissa, and the bias of exponents of fractions from 1/2 to 1. Adding MAGIC and
+// subtracting it rounds to an integer.
+template <typename R> struct Bits;
+template <> struct Bits<float> {
+    typedef int32_t Int;
+    static const int mantissa = 23, bias = 126;
+    static constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
+};
+template <> struct Bits<double> {
+    typedef int64_t Int;
+    static const int mantissa = 52, bias = 1022;
+    static constexpr double MAGIC = 6755399441055744.0;  // 1.5 * 2^52
+};
+
+static ALWAYS_INLINE float power_of_two(int exponent) {
+    int32_t bits = (exponent + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return power;
+}
+
+// The bits of the largest absolute value; those of infinity and NaN are larger than those of numbers.
+template <typename R> static ALWAYS_INLINE typename Bits<R>::Int largest_of(const R *group, Long numbers) {
+    typedef typename Lanes<R>::Int Int;
+    typename Bits<R>::Int lanes[Lanes<R>::count], largest = 0;
+    Int most = {};
+    for (Long first = 0; first < numbers; first += Lanes<R>::count) {
+        Vec<R> values = load_some<R>(group + first, least(Lanes<R>::count, numbers - first));
+        Int bits;
+        memcpy(&bits, &values, sizeof bits);
+        bits &= ~((typename Bits<R>::Int)1 << (8 * sizeof(R) - 1));
+        most = bits > most ? bits : most;
+    }
+    memcpy(lanes, &most, sizeof most);
+    for (int lane = 0; lane < Lanes<R>::count; lane++) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    return largest;
+}
+template <typename R> static ALWAYS_INLINE int exponent_of(const R *group, Long numbers) {
+    typedef typename Bits<R>::Int Int;
+    const Int one = (Int)1 << Bits<R>::mantissa, bits = largest_of<R>(group, numbers);
+    if (bits == 0) return -7;
+    R largest;
+    memcpy(&largest, &bits, sizeof bits);
+    if (!(largest <= 127 * (R)power_of_two(HIGHEST_EXPONENT))) return NO_NUMBER;
+    int exponent = (int)(bits >> Bits<R>::mantissa) - Bits<R>::bias - 7 + ((bits & (one - 1)) > one / 64 * 63);
+    return exponent < LOWEST_EXPONENT ? LOWEST_EXPONENT : exponent;
+}
+
+// From 0 to 1 for each number from `index` on; `token` is a multiple of the position.
+static ALWAYS_INLINE uint32_t hash_of_position(Long position) { return (uint32_t)position * 0x9E3779B1u; }
+template <typename Word> static ALWAYS_INLINE Word mix(Word mixed) {
+    mixed = (mixed ^ (mixed >> 16)) * 0x7FEB352Du;
+    mixed = (mixed ^ (mixed >> 15)) * 0x846CA68Bu;
+    return (mixed ^ (mixed >> 16)) >> 8;
+}
+template <typename R> static ALWAYS_INLINE Vec<R> thresholds_of(uint32_t token, uint32_t index);
+template <> ALWAYS_INLINE Vec<float> thresholds_of<float>(uint32_t token, uint32_t index) {
+    Words numbers;
+    for (uint32_t lane = 0; lane < VECTOR_BYTES / 4; lane++) numbers[lane] = index + lane;
+    Words mixed = mix<Words>((numbers * 0x85EBCA77u + 0x165667B1u) ^ token);
+    return __builtin_convertvector((Lanes<float>::Int)mixed, Vec<float>) * 0x1p-24f;
+}
+template <> ALWAYS_INLINE Vec<double> thresholds_of<double>(uint32_t token, uint32_t index) {
+    Vec<double> thresholds;
+    for (int lane = 0; lane < Lanes<double>::count; lane++)
+        thresholds[lane] = mix<uint32_t>(((index + lane) * 0x85EBCA77u + 0x165667B1u) ^ token) * 0x1p-24;
+    return thresholds;
+}
+
+// Rounds the numbers of a group, which are those from `index` on in the state of a row.
+template <typename R>
+static ALWAYS_INLINE void round_group(const R *group, Long numbers, uint32_t token, Long index, R *to) {
+    const int exponent = exponent_of<R>(group, numbers);
+    const bool is_number = exponent != NO_NUMBER;
+    const R step = is_number ? power_of_two(exponent) : NAN, inverse = is_number ? power_of_two(-exponent) : 0;
+    for (Long first = 0; first < numbers; first += Lanes<R>::count) {
+        const int count = least(Lanes<R>::count, numbers - first);
+        Vec<R> levels = load_some<R>(group + first, count) * inverse;
+        levels = levels == levels ? levels : Vec<R>{};
+        Vec<R> low = __builtin_convertvector(__builtin_convertvector(levels, typename Lanes<R>::Int), Vec<R>);
+        low = low > levels ? low - 1 : low;
+        Vec<R> is_up = levels - low > thresholds_of<R>(token, (uint32_t)(index + first)) ? broadcast<R>(1) : Vec<R>{};
+        store_some<R>((low + is_up) * step, to + first, count);
+    }
+}
+
+template <typename R>
+static void round_states(const R *states, Long rows, Long groups, Long numbers, const Long *positions, R *to,
+                         int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (rows * groups * numbers > FEW)
+    for (Long row = 0; row < rows; row++)
+        for (Long group = 0; group < groups; group++) {
+            const Long own = (row * groups + group) * numbers;
+            round_group<R>(states + own, numbers, hash_of_position(positions[row]), group * numbers, to + own);
+        }
+}
+
+template <typename R>
+static void encode_states(const R *states, Long groups, Long numbers, int8_t *codes, int threads) {
+#pragma omp parallel for num_threads(threads) if (groups * numbers > FEW)
+    for (Long group = 0; group < groups; group++) {
+        const R *from = states + group * numbers;
+        int8_t *to = codes + group * (numbers + 1);
+        const int exponent = exponent_of<R>(from, numbers);
+        const R inverse = exponent == NO_NUMBER ? 0 : power_of_two(-exponent);
+        for (Long n = 0; n < numbers; n++)
+            to[n] = exponent == NO_NUMBER ? 0 : (int8_t)(int)((from[n] * inverse + Bits<R>::MAGIC) - Bits<R>::MAGIC);
+        to[numbers] = (int8_t)exponent;
+    }
+}
+
+template <typename R>
+static void decode_states(const int8_t *codes, Long groups, Long numbers, R *states, int threads) {
+#pragma omp parallel for num_threads(threads) if (groups * numbers > FEW)
+    for (Long group = 0; group < groups; group++) {
+        const int8_t *from = codes + group * (numbers + 1);
+        const int exponent = from[numbers] < LOWEST_EXPONENT ? LOWEST_EXPONENT : from[numbers];
+        const R step = from[numbers] == NO_NUMBER ? NAN : power_of_two(exponent);
+        for (Long n = 0; n < numbers; n++) states[group * numbers + n] = from[n] * step;
+    }
+}
+#line 8 "csrc/scan.h"
 
 
 // The tokens of one chunk for one vector of channels. B and C hold vectors of N numbers, the others of channels.
@@ -1925,6 +2066,34 @@ static ALWAYS_INLINE void scan_chunk(const Scan &scan, Chunk<R> &chunk, const R 
     store_outputs<T, R>(scan, chunk);
 }
 
+// Equations 2a and 2b for one channel at one token; the output is computed from the state before it is rounded.
+template <typename T, typename R>
+static ALWAYS_INLINE void advance_rounded(const Scan &scan, int token, int lane, Chunk<R> &chunk, R *state) {
+    const Long own = (chunk.channel + lane) * scan.numbers;
+    const T *B = at<const T>(scan.B, chunk.row, chunk.start + token);
+    const T *C = at<const T>(scan.C, chunk.row, chunk.start + token);
+    for (Long first = 0; first < scan.numbers; first += Lanes<R>::count) {
+        const int count = least(Lanes<R>::count, scan.numbers - first);
+        Vec<R> rate = load_A<R>(scan, own + first, count) * (R)LOG2_E;
+        Vec<R> write = chunk.dt_u[token][lane] * load_some<R>(B + first, count);
+        Vec<R> h = exp2_of(chunk.dt[token][lane] * rate) * load_some<R>(state + own + first, count) + write;
+        chunk.y[token][lane] += sum<R>(h * load_some<R>(C + first, count));
+        store_some<R>(h, state + own + first, count);
+    }
+    const Long position = scan.starts[chunk.row] + chunk.start + token;
+    round_group<R>(state + own, scan.numbers, hash_of_position(position), own, state + own);
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void scan_chunk_rounded(const Scan &scan, Chunk<R> &chunk, const R *before, R *after) {
+    const Long own = chunk.channel * scan.numbers;
+    if (before != after) copy_or_clear<R>(before ? before + own : 0, after + own, chunk.lanes * scan.numbers);
+    load_tokens<T, R>(scan, chunk);
+    for (int lane = 0; lane < chunk.lanes; lane++)
+        for (int token = 0; token < chunk.tokens; token++) advance_rounded<T, R>(scan, token, lane, chunk, after);
+    store_outputs<T, R>(scan, chunk);
+}
+
 template <typename R> static ALWAYS_INLINE R *checkpoint(const Scan &scan, Long row, Long start) {
     Long chunks = (scan.shares.length + CHUNK - 1) / CHUNK;
     return (R *)scan.checkpoints + (row * chunks + start / CHUNK) * scan.shares.channels * scan.numbers;
@@ -1944,7 +2113,8 @@ template <typename T> static void scan_share(const Scan &scan, Long row, Long fi
             Chunk<R> chunk;
             chunk.row = row, chunk.start = start, chunk.channel = channel;
             chunk.tokens = least(CHUNK, length - start), chunk.lanes = least(Lanes<R>::count, last - channel);
-            scan_chunk<T, R>(scan, chunk, before, after);
+            if (scan.starts) scan_chunk_rounded<T, R>(scan, chunk, before, after);
+            else scan_chunk<T, R>(scan, chunk, before, after);
         }
         before = after;
     }
@@ -2286,6 +2456,7 @@ static void run_program(const T *x, const ProgramInputs &inputs, const Op *first
 #line 11 "csrc/kernels.cpp"
 
 
+
 #define DEFINE_FOR_STORAGE(name, T)                                                                                   \
     void convolve_##name(const Convolution *conv) {                                                                   \
         for_each_share<Real<T>>(conv->shares, [&](Long row, Long, Long first, Long last) {                            \
@@ -2338,6 +2509,20 @@ static void run_program(const T *x, const ProgramInputs &inputs, const Op *first
 DEFINE_FOR_STORAGE(float32, float)
 DEFINE_FOR_STORAGE(bfloat16, bfloat16)
 DEFINE_FOR_STORAGE(float64, double)
+
+#define DEFINE_FOR_STATES(name, R)                                                                                    \
+    void round_states_##name(const R *states, Long rows, Long groups, Long numbers, const Long *positions, R *to,     \
+                             int threads) {                                                                           \
+        round_states<R>(states, rows, groups, numbers, positions, to, threads);                                       \
+    }                                                                                                                 \
+    void encode_states_##name(const R *states, Long groups, Long numbers, int8_t *codes, int threads) {               \
+        encode_states<R>(states, groups, numbers, codes, threads);                                                    \
+    }                                                                                                                 \
+    void decode_states_##name(const int8_t *codes, Long groups, Long numbers, R *states, int threads) {               \
+        decode_states<R>(codes, groups, numbers, states, threads);                                                    \
+    }
+DEFINE_FOR_STATES(float32, float)
+DEFINE_FOR_STATES(float64, double)
 
 #define DEFINE_FOR_INT4(name, T, scale_name, S)                                                                       \
     void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \

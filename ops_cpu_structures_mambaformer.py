@@ -17,7 +17,7 @@ class Constant(NamedTuple):
 
 
 CONSTANTS = {
-    "INTERFACE_VERSION": Constant(3, "Increase it whenever a structure or a function changes."),
+    "INTERFACE_VERSION": Constant(4, "Increase it whenever a structure or a function changes."),
     "CHUNK": Constant(32, "Tokens that the scan processes at a time."),
     "MOST_TAPS": Constant(16, "The largest kernel size of a convolution."),
     "MOST_ROWS": Constant(16, "The most rows of activations in a product."),
@@ -102,6 +102,7 @@ STRUCTURES = {
         const void *A, *D, *initial_state;
         void *final_state;  // (B, D, N)
         void *checkpoints;  // (B, chunks, D, N): the states before each chunk, for training; or null
+        const Long *starts;  // (B,): positions of the first tokens, where states are rounded after each token; or null
         Long numbers, dt_softplus, A_is_log;
         Shares shares;
         """,

@@ -32,20 +32,20 @@ def round_states(states: Tensor, positions: Tensor) -> Tensor:
     """
     _refuse_gradients(states)
     rounded = run_kernel("round_states", states, positions)
-    return _round(states, positions) if rounded is None else rounded
+    return round_reference(states, positions) if rounded is None else rounded
 
 
 def encode_states(states: Tensor) -> Tensor:
     """States (..., numbers) -> codes (..., numbers + 1), int8: exact for rounded states, the nearest for others."""
     _refuse_gradients(states)
     codes = run_kernel("encode_states", states)
-    return _encode(states) if codes is None else codes
+    return encode_reference(states) if codes is None else codes
 
 
 def decode_states(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes (..., numbers + 1) -> states (..., numbers) in float32 or float64."""
     states = run_kernel("decode_states", codes, dtype)
-    return _decode(codes, dtype) if states is None else states
+    return decode_reference(codes, dtype) if states is None else states
 
 
 def scan_rounded(
@@ -85,7 +85,7 @@ def _refuse_gradients(states: Tensor) -> None:
         )
 
 
-def _round(states: Tensor, positions: Tensor) -> Tensor:
+def round_reference(states: Tensor, positions: Tensor) -> Tensor:
     exponents, are_numbers = _exponents(states)
     levels = states * _power_of_two(-exponents, states.dtype)
     low = levels.floor()
@@ -93,13 +93,13 @@ def _round(states: Tensor, positions: Tensor) -> Tensor:
     return torch.where(are_numbers, levels * _power_of_two(exponents, states.dtype), torch.nan)
 
 
-def _encode(states: Tensor) -> Tensor:
+def encode_reference(states: Tensor) -> Tensor:
     exponents, are_numbers = _exponents(states)
     levels = torch.where(are_numbers, (states * _power_of_two(-exponents, states.dtype)).round(), 0)
     return torch.cat([levels, torch.where(are_numbers, exponents, NO_NUMBER)], dim=-1).to(torch.int8)
 
 
-def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+def decode_reference(codes: Tensor, dtype: torch.dtype) -> Tensor:
     levels, exponents = codes[..., :-1].to(dtype), codes[..., -1:].int()
     powers = _power_of_two(exponents.clamp(min=LOWEST_EXPONENT), dtype)
     return levels * torch.where(exponents == NO_NUMBER, torch.nan, powers)

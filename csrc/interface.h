@@ -31,6 +31,12 @@ struct bfloat16 {
     void run_program_##name(const T *x, const ProgramInputs *inputs, const Op *first, const Op *last, T *y,           \
                             int threads);
 
+#define DECLARE_FOR_STATES(name, R)                                                                                   \
+    void round_states_##name(const R *states, Long rows, Long groups, Long numbers, const Long *positions, R *to,     \
+                             int threads);                                                                            \
+    void encode_states_##name(const R *states, Long groups, Long numbers, int8_t *codes, int threads);                \
+    void decode_states_##name(const int8_t *codes, Long groups, Long numbers, R *states, int threads);
+
 #define DECLARE_FOR_INT4(name, T, scale_name, S)                                                                      \
     void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \
                                            int threads);
@@ -39,6 +45,9 @@ extern "C" {
 DECLARE_FOR_STORAGE(float32, float)
 DECLARE_FOR_STORAGE(bfloat16, bfloat16)
 DECLARE_FOR_STORAGE(float64, double)
+
+DECLARE_FOR_STATES(float32, float)
+DECLARE_FOR_STATES(float64, double)
 
 DECLARE_FOR_INT4(float32, float, float32, float)
 DECLARE_FOR_INT4(float32, float, bfloat16, bfloat16)

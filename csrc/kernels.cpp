@@ -9,6 +9,7 @@
 #include "norm_rope_gate.h"
 #include "program.h"
 #include "scan.h"
+#include "state_codes.h"
 
 #define DEFINE_FOR_STORAGE(name, T)                                                                                   \
     void convolve_##name(const Convolution *conv) {                                                                   \
@@ -62,6 +63,20 @@
 DEFINE_FOR_STORAGE(float32, float)
 DEFINE_FOR_STORAGE(bfloat16, bfloat16)
 DEFINE_FOR_STORAGE(float64, double)
+
+#define DEFINE_FOR_STATES(name, R)                                                                                    \
+    void round_states_##name(const R *states, Long rows, Long groups, Long numbers, const Long *positions, R *to,     \
+                             int threads) {                                                                           \
+        round_states<R>(states, rows, groups, numbers, positions, to, threads);                                       \
+    }                                                                                                                 \
+    void encode_states_##name(const R *states, Long groups, Long numbers, int8_t *codes, int threads) {               \
+        encode_states<R>(states, groups, numbers, codes, threads);                                                    \
+    }                                                                                                                 \
+    void decode_states_##name(const int8_t *codes, Long groups, Long numbers, R *states, int threads) {               \
+        decode_states<R>(codes, groups, numbers, states, threads);                                                    \
+    }
+DEFINE_FOR_STATES(float32, float)
+DEFINE_FOR_STATES(float64, double)
 
 #define DEFINE_FOR_INT4(name, T, scale_name, S)                                                                       \
     void unpack_int4_##name##_##scale_name(const uint8_t *packed, Long N, Long K, Long group, const S *scales, T *y,  \

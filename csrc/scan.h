@@ -4,6 +4,7 @@
 // T is the type that activations are stored in, R the type of the arithmetic.
 #pragma once
 
+#include "state_codes.h"
 #include "threads.h"
 
 // The tokens of one chunk for one vector of channels. B and C hold vectors of N numbers, the others of channels.
@@ -113,6 +114,34 @@ static ALWAYS_INLINE void scan_chunk(const Scan &scan, Chunk<R> &chunk, const R 
     store_outputs<T, R>(scan, chunk);
 }
 
+// Equations 2a and 2b for one channel at one token; the output is computed from the state before it is rounded.
+template <typename T, typename R>
+static ALWAYS_INLINE void advance_rounded(const Scan &scan, int token, int lane, Chunk<R> &chunk, R *state) {
+    const Long own = (chunk.channel + lane) * scan.numbers;
+    const T *B = at<const T>(scan.B, chunk.row, chunk.start + token);
+    const T *C = at<const T>(scan.C, chunk.row, chunk.start + token);
+    for (Long first = 0; first < scan.numbers; first += Lanes<R>::count) {
+        const int count = least(Lanes<R>::count, scan.numbers - first);
+        Vec<R> rate = load_A<R>(scan, own + first, count) * (R)LOG2_E;
+        Vec<R> write = chunk.dt_u[token][lane] * load_some<R>(B + first, count);
+        Vec<R> h = exp2_of(chunk.dt[token][lane] * rate) * load_some<R>(state + own + first, count) + write;
+        chunk.y[token][lane] += sum<R>(h * load_some<R>(C + first, count));
+        store_some<R>(h, state + own + first, count);
+    }
+    const Long position = scan.starts[chunk.row] + chunk.start + token;
+    round_group<R>(state + own, scan.numbers, hash_of_position(position), own, state + own);
+}
+
+template <typename T, typename R>
+static ALWAYS_INLINE void scan_chunk_rounded(const Scan &scan, Chunk<R> &chunk, const R *before, R *after) {
+    const Long own = chunk.channel * scan.numbers;
+    if (before != after) copy_or_clear<R>(before ? before + own : 0, after + own, chunk.lanes * scan.numbers);
+    load_tokens<T, R>(scan, chunk);
+    for (int lane = 0; lane < chunk.lanes; lane++)
+        for (int token = 0; token < chunk.tokens; token++) advance_rounded<T, R>(scan, token, lane, chunk, after);
+    store_outputs<T, R>(scan, chunk);
+}
+
 template <typename R> static ALWAYS_INLINE R *checkpoint(const Scan &scan, Long row, Long start) {
     Long chunks = (scan.shares.length + CHUNK - 1) / CHUNK;
     return (R *)scan.checkpoints + (row * chunks + start / CHUNK) * scan.shares.channels * scan.numbers;
@@ -132,7 +161,8 @@ template <typename T> static void scan_share(const Scan &scan, Long row, Long fi
             Chunk<R> chunk;
             chunk.row = row, chunk.start = start, chunk.channel = channel;
             chunk.tokens = least(CHUNK, length - start), chunk.lanes = least(Lanes<R>::count, last - channel);
-            scan_chunk<T, R>(scan, chunk, before, after);
+            if (scan.starts) scan_chunk_rounded<T, R>(scan, chunk, before, after);
+            else scan_chunk<T, R>(scan, chunk, before, after);
         }
         before = after;
     }

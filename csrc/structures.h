@@ -6,7 +6,7 @@
 typedef int64_t Long;
 
 // Increase it whenever a structure or a function changes.
-static const int INTERFACE_VERSION = 3;
+static const int INTERFACE_VERSION = 4;
 
 // Tokens that the scan processes at a time.
 static const int CHUNK = 32;
@@ -71,6 +71,7 @@ struct Scan {
     const void *A, *D, *initial_state;
     void *final_state;  // (B, D, N)
     void *checkpoints;  // (B, chunks, D, N): the states before each chunk, for training; or null
+    const Long *starts;  // (B,): positions of the first tokens, where states are rounded after each token; or null
     Long numbers, dt_softplus, A_is_log;
     Shares shares;
 };

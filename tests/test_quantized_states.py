@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import gated_linear_attention  # noqa: F401  (adds a recurrent mixer)
+from mambaformer import ops_state_codes_mambaformer as reference
 from mambaformer.cache_options_mambaformer import CacheOptions
 from mambaformer.ops_mambaformer import rounded_scan, selective_scan
 from mambaformer.ops_state_codes_mambaformer import decode_states, encode_states, round_states
@@ -116,6 +117,33 @@ def test_the_scan_rounds_after_each_token_however_it_is_cut(numbers, dtype):
                         positions=positions[:, 40:], **options)  # fmt: skip
     whole = rounded_scan(u, dt, A, B, C, D, gate, state, positions=positions, **options)
     assert torch.equal(torch.cat([cut[0][0], rest[0]], 1), whole[0]) and torch.equal(rest[1], whole[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numbers", [1, 5, 16, 33])
+def test_kernels_have_the_bits_of_the_reference(numbers, dtype):
+    states = torch.randn(3, 40, numbers, dtype=dtype) * torch.logspace(-44, 37, 40, dtype=dtype)[:, None]
+    states[1, 7], states[2, 8] = torch.inf, 0
+    positions = torch.tensor([3, 2**40 + 5, 0])
+    rounded = round_states(states, positions)
+    torch.testing.assert_close(rounded, reference.round_reference(states, positions), rtol=0, atol=0, equal_nan=True)
+    for each in (states, rounded):
+        codes = encode_states(each)
+        assert torch.equal(codes, reference.encode_reference(each))
+        found, wanted = decode_states(codes, dtype), reference.decode_reference(codes, dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_kernel_of_the_scan_is_used_and_equals_the_reference(monkeypatch):
+    torch.manual_seed(0)
+    u, dt, gate = (torch.randn(2, 70, 37, dtype=torch.float64) for _ in range(3))
+    B, C = (torch.randn(2, 70, 16, dtype=torch.float64) for _ in range(2))
+    A, D, positions = torch.randn(37, 16), torch.randn(37), torch.arange(70).expand(2, -1) + torch.tensor([[4], [0]])
+    arguments = (u, dt, A, B, C, D, gate, None, torch.tensor([70, 12]), True, True, positions)
+    wanted = reference.scan_rounded(*arguments)
+    monkeypatch.setattr(reference, "scan", None)
+    for found, each in zip(rounded_scan(*arguments), wanted, strict=True):
+        torch.testing.assert_close(found, each, rtol=0, atol=1e-10)
 
 
 # ---- laws

@@ -16,7 +16,8 @@ from .ops_cpu_decode_mambaformer import (
     scale_singular_values_on_cpu,
     silu_gate_on_cpu,
 )
-from .ops_cpu_scan_mambaformer import convolve_on_cpu, scan_on_cpu
+from .ops_cpu_scan_mambaformer import convolve_on_cpu, scan_on_cpu, scan_rounded_on_cpu
+from .ops_cpu_state_codes_mambaformer import decode_states_on_cpu, encode_states_on_cpu, round_states_on_cpu
 from .ops_gpu_mambaformer import convolve_on_gpu, scan_on_gpu
 from .ops_graph_mambaformer import convolve_in_graph, scan_in_graph
 
@@ -31,10 +32,10 @@ BACKENDS: dict[str, tuple[Callable, ...]] = {
     "causal_conv1d": (convolve_on_cpu, convolve_in_graph, convolve_on_gpu),
     "selective_scan": (scan_on_cpu, scan_in_graph, scan_on_gpu),
     "matrix_recurrence": (),
-    "rounded_scan": (),
-    "round_states": (),
-    "encode_states": (),
-    "decode_states": (),
+    "rounded_scan": (scan_rounded_on_cpu,),
+    "round_states": (round_states_on_cpu,),
+    "encode_states": (encode_states_on_cpu,),
+    "decode_states": (decode_states_on_cpu,),
 }
 
 

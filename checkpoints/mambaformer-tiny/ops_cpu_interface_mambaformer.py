@@ -161,11 +161,17 @@ _ARGUMENTS = {
     "attend": "ppppdppi",
     "encode": "pnnppi",
     "run_program": "pppppi",
+    "round_states": "pnnnppi",
+    "encode_states": "pnnpi",
+    "decode_states": "pnnpi",
 }
+_OF_STATES = ("round_states", "encode_states", "decode_states")  # stored in the types of the arithmetic
+_OF_OTHER_TYPES = ("unpack_int4", *_OF_STATES)
 FUNCTIONS = (
     "interface_value",
     "rows_of_block",
-    *(f"{name}_{stored}" for name in _ARGUMENTS if name != "unpack_int4" for stored in STORED.values()),
+    *(f"{name}_{stored}" for name in _ARGUMENTS if name not in _OF_OTHER_TYPES for stored in STORED.values()),
+    *(f"{name}_{stored}" for name in _OF_STATES for stored in ("float32", "float64")),
     *(f"unpack_int4_{stored}_{scale}" for stored in ("float32", "bfloat16") for scale in ("float32", "bfloat16")),
 )
 

@@ -87,6 +87,34 @@ def scan_on_cpu(
     return _exactly(y, u.dtype), final_state
 
 
+def scan_rounded_on_cpu(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    gate: Tensor | None,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+    dt_softplus: bool,
+    A_is_log: bool,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """`rounded_scan`; `None` where the kernel cannot run."""
+    if not _may_run(u, dt, A, B, C, D, gate, initial_state, lengths, positions):
+        return None
+    prepared = prepare_scan(u, dt, A, B, C, D, gate, initial_state, lengths, None)
+    if is_differentiated(*prepared):
+        return None
+    if A_is_log and u.shape[1] > 1:
+        A_is_log = False
+        prepared = (*prepared[:2], -torch.exp(prepared[2]), *prepared[3:])
+    starts = _exactly(positions[:, 0], torch.int64)
+    y, final_state = run_scan(*prepared, dt_softplus, A_is_log, starts=starts)
+    return _exactly(y, u.dtype), final_state
+
+
 def _may_run(first: Tensor, *others: Tensor | None) -> bool:
     return are_readable(first, *others) and first.numel() > 0 and kernels() is not None
 
@@ -257,11 +285,15 @@ def run_scan(
     dt_softplus: bool,
     A_is_log: bool = False,
     checkpoints: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and final state of prepared arguments; fills `checkpoints` with the states before each chunk."""
+    """Output and final state of prepared arguments; fills `checkpoints` with the states before each chunk.
+
+    With `starts`, the positions (B,) of the first tokens, the state is rounded after each token.
+    """
     A, D = hold_memory(A), hold_memory(D)
     y, final_state = _new_like(u), A.new_empty(len(u), *A.shape)
-    options, outputs = (dt_softplus, A_is_log), (checkpoints, y, final_state)
+    options, outputs = (dt_softplus, A_is_log), (checkpoints, y, final_state, starts)
     inputs = (u, dt, A, B, C, D, gate, initial_state, lengths, positions)
     _run("scan", u.dtype, *_scan_fields(*inputs, *options, *outputs))
     return y, final_state
@@ -326,9 +358,10 @@ def _scan_fields(
     checkpoints: Tensor | None,
     y: Tensor | None = None,
     final_state: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[int, ...]:
     """The fields of the structure `Scan`."""
-    states = _addresses(A, D, initial_state, final_state, checkpoints)
+    states = _addresses(A, D, initial_state, final_state, checkpoints, starts)
     views, sizes = _views(B, C, u, dt, gate, y), _shares(u, A.shape[1], lengths, positions)
     return *views, *states, A.shape[1], dt_softplus, A_is_log, *sizes
 
@@ -392,4 +425,5 @@ __all__ = [
     "run_scan",
     "run_scan_back",
     "scan_on_cpu",
+    "scan_rounded_on_cpu",
 ]
