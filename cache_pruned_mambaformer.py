@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cache_eviction_mambaformer import Chunk, PrunedLayout, PrunedRetention
-from .cache_keys_mambaformer import KeyValueStore, Removal, StateSpec
+from .cache_keys_mambaformer import KeyValueSlots, KeyValueStore, Removal, StateSpec
 from .cache_policies_mambaformer import PruningPolicy, round_scores
 from .cache_retention_mambaformer import Layout
 
@@ -111,7 +111,7 @@ class PrunedKeyValueStore:
             old = torch.zeros_like(new)
         self.staged_queries = torch.where(is_new, new, old.to(new))
 
-    def place(self, like: Tensor, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    def place(self, like: Tensor, layout: Layout) -> KeyValueSlots | None:
         """All slots of keys and of values for a kernel, as `KeyValueStore.place`; `None` where modules have to run."""
         if not isinstance(layout, PrunedLayout) or layout.retention != self.retention or len(layout.chunks) != 1:
             return None

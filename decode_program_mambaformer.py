@@ -345,6 +345,8 @@ class ProgramStep:
             if like is None:
                 like = new_keys[shape] = self.hidden_states.new_empty((self.rows, shape[0], self.count, shape[1]))
             placed = cache.key_store(slots.position).place(like, self.layouts[window])
+            if placed is None:
+                return False
             keys, values = placed.keys, placed.values
             codecs = describe_codecs(placed, like)
             capacity = keys.shape[2]

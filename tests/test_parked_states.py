@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mambaformer import MambaFormerCache
+from mambaformer.cache_policies_mambaformer import POLICIES, policy_fields
 from oracle import assert_same_logits, expected, read_on, tails
 from patterns import GREEDY
 from sequences import feed, feed_row, one_turn, padded_turn, ragged_turns, random_ids, random_rows, rows_of
@@ -18,16 +19,23 @@ VARIANTS = {
     "dense": {},
     "reach": {"rollback_reach": 4},
     "quantized": {"storage": "quantized", "kv_bits": {"keys": 6, "values": 4}},
+    "rounded": {"state_bits": 8},
+    "pruned": {"policy": POLICIES["snap_kv"](0.4, interval=6, sinks=1, recent=0, window=3, kernel_size=3)},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def cache_of(model, variant="dense", park_bytes=ROOMY, **options):
-    return model.make_cache(**VARIANTS[variant] | options, park_bytes=park_bytes)
+    cache = model.make_cache(**VARIANTS[variant] | options, park_bytes=park_bytes)
+    if cache.options.policy is not None and not any(spec.attends for spec in cache.specs):
+        pytest.skip("the model has no keys")
+    return cache
 
 
 def fields_of(cache):
-    return {"kv_bits": cache.options.kv_bits} if cache.options.kv_bits else {}
+    options = cache.options
+    fields = {"kv_bits": options.kv_bits, "state_bits": options.state_bits}
+    return fields | ({} if options.policy is None else {"policy": policy_fields(options.policy)})
 
 
 @pytest.fixture
