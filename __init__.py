@@ -8,6 +8,7 @@ from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_mamba_delta  # from here on `convert` is the function, not the package
 from .expert_posterior_mambaformer import ExpertPosterior
+from .expert_prior_mambaformer import DirichletPrior
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLibrary
 from .generation_schedule_mambaformer import ExpertSwitchLogitsProcessor
 from .modeling_mambaformer import (
@@ -26,6 +27,7 @@ AutoModelForSequenceClassification.register(MambaFormerConfig, MambaFormerForSeq
 
 __all__ = [
     "TOVA",
+    "DirichletPrior",
     "ExpertPosterior",
     "ExpertSwitchLogitsProcessor",
     "ExpertVector",

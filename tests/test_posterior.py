@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from mambaformer import ExpertPosterior, ExpertVector
+from mambaformer import DirichletPrior, ExpertPosterior, ExpertVector
 from oracle import assert_same_logits, expected
 from patterns import GREEDY, tiny_config
 from sequences import Turn, draw_row, one_turn, padded_turn, ragged_turns, rows_of
@@ -378,3 +378,35 @@ def test_what_does_not_fit_is_refused():
             posterior.crop(removed)
     assert posterior.get_seq_length() == 3
     assert Turn(ids, ids > 0).mask.all()
+
+
+def test_a_dirichlet_prior_learns_from_past_sequences(tmp_path):
+    model, rows = shared_model("llama"), rows_of("llama", 18, (9, 7))
+    named = [None, *(ExpertVector(shared_expert("llama", n).vectors, f"expert {n}") for n in (1, 2))]
+    prior = DirichletPrior({None: 1.0, "expert 1": 2.0, "expert 2": 1.0})
+    counts = [1.0, 2.0, 1.0]
+    for row in rows:
+        posterior = model.make_posterior(named, prior)
+        posterior.observe(torch.tensor([row]))
+        mean = [count / sum(counts) for count in counts]
+        shares = brute_force(model, row, named, mean)[1][-1].tolist()
+        prior = posterior.learned_prior(prior)
+        counts = [count + share for count, share in zip(counts, shares, strict=True)]
+    assert list(prior.counts.values()) == pytest.approx(counts, abs=1e-10)
+    prior.save(tmp_path / "prior.json")
+    assert DirichletPrior.load(tmp_path / "prior.json").counts == prior.counts
+    assert sum(prior.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_counts_and_files_that_are_no_prior_are_refused(tmp_path):
+    for counts in ({}, {"a": 0}, {"a": float("nan")}, {1: 2.0}, {"a": True}):
+        with pytest.raises(ValueError, match="`counts` must map"):
+            DirichletPrior(counts)
+    prior, posterior = DirichletPrior({"a": 1}), shared_model("llama").make_posterior([None])
+    with pytest.raises(ValueError, match="`update` takes"):
+        prior.update(posterior)
+    for content in ("", "[]", '{"format": "mambaformer.prior", "counts": [["a", -1]]}', '{"format": "another"}'):
+        (tmp_path / "prior.json").write_text(content)
+        with pytest.raises(ValueError, match="is not a prior"):
+            DirichletPrior.load(tmp_path / "prior.json")
+    assert prior.counts == {"a": 1.0}

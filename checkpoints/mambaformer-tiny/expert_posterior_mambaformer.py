@@ -18,6 +18,7 @@ from .cache_lock_mambaformer import CacheLock, FeedLock, not_while_fed
 from .expert_beliefs_mambaformer import Beliefs, resolve_log_prior
 from .expert_candidates_mambaformer import CandidateRows
 from .expert_posterior_files_mambaformer import load_posterior, save_posterior
+from .expert_prior_mambaformer import DirichletPrior
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLike, expert_key, resolve_expert_vector
 from .weights_version_mambaformer import weights_stamp
 
@@ -288,6 +289,12 @@ class ExpertPosterior(Cache):
             raise ValueError("The posterior has observed no tokens: feed it a sequence first.")
         cache = self.rows.cache_of(torch.tensor([position[number] for number in numbers], device="cpu"))
         return cache, [self.candidates[number] for number in numbers]
+
+    def learned_prior(self, prior: DirichletPrior | None = None) -> DirichletPrior:
+        """A new `DirichletPrior`: the counts of `prior` (by default one for each candidate) and these sequences."""
+        learned = DirichletPrior(dict.fromkeys(self.names, 1.0) if prior is None else prior.counts)
+        learned.update(self)
+        return learned
 
     # ---- files
 
