@@ -832,16 +832,22 @@ static const uint32_t PLACES_OF_4[] = {0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20,
 static const uint32_t PLACES_OF_2[] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
 static const uint32_t PLACES_OF_1[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// A vector of words whose low bits are the codes from `index` on, in one plane; other bits are of other codes.
+// A vector of words whose low bits are the codes from `index` on, in one plane; other bits are of other codes. Of one
+// bit, the word has two bytes of what follows, which is in the same vector of codes.
 template <int PLANE> static ALWAYS_INLINE Words load_plane(const uint8_t *plane, Long index) {
     typedef uint64_t Pairs __attribute__((vector_size(VECTOR_BYTES)));
     const uint8_t *block = plane + index / CODES_OF_BLOCK * (CODES_OF_BLOCK / 8) * PLANE;
-    uint64_t both = 0;
-    memcpy(&both, block, CODES_OF_BLOCK / 8 * PLANE);
-    if (PLANE < 4) both |= both << 32;
-    const Pairs pairs = both - Pairs{};
     Words words, places;
-    memcpy(&words, &pairs, sizeof words);
+    if (PLANE == 4) {
+        uint64_t both;
+        memcpy(&both, block, sizeof both);
+        const Pairs pairs = both - Pairs{};
+        memcpy(&words, &pairs, sizeof words);
+    } else {
+        uint32_t word;
+        memcpy(&word, block, sizeof word);
+        words = word - Words{};
+    }
     const uint32_t *from = PLANE == 4 ? PLACES_OF_4 : PLANE == 2 ? PLACES_OF_2 : PLACES_OF_1;
     memcpy(&places, from + index % CODES_OF_BLOCK, sizeof places);
     return words >> places;
