@@ -14,7 +14,7 @@ from .cache_retention_mambaformer import Layout, Retention, Span, make_uncached_
 from .configuration_mambaformer import MambaFormerConfig
 from .inputs_packing_mambaformer import Sequences
 from .inputs_padding_mambaformer import LeftAlignment
-from .mixer_attention_sinks_mambaformer import Angles
+from .mixer_attention_sinks_mambaformer import Angles, turns_keys
 from .modeling_stack_mambaformer import Place
 
 # Implementations that apply the causal mask without a tensor; other masks are left to the first of them.
@@ -55,7 +55,8 @@ class AttentionMasks:
         blocks: replace the mask where there are many more tokens than a window has.
         sequences: the sequences of packed rows, with the masks of each of their groups in `groups`.
         sink_angles: cosines and sines (rows or 1, queries, head_dim) by which queries meet sinks, and
-        is_sink: (rows or 1, keys), which keys these are; `None` where sinks and windows have the same angles.
+        is_sink: (rows or 1, keys), which keys these are; `None` where all keys have the same angles, and where
+        num_sinks: the first keys are sinks, which `sink_angles` turn for the only query.
         chunks: the masks of each chunk of a forward that evicts keys, by the retention of the layer. Empty where
             all layers have the same single chunk, whose mask is `mask`.
     """
@@ -68,6 +69,7 @@ class AttentionMasks:
     groups: tuple["AttentionMasks", ...] = ()
     sink_angles: Angles | None = None
     is_sink: torch.Tensor | None = None
+    num_sinks: int = 0
     chunks: dict[PrunedRetention, tuple["AttentionMasks", ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionMasks":
@@ -116,14 +118,16 @@ def make_attention_masks(
             retention, device = Retention.of(config, window), hidden_states.device
             layout = make_uncached_layout(retention, span, device) if cache is None else cache.layout(place.position)
             angles = None if window is None else sink_angles
-            has_sinks = angles is not None
+            is_one_query = turns_keys(config, span, sequences)
+            has_sinks = angles is not None and not is_one_query
             if cache is not None and isinstance(layout, PrunedLayout):
                 masks = _make_pruned_masks(places, config, cache, hidden_states, alignment)
             elif sequences is None:
                 masks = _make_masks(config, retention, layout, span, hidden_states, has_sinks)
             else:
                 masks = _make_packed_masks(config, retention, sequences, hidden_states, has_sinks)
-            by_window[window] = replace(masks, alignment=alignment, sink_angles=angles)
+            num_sinks = 0 if angles is None or not is_one_query else retention.sinks
+            by_window[window] = replace(masks, alignment=alignment, sink_angles=angles, num_sinks=num_sinks)
     return by_window
 
 

@@ -197,6 +197,15 @@ def test_packed_sequences_have_the_logits_that_they_have_alone():
     assert_same_logits(list(found.split([len(row) for row in rows])), expected(model, rows))
 
 
+def test_yarn_scales_sinks_once():
+    """One query turned the sinks by cosines that YaRN had scaled already."""
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    model = random_model(tiny_config("sliding", num_sink_tokens=2, window_positions="relative", rope_parameters=yarn))
+    row = random_rows(1, (16,))[0]
+    single = uncached_logits(model, torch.tensor([row]))[0]
+    assert_same_logits(feed_row(model, model.make_cache(), row, [1] * 16), single)
+
+
 def test_chosen_positions_count_for_windows_and_distances_to_sinks_stay_limited():
     """Positions that are all 7 later change nothing; later turns count on by the number of tokens."""
     model, row = streaming_model("sliding"), rows_of("sliding", 1, (18,))[0]

@@ -308,7 +308,7 @@ class ProgramStep:
         if layout.sources is not None or attention.chunks or (mask is None and self.count > 1):
             return None  # keys that are staged or evicted on the way; a causal mask that attention makes by itself
         if attention.sink_angles is not None:
-            return None
+            return None  # the configuration was changed after the attention was lowered
         address, mask_strides = 0, (0, 0)
         if mask is not None:
             if not isinstance(mask, Tensor) or not takes_mask(mask, self.rows, self.count, layout.num_slots):

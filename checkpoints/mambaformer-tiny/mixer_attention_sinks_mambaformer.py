@@ -6,7 +6,7 @@ min(p, sinks + window - 1) - i. No stored key is ever rotated again. A query is 
 position for keys of the window and by a limited one for sinks.
 
 One product of doubled vectors gives both scores, whatever computes attention: a query is [q, q for sinks], a key of
-the window is [k, 0], a sink is [0, k].
+the window is [k, 0], a sink is [0, k]. For a single query the sinks are turned instead, in a copy of the keys.
 """
 
 from typing import TypeAlias
@@ -44,6 +44,20 @@ def positions_for_sinks(config: MambaFormerConfig, positions: Tensor, tokens_bef
     return positions - (tokens_before - (_size(config) - 1)).clamp(min=0)
 
 
+def turns_keys(config: MambaFormerConfig, span: Span, sequences: Sequences | None) -> bool:
+    """Whether the forward has one query per row, for which sinks are turned; YaRN would scale them once more."""
+    if sequences is not None or isinstance(span.num_tokens, torch.SymInt) or span.num_tokens != 1:
+        return False
+    return (config.rope_parameters or {}).get("rope_type") != "yarn"
+
+
+def turn_sinks(key: Tensor, num_sinks: int, angles: Angles) -> Tensor:
+    """Keys (rows, heads, keys, head_dim) whose first `num_sinks` are turned by angles of (rows or 1, 1, head_dim)."""
+    sinks, others = key[:, :, :num_sinks], key[:, :, num_sinks:]
+    cos, sin = (each.expand(-1, sinks.shape[2], -1).contiguous() for each in angles)
+    return torch.cat([apply_rope(sinks, cos, sin), others], dim=2)
+
+
 def split_angles(cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
     """Cosines and sines (2, rows or 1, queries, head_dim) of both positions -> the angles of each."""
     return (cos[0], sin[0]), (cos[1], sin[1])
@@ -66,4 +80,13 @@ def separate_sinks(key: Tensor, is_sink: Tensor) -> Tensor:
     return torch.cat([key.masked_fill(is_sink, 0), key.masked_fill(~is_sink, 0)], dim=-1)
 
 
-__all__ = ["Angles", "needs_sink_angles", "positions_for_sinks", "rotate_queries", "separate_sinks", "split_angles"]
+__all__ = [
+    "Angles",
+    "needs_sink_angles",
+    "positions_for_sinks",
+    "rotate_queries",
+    "separate_sinks",
+    "split_angles",
+    "turn_sinks",
+    "turns_keys",
+]
