@@ -30,6 +30,7 @@ MODULES = (
     "cases_parked",
     "cases_streaming",
     "cases_quantized_cache",
+    "cases_quantized_states",
     "cases_pruning",
 )
 
