@@ -1085,17 +1085,24 @@ template <typename A, typename T> struct PlainVectors {
     }
 };
 
-// Vectors of codes; queries and mixed values are rotated.
+// Vectors of codes; queries and mixed values are rotated. Lines of float64 are computed one by one, since compilers
+// with sanitizers would need minutes for all combinations.
 template <typename A> struct CodedVectors {
     const uint8_t *data;
     Codec codec;
     Long width;
 
     template <int LINES> void score(const A *queries, Long start, int count, A (*scores)[KEYS_AT_A_TIME]) const {
-        score_codes<A, LINES>(queries, data + start * codec.nbytes, codec, width, count, scores);
+        const int together = sizeof(A) == 4 ? LINES : 1;
+        for (int line = 0; line < LINES; line += together)
+            score_codes<A, together>(queries + line * width, data + start * codec.nbytes, codec, width, count,
+                                     scores + line);
     }
     template <int LINES> void mix(const A (*shares)[KEYS_AT_A_TIME], Long start, int count, A *mixed) const {
-        mix_codes<A, LINES>(shares, data + start * codec.nbytes, codec, width, count, mixed);
+        const int together = sizeof(A) == 4 ? LINES : 1;
+        for (int line = 0; line < LINES; line += together)
+            mix_codes<A, together>(shares + line, data + start * codec.nbytes, codec, width, count,
+                                   mixed + line * width);
     }
 };
 
