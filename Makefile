@@ -8,7 +8,7 @@ LLAMA_CPP ?= 0.3.36
 OLDEST := transformers==5.16.1
 OLDER_VERSIONS := 5.16.1 5.23.0
 LAWS := library laws surgery switches isolation forms gradients transactions rollback cache remote_code readme generate generation_modes generation_config speculation \
-	sessions session_crashes session_files packing packed_inputs losses classifier default_device
+	sessions session_crashes session_files prefix_cache posterior remember packing packed_inputs losses classifier default_device
 export HF_HUB_OFFLINE ?= 1
 # A file's tests share models and processes, so one worker runs them all; files with slow tests come first.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
