@@ -94,9 +94,10 @@ class Machine(RuleBasedStateMachine):
     def add_cache(self, data):
         model = self.models[data.draw(one_of((0, 0, 1)))]
         policy = data.draw(one_of(("recompute", "continue", "reset", "error")))
-        limit = data.draw(one_of((None, None, 7, 20)))
+        storage = self.family.storage
+        limit = data.draw(one_of((None, None, 7, 20))) if "policy" not in storage else None
         options = {"on_expert_change": policy, "rollback_reach": data.draw(one_of((0, 0, 1, 3, 8)))}
-        options |= {} if limit is None else {"storage": "static", "max_cache_len": limit}
+        options |= storage | ({} if limit is None else {"storage": "static", "max_cache_len": limit})
         if policy == "recompute" and limit is None:
             options["park_bytes"] = data.draw(one_of((0, 2000, 1 << 20)))
         cache = model.module.make_cache(**options)
@@ -126,6 +127,8 @@ class Machine(RuleBasedStateMachine):
         """
         ids, mask = as_tensors(turn)
         ledger, model = slot.ledger, slot.model
+        if mode == "grad" and self.family.storage.keys() & {"kv_bits", "state_bits"}:
+            mode = "no_grad"  # rounding has no gradient
         if spelling is not KEEP:
             options["expert_vector"] = spelling
         wanted = ledger.in_force if expert is KEEP else expert

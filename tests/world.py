@@ -10,6 +10,7 @@ from enum import Enum
 import torch
 
 from mambaformer import ExpertVector, MambaFormerCache, MambaFormerConfig
+from mambaformer.cache_policies_mambaformer import POLICIES
 from oracle import Readings
 from reference import tuned_weights
 from tiny_models import random_expert, random_model
@@ -40,6 +41,7 @@ def random_fields(rng):
         "attention_output_bias": rng.random() < 0.5,
         "rope_parameters": rng.choice([None, dict(ROPE)]),
         "sliding_window": rng.randint(1, 6),
+        "window_positions": rng.choice(["absolute", "absolute", "relative"]),
         "num_sink_tokens": rng.randint(0, 2),
         "mamba_d_state": rng.randint(1, 3),
         "mamba_d_conv": rng.randint(1, 4),
@@ -50,6 +52,26 @@ def random_fields(rng):
         "mamba_inner_norms": rng.random() < 0.5,
         "tie_word_embeddings": rng.random() < 0.5,
     }
+
+
+def random_storage(rng, config):
+    """Options of all caches of a family that change its logits, and how the oracle knows them; half keep all as it is.
+
+    Static storage takes no policy.
+    """
+    if rng.random() < 0.5:
+        return {}
+    types, storage = config.layer_types, {}
+    if any("attention" in name or "hybrid" in name for name in types) and rng.random() < 0.5:
+        storage["kv_bits"] = {"keys": rng.choice([8, 6, 5]), "values": rng.choice([8, 4, 3])}
+    if any(name.startswith(("linear", "hybrid")) for name in types) and rng.random() < 0.5:
+        storage["state_bits"] = 8
+    if any(name in ("full_attention", "hybrid") for name in types) and rng.random() < 0.5:
+        schedule = {"interval": rng.randint(2, 5), "sinks": rng.randint(0, 1), "recent": rng.randint(0, 2)}
+        storage["policy"] = {"name": rng.choice(list(POLICIES)), "budget": rng.choice([3, 4, 0.4, 0.7]), **schedule}
+        if storage["policy"]["name"] == "snap_kv":
+            storage["policy"] |= {"window": rng.randint(1, schedule["interval"]), "kernel_size": rng.choice([1, 3])}
+    return storage
 
 
 class Family:
@@ -73,7 +95,8 @@ class Family:
         for name, expert in list(self.experts.items())[1:]:
             same = ExpertVector(ones | dict(expert.vectors), name="other")
             self.spellings[name] = [name, f"{name}_again", expert, dict(expert.vectors), same]
-        self.oracle = Oracle(self.config.to_dict(), self.experts)
+        self.storage = random_storage(random.Random(seed), self.config)
+        self.oracle = Oracle(self.config.to_dict() | self.storage, self.experts)
 
     def fresh_module(self, which):
         """Model 0 or 1 of the family, with the weights that it always starts with."""
