@@ -248,7 +248,13 @@ class ExpertPosterior(Cache):
                 f"`attention_mask` must be {tuple(input_ids.shape)} for the new tokens, or have all "
                 f"{self.get_seq_length()} columns of before too, got {tuple(attention_mask.shape)}."
             )
-        return input_ids, attention_mask[:, -num_tokens:].bool().to(input_ids.device)
+        if attention_mask.dtype != torch.bool and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+            raise ValueError(
+                "`attention_mask` must be 0 or 1: a posterior observes one sequence in each row, and larger numbers "
+                "tell sequences that are packed into a row."
+            )
+        mask = attention_mask[:, -num_tokens:].bool().to(input_ids.device)
+        return input_ids.masked_fill(~mask, 0), mask
 
     def _observe_again_if_weights_changed(self) -> None:
         """Evidence of other weights is of no use: all columns are observed again."""
@@ -416,8 +422,17 @@ class ExpertPosterior(Cache):
 
     @not_while_fed("given other rows")
     def select_rows(self, rows: Tensor | Sequence[int]) -> None:
-        """Makes row i a copy of the earlier row `rows[i]`."""
-        index = as_index(rows).long()
+        """Makes row i a copy of the earlier row `rows[i]`.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        index, num_rows = as_index(rows).long(), self._num_rows()
+        do_exist = index.dim() == 1 and index.numel() > 0
+        # On a GPU a check of the values would synchronize host and device at every step of a beam search.
+        do_exist = do_exist and (index.device.type != "cpu" or bool(((index >= 0) & (index < num_rows)).all()))
+        if not do_exist:
+            raise ValueError(f"The posterior has rows 0 to {num_rows - 1}, and the selection was {index.tolist()}.")
         if len(self.log_prior) > 1:
             self.log_prior = self.log_prior[index.to(self.log_prior.device)]
         if self.log_probabilities is None or self.log_evidences is None:
@@ -431,8 +446,11 @@ class ExpertPosterior(Cache):
         self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = self.batch_size if self.batch_size != -1 else len(self.log_prior)
-        self.select_rows([row for row in range(rows) for _ in range(repeats)])
+        self.select_rows([row for row in range(self._num_rows()) for _ in range(repeats)])
+
+    def _num_rows(self) -> int:
+        """Rows of the sequences, or of the prior before the first tokens."""
+        return self.batch_size if self.batch_size != -1 else len(self.log_prior)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
         index = as_index(indices)

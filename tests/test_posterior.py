@@ -9,7 +9,7 @@ import torch
 from mambaformer import DirichletPrior, ExpertPosterior, ExpertVector
 from oracle import assert_same_logits, expected
 from patterns import GREEDY, tiny_config
-from sequences import Turn, draw_row, one_turn, padded_turn, ragged_turns, rows_of
+from sequences import draw_row, one_turn, padded_turn, ragged_turns, rows_of
 from test_generate import left_padded
 from tiny_models import every_pattern, random_expert, random_model, shared_expert, shared_model, without_kernels_too
 
@@ -376,8 +376,15 @@ def test_what_does_not_fit_is_refused():
     for removed in (1, -4, [-1, -1]):
         with pytest.raises(ValueError, match="`crop` takes"):
             posterior.crop(removed)
+    for rows in ([1], [-1], []):
+        with pytest.raises(ValueError, match="rows 0 to 0"):
+            posterior.batch_select_indices(rows)
+    with pytest.raises(ValueError, match="must be 0 or 1"):
+        posterior.feed(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]))
     assert posterior.get_seq_length() == 3
-    assert Turn(ids, ids > 0).mask.all()
+    wanted = model.make_posterior([None, expert]).feed(torch.tensor([[1, 2, 3, 4]]))[:, -1]
+    found = posterior.feed(torch.tensor([[-100, 4]]), torch.tensor([[0, 1]]))[:, -1]  # the id of padding is not read
+    assert_same_logits(found, wanted)
 
 
 def test_a_dirichlet_prior_learns_from_past_sequences(tmp_path):
