@@ -112,9 +112,10 @@ class CacheMachine(Machine):
         self.forward(slot, turn, is_embedded=True)
         self.did()
 
+    @precondition(lambda self: not self.family.storage)
     @rule(data=st.data())
     def feed_nobody(self, data):
-        """A forward without a cache disturbs none."""
+        """A forward without a cache disturbs none; what it computes is known where caches keep all as it is."""
         model, width = self.models[data.draw(below(2))], 1 + data.draw(below(4))
         slot = Slot("nobody", None, Ledger("recompute"), model, home=model)
         turn = self.draw_turn(data, slot, widest=width, has_pads=True)
