@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from loops import conv_arguments, scan_arguments
 from mambaformer import MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as stack
+from mambaformer.cache_keys_mambaformer import KeyValueSlots
 from mambaformer.cache_retention_mambaformer import Layout
 from mambaformer.expert_linear_mambaformer import apply_linear
 from mambaformer.mixer_attention_masks_mambaformer import AttentionMasks
@@ -437,10 +439,8 @@ def test_slots_of_another_layout_are_not_written_to_by_the_kernel(name, change, 
     place = type(store).place
 
     def placed(self, like, layout):
-        tensors = dict(zip(("keys", "values"), place(self, like, layout), strict=True))
-        if self is store:
-            tensors[name] = change(tensors[name])
-        return tensors["keys"], tensors["values"]
+        slots = place(self, like, layout)
+        return replace(slots, **{name: change(getattr(slots, name))}) if self is store else slots
 
     wanted = model(ids[:, 6:7], past_key_values=cache.fork()).logits
     before = buffer.tensor.clone()
@@ -480,7 +480,7 @@ def test_more_keys_than_slots_are_left_to_pytorch():
         """Whether a step runs on storage of eight slots."""
         step = stack.ProgramStep(program.linked, torch.zeros(rows, 1, 32, dtype=torch.float64), None)
         layout = Layout(num_slots, None, slots)
-        store = SimpleNamespace(place=lambda *_: (keys[:rows], keys[:rows]))
+        store = SimpleNamespace(place=lambda *_: KeyValueSlots(keys[:rows], keys[:rows]))
         cache = SimpleNamespace(key_store=lambda _: store, layout=lambda _: layout)
         inputs = stack.LayerArguments({None: AttentionMasks()}, None, cache, None, {})
         return step.add_layouts({None: 0}, inputs) and step.add_key_slots(cache)

@@ -315,6 +315,10 @@ class MambaFormerConfig(PreTrainedConfig):
             plan |= {f"layers.*.{module}": style for module, style in styles.items()}
         return plan
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
+        """Transformers 5.16 sets the plan with the embedding of a tied head, which the plan has."""
+
     def mixers(self, layer_idx: int) -> tuple[str, ...]:
         """The mixers of layer `layer_idx`, in order: out of `"attention"`, `"recurrent"` and `"mlp"`."""
         mixers = LAYER_MIXERS[self._kinds[layer_idx]]
