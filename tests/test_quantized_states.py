@@ -233,6 +233,7 @@ def test_a_session_continues_bit_for_bit(pattern, variant, tmp_path):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_static_equals_dense_and_compiled_equals_eager():
     model, row = shared_model("everything"), rows_of("everything", 1, (14,))[0]
     caches = [cache_of(model, variant) for variant in ("states", "static", "static")]

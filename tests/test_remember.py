@@ -116,6 +116,7 @@ def test_bytes_are_constant_however_long_the_sequence_is(pattern, width):
 # ---- refusals
 
 
+@pytest.mark.slow
 def test_all_that_needs_forgotten_tokens_is_refused_and_changes_nothing():
     model, cache, row = long_cache("everything")
     expert = shared_expert("everything", 1)

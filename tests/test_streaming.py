@@ -72,6 +72,7 @@ def test_a_forward_without_cache_equals_the_oracle(pattern):
         assert_same_logits(feed(model, None, [turn], use_cache=False), expected(model, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_every_implementation_and_blocks_of_queries_equal_the_oracle(implementation):
     model = random_model(tiny_config("everything", window_positions="relative"), loudness=1.0)
@@ -165,6 +166,7 @@ def test_a_cache_or_session_of_other_positions_is_refused(tmp_path):
         relative.load_cache(tmp_path / "session")
 
 
+@pytest.mark.slow
 def test_static_equals_dense_and_compiled_equals_eager():
     model, row = streaming_model("everything"), rows_of("everything", 1, (20,))[0]
     dense, static, compiled = (model.make_cache(**VARIANTS[name]) for name in ("dense", "static", "static"))
