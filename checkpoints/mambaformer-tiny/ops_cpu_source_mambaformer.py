@@ -128,8 +128,8 @@ struct ConvolutionGradient {
 struct Scan {
     View B, C, u, dt, gate, y;
     const void *A, *D, *initial_state;
-    void *final_state;  // (B, D, N)
-    void *checkpoints;  // (B, chunks, D, N): the states before each chunk, for training; or null
+    void *final_state;   // (B, D, N)
+    void *checkpoints;   // (B, chunks, D, N): the states before each chunk, for training; or null
     const Long *starts;  // (B,): positions of the first tokens, where states are rounded after each token; or null
     Long numbers, dt_softplus, A_is_log;
     Shares shares;
