@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_buffers_mambaformer import as_index
+from .cache_buffers_mambaformer import as_index, check_rows
 from .cache_history_mambaformer import (
     Action,
     CacheLengths,
@@ -436,7 +436,8 @@ class MambaFormerCache(Cache):
             ValueError: there is no such row.
         """
         index = as_index(rows).long()
-        self._check_rows(index)
+        if self._num_rows():
+            check_rows(index, self._num_rows(), "cache")
         if self.provenance.select_rows(index, self.resolve):
             self.prepared_expert_vectors = None
         if self.lengths.is_empty:
@@ -447,14 +448,6 @@ class MambaFormerCache(Cache):
         self.parked.select_rows(index)
         self.each_layer("select_rows", index)
         self.provenance.encoded = encoded
-
-    def _check_rows(self, rows: torch.Tensor) -> None:
-        num_rows = self._num_rows()
-        # On a GPU a check of the values would synchronize host and device at every step of a beam search.
-        do_exist = rows.device.type != "cpu" or bool(((rows >= 0) & (rows < num_rows)).all())
-        do_exist = do_exist and rows.dim() == 1 and rows.numel() > 0
-        if num_rows and not do_exist:
-            raise ValueError(f"The cache has rows 0 to {num_rows - 1}, and the selection was {rows.tolist()}.")
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.select_rows(beam_idx)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .cache_buffers_mambaformer import count_leading
+
 if TYPE_CHECKING:
     from .cache_mambaformer import MambaFormerCache
 
@@ -118,8 +120,7 @@ def _split(node: Node, length: int) -> Node:
 
 def _common_length(one: Tensor, other: Tensor) -> int:
     length = min(len(one), len(other))
-    differ = (one[:length] != other[:length]).nonzero()
-    return int(differ[0]) if len(differ) else length
+    return count_leading(one[:length] == other[:length])
 
 
 __all__ = ["Entry", "Match", "PrefixTree"]

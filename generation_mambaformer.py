@@ -166,10 +166,7 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
                 "`prefix_cache` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
                 "`use_cache=False` out, or pass `cache=prefix_cache.fetch(input_ids)` without `prefix_cache`."
             )
-        mask = option("attention_mask")
-        if mask is None and option("pad_token_id") is not None:
-            mask = prompt != option("pad_token_id")  # the library takes such tokens for padding too
-        cache = prefix_cache.fetch(prompt, mask, expert_vector)
+        cache = prefix_cache.fetch(prompt, _mask_of(prompt, option), expert_vector)
         if max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1:
             prefix_cache.encode(prompt, cache)
         return cache
@@ -195,9 +192,7 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
                 "`expert_posterior` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
                 "`use_cache=False` out."
             )
-        mask = option("attention_mask")
-        if mask is None and option("pad_token_id") is not None:
-            mask = prompt != option("pad_token_id")  # the library takes such tokens for padding too
+        mask = _mask_of(prompt, option)
         model = cast("MambaFormerForCausalLM", self)
         return cast(MambaFormerCache, cache_under_posterior(model, posterior, mode, prompt, mask))
 
@@ -410,6 +405,14 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
 def _first_of(options: list[Keywords], name: str):
     """The first value of this name that is not `None`."""
     return next((option[name] for option in options if option.get(name) is not None), None)
+
+
+def _mask_of(prompt: torch.Tensor, option: Callable[[str], torch.Tensor | int | None]) -> torch.Tensor | None:
+    """The mask that was passed, or the one that the library makes of the pad id."""
+    mask = cast("torch.Tensor | None", option("attention_mask"))
+    if mask is None and option("pad_token_id") is not None:
+        return prompt != option("pad_token_id")
+    return mask
 
 
 def _kv_bits_of(cache_config: dict[str, int] | None) -> int | None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import Tensor
 
+from .cache_buffers_mambaformer import count_common_columns
 from .expert_posterior_mambaformer import ExpertPosterior
 from .expert_vectors_mambaformer import ExpertVectorLike
 
@@ -68,16 +68,11 @@ def _cache_of_one(posterior: ExpertPosterior, mode: str, columns: int) -> "Mamba
 
 def _check_continues(posterior: ExpertPosterior, prompt: Tensor, mask: Tensor | None) -> int:
     """Columns of the posterior's sequence, which must be a prefix of the prompt."""
-    observed, columns = posterior.rows.token_ids, posterior.get_seq_length()
-    if observed is None:
+    observed, is_real, columns = posterior.rows.token_ids, posterior.rows.mask, posterior.get_seq_length()
+    if observed is None or is_real is None:
         return 0
-    is_prefix = prompt.shape[0] == observed.shape[0] and prompt.shape[1] >= columns
-    if is_prefix:
-        real = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask.bool()
-        real, was_real = real[:, :columns].to(observed.device), posterior.rows.mask
-        is_same = (prompt[:, :columns].to(observed.device) == observed) | ~real
-        is_prefix = bool((is_same & (real == was_real)).all())
-    if not is_prefix:
+    has_rows = prompt.shape[0] == observed.shape[0]
+    if not has_rows or count_common_columns(prompt, mask, observed, is_real) < columns:
         raise ValueError(
             f"`input_ids` must start with the {columns} columns that the posterior has observed: pass the complete "
             "sequence, call `posterior.crop(-k)` to take columns back, or `posterior.reset()`."

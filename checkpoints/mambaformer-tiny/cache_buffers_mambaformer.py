@@ -134,6 +134,36 @@ def as_index(values: torch.Tensor | Sequence[int] | Sequence[bool]) -> torch.Ten
     return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
 
 
+def check_rows(rows: torch.Tensor, num_rows: int, owner: str) -> None:
+    """Raises `ValueError` if `rows` is no selection of the `num_rows` rows of `owner`."""
+    # On a GPU a check of the values would synchronize host and device at every step of a beam search.
+    do_exist = rows.device.type != "cpu" or bool(((rows >= 0) & (rows < num_rows)).all())
+    if not (do_exist and rows.dim() == 1 and rows.numel() > 0):
+        raise ValueError(f"The {owner} has rows 0 to {num_rows - 1}, and the selection was {rows.tolist()}.")
+
+
+def count_leading(holds: torch.Tensor) -> int:
+    """How many of the first entries of a boolean (n,) are true."""
+    fails = (~holds).nonzero()
+    return int(fails[0]) if len(fails) else len(holds)
+
+
+def count_common_columns(
+    ids: torch.Tensor, mask: torch.Tensor | None, cached: torch.Tensor, is_real: torch.Tensor
+) -> int:
+    """Number of leading columns that are equal in all rows; padding equals padding, whatever its tokens are.
+
+    Args:
+        ids, mask: (rows, columns), 0 in the mask at padding; `None` where all tokens are real.
+        cached, is_real: the same of a cached sequence, (rows, its columns), the mask boolean.
+    """
+    length = min(cached.shape[1], ids.shape[1])
+    cached, is_real = cached[:, :length], is_real[:, :length]
+    mask = torch.ones_like(is_real) if mask is None else mask[:, :length].to(is_real).bool()
+    is_same = (ids[:, :length].to(cached.device) == cached) | ~is_real
+    return count_leading((is_same & (mask == is_real)).all(0))
+
+
 def is_writable(tensor: torch.Tensor) -> bool:
     """Whether a tensor may be written in place: not if a graph leads to it, or if it was made in inference mode."""
     if torch.compiler.is_compiling():

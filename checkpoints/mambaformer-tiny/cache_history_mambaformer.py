@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .cache_buffers_mambaformer import Buffer, IdBuffer, as_normal_tensor
+from .cache_buffers_mambaformer import Buffer, IdBuffer, as_normal_tensor, count_common_columns
 from .cache_keys_mambaformer import Removal
 from .cache_remember_mambaformer import LogBounds
 from .cache_retention_mambaformer import Span, count_positions
@@ -262,12 +262,7 @@ class TokenHistory:
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
                 f"{tuple(attention_mask.shape)}."
             )
-        length = min(columns, input_ids.shape[1])
-        is_real = self.read_mask(length)
-        mask = torch.ones_like(is_real) if attention_mask is None else attention_mask[:, :length].to(is_real).bool()
-        is_same = (input_ids[:, :length].to(cached.device) == cached[:, :length]) | ~is_real
-        differ = (~(is_same & (mask == is_real))).any(0).nonzero()
-        return int(differ[0]) if len(differ) else length
+        return count_common_columns(input_ids, attention_mask, cached, self.read_mask(columns))
 
     @property
     def is_complete(self) -> bool:

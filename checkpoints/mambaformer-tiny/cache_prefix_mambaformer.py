@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .cache_buffers_mambaformer import count_leading
 from .cache_history_mambaformer import Encoding, Status
 from .cache_mambaformer import MambaFormerCache
 from .cache_parked_mambaformer import ParkedStates
@@ -240,8 +241,7 @@ class PrefixCache:
             self._count({"missed: padding": 1})
         else:
             ids = _as_ids(input_ids[:, :-1])  # one token is left to be fed
-            differ = (ids != ids[:1]).any(0).nonzero()
-            return ids[0, : int(differ[0])] if len(differ) else ids[0]
+            return ids[0, : count_leading((ids == ids[:1]).all(0))]
         return None
 
     def _longest(self, encoding: Encoding, ids: Tensor) -> tuple[MambaFormerCache | None, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache_buffers_mambaformer import as_index
+from .cache_buffers_mambaformer import as_index, check_rows
 from .cache_lock_mambaformer import CacheLock, FeedLock, not_while_fed
 from .expert_beliefs_mambaformer import Beliefs, resolve_log_prior
 from .expert_candidates_mambaformer import CandidateRows
@@ -427,12 +427,8 @@ class ExpertPosterior(Cache):
         Raises:
             ValueError: there is no such row.
         """
-        index, num_rows = as_index(rows).long(), self._num_rows()
-        do_exist = index.dim() == 1 and index.numel() > 0
-        # On a GPU a check of the values would synchronize host and device at every step of a beam search.
-        do_exist = do_exist and (index.device.type != "cpu" or bool(((index >= 0) & (index < num_rows)).all()))
-        if not do_exist:
-            raise ValueError(f"The posterior has rows 0 to {num_rows - 1}, and the selection was {index.tolist()}.")
+        index = as_index(rows).long()
+        check_rows(index, self._num_rows(), "posterior")
         if len(self.log_prior) > 1:
             self.log_prior = self.log_prior[index.to(self.log_prior.device)]
         if self.log_probabilities is None or self.log_evidences is None:
