@@ -273,6 +273,9 @@ class MambaFormerCache(Cache):
         "vocab_size",
     )
     depends_on += ("hidden_size", "mamba_d_state", "mamba_d_conv", "mamba_expand")
+    depends_on += ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "conv_L_cache")
+    depends_on += ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    depends_on += ("linear_conv_kernel_dim",)
 
     def fits(self, config: "MambaFormerConfig") -> bool:
         """Whether a model of `config` can use this cache."""

@@ -32,6 +32,11 @@ SESSION_FORMAT = "mambaformer.session"
 SESSION_VERSION = 1
 # Fields that change the computation of a model without a change in the shapes or the content of its weights.
 COMPUTED_WITH = ("num_hidden_layers", "num_attention_heads", "rope_parameters", "rms_norm_eps", "hidden_act")
+COMPUTED_WITH += ("mamba_gated_norm", "time_step_limit", "linear_allow_neg_eigval")
+# Fields that older sessions lack: their models had the default.
+ADDED_FIELDS = ("window_positions", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "conv_L_cache")
+ADDED_FIELDS += ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+ADDED_FIELDS += ("linear_conv_kernel_dim", "mamba_gated_norm", "time_step_limit", "linear_allow_neg_eigval")
 # The stamp of a cache that is not up to date with the weights of its model: it equals no real stamp.
 OTHER_WEIGHTS = "other weights"
 # The most static storage that a file may ask for by itself, in rows times columns: so many times the model's context,
@@ -365,8 +370,8 @@ def _check_key(session: Session) -> None:
 
 
 def _check_config(session: Session, cache: "MambaFormerCache") -> None:
-    # Sessions from before there was a choice of positions had absolute ones.
-    own, saved = _fields_of(cache.config, cache.depends_on), {"window_positions": "absolute"} | session.config
+    defaults = {name: getattr(type(cache.config), name) for name in ADDED_FIELDS}
+    own, saved = _fields_of(cache.config, cache.depends_on), defaults | session.config
     differing = [name for name in {**own, **saved} if own.get(name, ...) != saved.get(name, ...)]
     if differing:
         listed = ", ".join(f"`{name}` is {own.get(name)!r}, not {saved.get(name)!r}" for name in differing)

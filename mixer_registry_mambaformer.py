@@ -6,11 +6,22 @@ A new recurrent mixer is a file `mixer_..._mambaformer.py` and a row here.
 from .configuration_mambaformer import MambaFormerConfig
 from .mixer_attention_mambaformer import MambaFormerAttention
 from .mixer_base_mambaformer import MambaFormerMixer
+from .mixer_conv_mambaformer import MambaFormerShortConvMixer
+from .mixer_delta_mambaformer import MambaFormerGatedDeltaMixer
+from .mixer_mamba2_mambaformer import MambaFormerMamba2Mixer
 from .mixer_mamba_mambaformer import MambaFormerMambaMixer
 from .mixer_mlp_mambaformer import MambaFormerMLP
 
-MIXERS: dict[str, type[MambaFormerMixer]] = {"attention": MambaFormerAttention, "mlp": MambaFormerMLP}
-RECURRENT_MIXERS: dict[str, type[MambaFormerMixer]] = {"mamba": MambaFormerMambaMixer}
+MIXERS: dict[str, type[MambaFormerMixer]] = {
+    "attention": MambaFormerAttention,
+    "short_conv": MambaFormerShortConvMixer,
+    "mlp": MambaFormerMLP,
+}
+RECURRENT_MIXERS: dict[str, type[MambaFormerMixer]] = {
+    "mamba": MambaFormerMambaMixer,
+    "mamba2": MambaFormerMamba2Mixer,
+    "gated_delta": MambaFormerGatedDeltaMixer,
+}
 
 
 def mixers_of(config: MambaFormerConfig, layer_idx: int) -> list[type[MambaFormerMixer]]:

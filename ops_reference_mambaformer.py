@@ -72,6 +72,7 @@ def convolve(
     initial_state: Tensor | None,
     lengths: Tensor | None,
     positions: Tensor | None,
+    activation: str | None = "silu",
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv1d`."""
     length, dtype, count = x.shape[1], arithmetic_dtype(x, weight, bias), weight.shape[1] - 1
@@ -87,7 +88,8 @@ def convolve(
     for tap, column in enumerate(columns[1:], start=1):
         y = y.addcmul_(inputs_at(tap), column)
     y = y if bias is None else y + bias.to(dtype)
-    return F.silu(y).to(x.dtype), last_inputs(inputs, count, lengths)
+    y = y if activation is None else F.silu(y)
+    return y.to(x.dtype), last_inputs(inputs, count, lengths)
 
 
 def last_inputs(inputs: Tensor, count: int, lengths: Tensor | None) -> Tensor:
@@ -282,41 +284,3 @@ def _enter_chunks(initial_state: Tensor, left: Tensor, decay: Tensor) -> Tensor:
     for chunk in range(left.shape[1]):
         entered.append(torch.addcmul(left[:, chunk], decay[:, chunk], entered[-1]))
     return torch.stack(entered, dim=1)
-
-
-# ---- matrix recurrence
-
-
-def recur(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    lengths: Tensor | None,
-    positions: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`matrix_recurrence`."""
-    (rows, length, heads, key_size), value_size, stored = q.shape, v.shape[-1], v.dtype
-    dtype, real = arithmetic_dtype(q, k, v, g, beta, initial_state), real_tokens(lengths, length)
-    real = None if real is None else real[..., None]
-    g = g[..., None] if g.ndim == 3 else g
-    # Padding is the neutral input: no decay, no write, no read.
-    q, k, v, g = (zero_padding(each, real).to(dtype) for each in (q, k, v, g))
-    beta = None if beta is None else zero_padding(beta[..., None], real).to(dtype)
-    kept = torch.exp(g)
-    if positions is not None:
-        kept = torch.where((positions == 0)[:, :, None, None], 0, kept)
-    state = q.new_zeros(rows, heads, key_size, value_size) if initial_state is None else initial_state.to(dtype)
-    outputs = []
-    with without_autocast(q.device.type):
-        for t in range(length):
-            state = kept[:, t, :, :, None] * state
-            w = v[:, t]
-            if beta is not None:
-                w = beta[:, t] * (w - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
-            state = state + k[:, t, :, :, None] * w[:, :, None]
-            outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    y = torch.stack(outputs, dim=1) if outputs else v
-    return y.to(stored), state

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mambaformer.cache_keys_mambaformer import StateSpec
 from mambaformer.expert_linear_mambaformer import apply_expert_linear
 from mambaformer.mixer_base_mambaformer import RecurrentMixer
-from mambaformer.mixer_mamba_mambaformer import MambaFormerConv1d
+from mambaformer.mixer_parts_mambaformer import MambaFormerConv1d
 from mambaformer.mixer_registry_mambaformer import RECURRENT_MIXERS
 from mambaformer.ops_mambaformer import conv_window, matrix_recurrence
 
@@ -25,7 +25,7 @@ class GatedLinearAttention(RecurrentMixer):
         width, hidden = self.heads * self.head_dim, config.hidden_size
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden, width, bias=False) for _ in range(3))
         self.g_proj = nn.Linear(hidden, self.heads)
-        self.conv1d = MambaFormerConv1d(width, width, 3, groups=width, padding="valid")
+        self.conv1d = MambaFormerConv1d(width, 3, bias=True)
         self.o_proj = nn.Linear(width, hidden, bias=False)
 
     def before(self, hidden_states, vectors):

@@ -3,9 +3,10 @@
 It reads like the papers, imports nothing but torch and Python's library, knows neither batches nor pads nor caches,
 and judges everything that does. All of it is differentiable, so it judges gradients too.
 
-Sources: Mamba (arXiv 2312.00752, algorithm 2), MambaFormer (2402.04248), attention sinks (2309.17453), RoPE
-(2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section 3.1), KeyDiff (2504.15364), TOVA (2401.06104),
-SnapKV (2404.14469), key norm (2406.11430). Letters: D channels, N state size, K taps of the convolution.
+Sources: Mamba (arXiv 2312.00752, algorithm 2), Mamba-2 (2405.21060), Gated DeltaNet (2412.06464), MambaFormer
+(2402.04248), attention sinks (2309.17453), RoPE (2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section
+3.1), KeyDiff (2504.15364), TOVA (2401.06104), SnapKV (2404.14469), key norm (2406.11430). Letters: D channels, N state
+size, K taps of the convolution.
 """
 
 import functools
@@ -161,6 +162,12 @@ class ReferenceRow:
                 x = x + self.mamba(layer, at, at.norm("mamba_layernorm", x))
             if kind in RECURRENT and config["recurrent_mixer"] == "gated_linear_attention":
                 x = x + self.gated_linear_attention(layer, at, at.norm("gla_layernorm", x))
+            if kind in RECURRENT and config["recurrent_mixer"] == "mamba2":
+                x = x + self.mamba2(layer, at, at.norm("mamba2_layernorm", x))
+            if kind in RECURRENT and config["recurrent_mixer"] == "gated_delta":
+                x = x + self.gated_delta(layer, at, at.norm("gated_delta_layernorm", x))
+            if kind == "conv":
+                x = x + self.short_conv(layer, at, at.norm("short_conv_layernorm", x))
             if config["intermediate_size"] is not None:
                 x = x + mlp(at, at.norm("mlp_layernorm", x))
         self.position += 1
@@ -283,6 +290,72 @@ class ReferenceRow:
         self.round_state(layer)
         return at.linear("mamba.out_proj", y * gate * torch.sigmoid(gate))
 
+    def convolved(self, layer, at, name, x, K):
+        """The sum over the last K inputs, of which x is the newest."""
+        self.conv_inputs[layer].append(x)
+        total = at.get(f"{name}.bias", torch.zeros_like(x))
+        for back, old in enumerate(reversed(self.conv_inputs[layer][-K:])):
+            total = total + at[f"{name}.weight"][:, 0, K - 1 - back] * old
+        return total
+
+    def mamba2(self, layer, at, x):
+        config = self.config
+        H, P, G, N = (config[f"mamba_{name}"] for name in ("num_heads", "head_dim", "num_groups", "d_state"))
+        gate, packed, dt = at.linear("mamba2.in_proj", x).split([H * P, H * P + 2 * G * N, H])
+        u = silu(self.convolved(layer, at, "mamba2.conv1d", packed, config["mamba_d_conv"]))
+        u, B, C = u[: H * P].view(H, P), u[H * P : H * P + G * N].view(G, N), u[H * P + G * N :].view(G, N)
+        dt = torch.log1p(torch.exp(dt + at["mamba2.dt_bias"]))
+        low, high = config["time_step_limit"] or (None, None)
+        dt = dt if low is None else torch.maximum(dt, torch.tensor(low, dtype=dt.dtype))
+        dt = dt if high is None else torch.minimum(dt, torch.tensor(high, dtype=dt.dtype))
+        A, outputs, states = -torch.exp(at["mamba2.A_log"]), [], []
+        for head in range(H):
+            group, old = head // (H // G), 0.0 if isinstance(self.h[layer], float) else self.h[layer][head]
+            states.append(torch.exp(dt[head] * A[head]) * old + dt[head] * torch.outer(B[group], u[head]))
+            outputs.append(states[-1].T @ C[group] + at["mamba2.D"][head] * u[head])
+        self.h[layer] = torch.stack(states)
+        y = torch.cat(outputs)
+        self.round_state(layer)
+        y = y * silu(gate) if config["mamba_gated_norm"] in ("none", "after_gate") else y
+        if config["mamba_gated_norm"] != "none":
+            groups = [part / torch.sqrt((part * part).mean() + config["rms_norm_eps"]) for part in y.chunk(G)]
+            y = torch.cat(groups) * at["mamba2.norm.weight"]
+        y = y * silu(gate) if config["mamba_gated_norm"] == "before_gate" else y
+        return at.linear("mamba2.out_proj", y)
+
+    def gated_delta(self, layer, at, x):
+        config = self.config
+        key_heads, H = config["linear_num_key_heads"], config["linear_num_value_heads"]
+        K, V = config["linear_key_head_dim"], config["linear_value_head_dim"]
+        packed = at.linear("gated_delta.qkv_proj", x)
+        u = silu(self.convolved(layer, at, "gated_delta.conv1d", packed, config["linear_conv_kernel_dim"]))
+        queries, keys, values = u.split([key_heads * K, key_heads * K, H * V])
+        queries, keys, values = queries.view(key_heads, K), keys.view(key_heads, K), values.view(H, V)
+        betas = torch.sigmoid(at.linear("gated_delta.b_proj", x))
+        betas = 2 * betas if config["linear_allow_neg_eigval"] else betas
+        steps = torch.log1p(torch.exp(at.linear("gated_delta.a_proj", x) + at["gated_delta.dt_bias"]))
+        decays = torch.exp(-torch.exp(at["gated_delta.A_log"]) * steps)
+        gate = at.linear("gated_delta.z_proj", x).view(H, V)
+        outputs, states = [], []
+        for head in range(H):
+            query, key = (each[head // (H // key_heads)] for each in (queries, keys))
+            query, key = (each / torch.sqrt((each * each).sum() + 1e-6) for each in (query, key))
+            old = torch.zeros(K, V, dtype=x.dtype) if isinstance(self.h[layer], float) else self.h[layer][head]
+            state = decays[head] * old
+            state = state + torch.outer(key, betas[head] * (values[head] - state.T @ key))
+            read = state.T @ query / K**0.5
+            read = read / torch.sqrt((read * read).mean() + config["rms_norm_eps"]) * at["gated_delta.norm.weight"]
+            states.append(state)
+            outputs.append(read * silu(gate[head]))
+        self.h[layer] = torch.stack(states)
+        self.round_state(layer)
+        return at.linear("gated_delta.out_proj", torch.cat(outputs))
+
+    def short_conv(self, layer, at, x):
+        B, C, u = at.linear("short_conv.in_proj", x).chunk(3)
+        y = C * self.convolved(layer, at, "short_conv.conv1d", B * u, self.config["conv_L_cache"])
+        return at.linear("short_conv.out_proj", y)
+
     def gated_linear_attention(self, layer, at, x):
         heads, size, K = self.config["num_attention_heads"], self.config["head_dim"], 3
         queries, keys = (at.linear(f"gla.{name}", x).view(heads, size) for name in ("q_proj", "k_proj"))
@@ -322,8 +395,11 @@ class Names:
 
 
 def mlp(at, x):
-    gate = at.linear("mlp.gate_proj", x)
-    return at.linear("mlp.down_proj", gate * torch.sigmoid(gate) * at.linear("mlp.up_proj", x))
+    return at.linear("mlp.down_proj", silu(at.linear("mlp.gate_proj", x)) * at.linear("mlp.up_proj", x))
+
+
+def silu(x):
+    return x * torch.sigmoid(x)
 
 
 def rotate(vectors, position, theta):

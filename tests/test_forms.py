@@ -126,7 +126,8 @@ def test_half_precision_runs_near_the_oracle_with_wide_states(pattern, variant, 
     assert_same_logits([logits.double() for logits in found], wanted, 0.05 if dtype is torch.bfloat16 else 0.01)
     specs = [mixer.state_specs() for mixer in model.modules() if hasattr(mixer, "state_specs")]
     stores = [layer.recurrent.state() for layer in cache.layers if layer.recurrent is not None]
-    assert len(specs) == sum("recurrent" in config.mixers(layer) for layer in range(config.num_hidden_layers))
+    has_state = {"recurrent", "short_conv"}
+    assert len(specs) == sum(not has_state.isdisjoint(config.mixers(n)) for n in range(config.num_hidden_layers))
     for of_layer, states in zip(specs, stores, strict=True):
         for name, spec in of_layer.items():
             assert states[name].shape == (3, *spec.shape)

@@ -9,6 +9,7 @@ from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
 from mambaformer import decode_program_mambaformer as program
 from mambaformer.configuration_mambaformer import TENSOR_PARALLEL_PLANS
 from mambaformer.mixer_registry_mambaformer import check_can_be_split
+from oracle import assert_same_logits, expected
 from patterns import ROOT, tiny_config
 from sequences import feed_row, random_rows
 from tiny_models import random_model, shared_model
@@ -23,6 +24,57 @@ def test_an_unknown_recurrent_mixer_is_refused_with_the_known_ones():
     config = MambaFormerConfig(recurrent_mixer="mamba7")
     with pytest.raises(ValueError, match=r"`recurrent_mixer` is 'mamba7': choose one of .*'mamba'"):
         MambaFormerForCausalLM(config)
+
+
+BAD_SIZES = {
+    "groups that do not divide heads": ({"mamba_num_groups": 3}, r"`mamba_num_heads` \(4\) must be a multiple"),
+    "limits in the wrong order": ({"time_step_limit": [0.5, 0.1]}, "`time_step_limit` must be ascending"),
+    "one limit": ({"time_step_limit": [0.5]}, "`time_step_limit` must be the smallest and the largest step"),
+    "an unknown norm": ({"mamba_gated_norm": "inside"}, "`mamba_gated_norm` must be one of"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD_SIZES.values(), ids=BAD_SIZES)
+def test_sizes_of_a_mixer_that_contradict_each_other_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("mamba2", **fields)
+
+
+def test_sizes_of_a_mixer_that_are_left_out_follow_from_the_others():
+    config = MambaFormerConfig(recurrent_mixer="mamba2", hidden_size=256, mamba_head_dim=32)
+    assert config.mamba_num_heads == 16
+    config = MambaFormerConfig(recurrent_mixer="gated_delta", linear_num_value_heads=32)
+    assert (config.linear_num_key_heads, config.linear_num_value_heads) == (8, 32)
+    assert (config.linear_key_head_dim, config.linear_value_head_dim) == (64, 64)
+
+
+@pytest.mark.parametrize("norm", ["none", "before_gate", "after_gate"])
+def test_mamba2_has_the_norm_of_its_configuration(norm):
+    model, rows = random_model(tiny_config("mamba2", mamba_gated_norm=norm)), random_rows(4)
+    assert any("mamba2.norm" in name for name in model.state_dict()) == (norm != "none")
+    found = [feed_row(model, model.make_cache(), row) for row in rows]
+    assert_same_logits(found, expected(model, rows))
+
+
+@pytest.mark.parametrize("pattern", ["mamba2", "gated_delta"])
+def test_initial_decays_and_steps_are_in_their_ranges(pattern):
+    model = MambaFormerForCausalLM(tiny_config(pattern, hidden_size=64, num_attention_heads=8))
+    for name, weight in model.named_parameters():
+        if name.endswith("A_log"):
+            assert weight.exp().min() >= 1 and weight.exp().max() <= 16 and weight.std() > 0
+        if name.endswith("dt_bias"):
+            steps = torch.nn.functional.softplus(weight)
+            assert steps.min() >= 0.00099 and steps.max() <= 0.101 and steps.std() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["mamba2", "gated_delta", "conv"])
+def test_prompts_of_many_chunks_equal_single_tokens(pattern):
+    model = shared_model(pattern)
+    ids = torch.tensor(random_rows(5, lengths=(150,)))
+    cache = model.make_cache()
+    alone = torch.cat([model(each, cache=cache).logits for each in ids.split(1, dim=1)], dim=1)
+    assert_same_logits(model(ids, use_cache=False).logits, alone)
 
 
 def test_a_decode_program_runs_a_mixer_without_a_lowering_between_its_parts(monkeypatch):

@@ -19,8 +19,9 @@ from mambaformer import ops_cpu_build_mambaformer as compiler
 from mambaformer import ops_cpu_decode_mambaformer as decode
 from mambaformer.mixer_attention_mambaformer import MambaFormerAttention
 from mambaformer.mixer_base_mambaformer import MambaFormerRMSNorm
-from mambaformer.mixer_mamba_mambaformer import MambaFormerConv1d, MambaFormerMambaMixer
+from mambaformer.mixer_mamba_mambaformer import MambaFormerMambaMixer
 from mambaformer.mixer_mlp_mambaformer import MambaFormerMLP
+from mambaformer.mixer_parts_mambaformer import MambaFormerConv1d
 from patterns import tiny_config
 from sequences import random_rows
 from tiny_models import random_model

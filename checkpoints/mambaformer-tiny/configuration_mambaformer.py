@@ -17,6 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 # "recurrent" is the mixer that `recurrent_mixer` names.
 LAYER_MIXERS = {
     "linear_attention": ("recurrent",),
+    "conv": ("short_conv",),
     "full_attention": ("attention",),
     "sliding_attention": ("attention",),
     "hybrid": ("attention", "recurrent"),
@@ -44,6 +45,7 @@ TENSOR_PARALLEL_PLANS = {
 }
 SLIDING_LAYER_TYPES = ("sliding_attention", "hybrid_sliding")
 WINDOW_POSITIONS = ("absolute", "relative")
+GATED_NORMS = ("none", "before_gate", "after_gate")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Every layer is a Python object of some 30 KB before its weights; the deepest published model (DeepNet, arXiv
 # 2203.00555) has 1,000 layers.
@@ -105,6 +107,12 @@ def _are_labels(value: object) -> bool:
     )
 
 
+def _is_step_limit(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(each is None or is_positive(each) for each in value)
+
+
 def _is_dtype(value: object) -> bool:
     return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
 
@@ -133,6 +141,14 @@ FIELD_KINDS = {
     **dict.fromkeys(("mlp_bias", "attention_bias", "attention_output_bias", "mamba_conv_bias"), SWITCH),
     **dict.fromkeys(("mamba_proj_bias", "mamba_inner_norms", "tie_word_embeddings", "use_cache"), SWITCH),
     "hidden_act": Kind(f"one of {sorted(ACT2FN)}", lambda value: isinstance(value, str) and value in ACT2FN),
+    **dict.fromkeys(("mamba_head_dim", "mamba_num_groups", "linear_conv_kernel_dim", "conv_L_cache"), SIZE),
+    **dict.fromkeys(("mamba_num_heads", "linear_num_key_heads", "linear_num_value_heads"), OPTIONAL_SIZE),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), OPTIONAL_SIZE),
+    **dict.fromkeys(("linear_allow_neg_eigval", "conv_bias"), SWITCH),
+    "mamba_gated_norm": Kind(f"one of {GATED_NORMS}", lambda value: value in GATED_NORMS),
+    "time_step_limit": Kind(
+        "the smallest and the largest step size, both positive or None", _is_step_limit, is_optional=True
+    ),
     "recurrent_mixer": Kind("the name of a mixer", lambda value: isinstance(value, str) and value.isidentifier()),
     "layer_types": Kind(f"a list of layer types out of {sorted(LAYER_MIXERS)}", is_list_of_words, is_optional=True),
     "rope_parameters": Kind("a dict", lambda value: isinstance(value, dict), is_optional=True),
@@ -190,9 +206,10 @@ class MambaFormerConfig(PreTrainedConfig):
 
     Args:
         layer_types: one entry a layer out of `"linear_attention"` (the recurrent mixer), `"full_attention"`,
-            `"sliding_attention"`, `"hybrid"` (attention, then the recurrent mixer) and `"hybrid_sliding"`. Default: a
-            recurrent layer first, hybrids after it.
-        recurrent_mixer: the recurrent mixer of all layers, a row of the table in `mixer_registry_mambaformer`.
+            `"sliding_attention"`, `"hybrid"` (attention, then the recurrent mixer), `"hybrid_sliding"` and `"conv"`
+            (the short convolution of LFM2). Default: a recurrent layer first, hybrids after it.
+        recurrent_mixer: the recurrent mixer of all layers: `"mamba"` (Mamba-1), `"mamba2"` or `"gated_delta"`, or
+            another row of the table in `mixer_registry_mambaformer`.
         intermediate_size: width of the gated MLP at the end of every layer; `None` builds no MLP.
         num_key_value_heads: heads of keys and values; `None` means as many as `num_attention_heads`.
         head_dim: width of one attention head; `None` means `hidden_size // num_attention_heads`.
@@ -210,7 +227,17 @@ class MambaFormerConfig(PreTrainedConfig):
             `ceil(hidden_size / 16)`.
         mamba_conv_bias, mamba_proj_bias: biases on the convolution and on the in/out projections.
         mamba_inner_norms: RMS norms on dt, B and C, as in Jamba (arXiv 2403.19887, section 6.4).
+        mamba_num_heads, mamba_head_dim, mamba_num_groups: H, P and G of Mamba-2 (arXiv 2405.21060, section 7), whose
+            inner width is H * P; `mamba_num_heads=None` is as many heads as `mamba_expand * hidden_size` has room for.
+        mamba_gated_norm: the RMS norm of Mamba-2's output over each of G groups: `"after_gate"` (after it was
+            multiplied by SiLU of the gate), `"before_gate"`, or `"none"` for the gate alone.
         time_step_min, time_step_max, time_step_floor: range of dt at initialization.
+        time_step_limit: the smallest and the largest dt of Mamba-2, `None` where there is no limit.
+        linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim,
+        linear_conv_kernel_dim: heads, their widths and the kernel size of the gated delta rule (arXiv 2412.06464).
+            `None` means as many heads of keys as of attention and of `head_dim`, and values as keys.
+        linear_allow_neg_eigval: beta up to 2 instead of 1 (arXiv 2411.12537).
+        conv_L_cache, conv_bias: kernel size and biases of the short convolution in `"conv"` layers.
         expert_vectors: names of the expert vectors that are saved with the weights, in files
             `expert_vectors/{name}.safetensors`. Configurations of version 0.1 call the field `experts`.
 
@@ -248,6 +275,19 @@ class MambaFormerConfig(PreTrainedConfig):
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
     mamba_inner_norms: bool = False
+    mamba_num_heads: int | None = None
+    mamba_head_dim: int = 64
+    mamba_num_groups: int = 1
+    mamba_gated_norm: str = "after_gate"
+    time_step_limit: list[float | None] | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int = 4
+    linear_allow_neg_eigval: bool = False
+    conv_L_cache: int = 3
+    conv_bias: bool = False
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
@@ -271,13 +311,23 @@ class MambaFormerConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.mamba_dt_rank == "auto":
-            self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
+        self._fill_in_recurrent_sizes()
         without_position_encoding = self.rope_parameters is None
         super().__post_init__(**kwargs)
         if without_position_encoding and not {"rope_theta", "rope_scaling"} & kwargs.keys():
             self.rope_parameters = None  # the parent fills in a default RoPE
         self._check()
+
+    def _fill_in_recurrent_sizes(self):
+        if self.mamba_dt_rank == "auto":
+            self.mamba_dt_rank = math.ceil(self.hidden_size / 16)
+        if self.mamba_num_heads is None and self.recurrent_mixer == "mamba2":
+            self.mamba_num_heads = max(self.mamba_intermediate_size // self.mamba_head_dim, 1)
+        if self.recurrent_mixer == "gated_delta":
+            self.linear_num_key_heads = self.linear_num_key_heads or self.num_attention_heads
+            self.linear_num_value_heads = self.linear_num_value_heads or self.linear_num_key_heads
+            self.linear_key_head_dim = self.linear_key_head_dim or self.head_dim
+            self.linear_value_head_dim = self.linear_value_head_dim or self.linear_key_head_dim
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -379,9 +429,26 @@ class MambaFormerConfig(PreTrainedConfig):
         mixers = {mixer for idx in range(self.num_hidden_layers) for mixer in self.mixers(idx)}
         if "attention" in mixers:
             self._check_attention()
-        if self.hidden_act != "silu" and "recurrent" in mixers and self.recurrent_mixer == "mamba":
-            raise ValueError(f"`hidden_act` is {self.hidden_act!r} but Mamba layers need 'silu': set it to 'silu'.")
+        if "recurrent" in mixers:
+            self._check_recurrent()
         self._check_values()
+
+    def _check_recurrent(self):
+        if self.hidden_act != "silu" and self.recurrent_mixer == "mamba":
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r} but Mamba layers need 'silu': set it to 'silu'.")
+        heads = {
+            "mamba2": ("mamba_num_heads", "mamba_num_groups"),
+            "gated_delta": ("linear_num_value_heads", "linear_num_key_heads"),
+        }
+        many, few = heads.get(self.recurrent_mixer, ("num_attention_heads", "num_attention_heads"))
+        if getattr(self, many) % getattr(self, few):
+            raise ValueError(
+                f"`{many}` ({getattr(self, many)}) must be a multiple of `{few}` ({getattr(self, few)}): each of the "
+                "latter serves as many of the former."
+            )
+        low, high = self.time_step_limit or (None, None)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"`time_step_limit` must be ascending, got {self.time_step_limit}.")
 
     def _check_values(self):
         if not self.time_step_floor <= self.time_step_min <= self.time_step_max:

@@ -16,23 +16,10 @@ from .decode_workspace_mambaformer import Intermediate
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
 from .mixer_base_mambaformer import Lengths, MambaFormerRMSNorm, RecurrentMixer, States
+from .mixer_parts_mambaformer import MambaFormerConv1d, init_step_bias
 from .ops_eligibility_mambaformer import is_replaceable, replaceable_by_kernels
-from .ops_mambaformer import causal_conv1d, conv_window, rounded_scan, selective_scan
+from .ops_mambaformer import conv_window, rounded_scan, selective_scan
 from .weights_parallel_mambaformer import mesh_of_inputs, used_by_shards
-
-
-@replaceable_by_kernels
-class MambaFormerConv1d(nn.Conv1d):
-    """`causal_conv1d` as a module, so that hooks that move or split weights see it run."""
-
-    def forward(
-        self,
-        inputs: torch.Tensor,
-        initial_state: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return causal_conv1d(inputs, self.weight[:, 0], self.bias, initial_state, lengths, positions)
 
 
 @replaceable_by_kernels
@@ -47,9 +34,7 @@ class MambaFormerMambaMixer(RecurrentMixer):
         channels, self.state_size = config.mamba_intermediate_size, config.mamba_d_state
         self.rank = cast(int, config.mamba_dt_rank)  # the configuration fills in "auto"
         self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.mamba_proj_bias)
-        self.conv1d = MambaFormerConv1d(
-            channels, channels, config.mamba_d_conv, groups=channels, bias=config.mamba_conv_bias, padding="valid"
-        )
+        self.conv1d = MambaFormerConv1d(channels, config.mamba_d_conv, config.mamba_conv_bias)
         self.x_proj = nn.Linear(channels, self.rank + 2 * self.state_size, bias=False)
         self.dt_proj = nn.Linear(self.rank, channels, bias=True)
         self.A_log = nn.Parameter(torch.empty(channels, self.state_size))
@@ -68,14 +53,11 @@ class MambaFormerMambaMixer(RecurrentMixer):
     @torch.no_grad()
     def init_mixer_weights(self, config: MambaFormerConfig) -> None:
         """S4D-real and the step sizes of the paper (section 3.6): A = -(1 ... N), dt log-uniform in its range."""
-        low, high = config.time_step_min, config.time_step_max
         states = torch.arange(1, self.state_size + 1, dtype=torch.float32, device=self.A_log.device)
         init.copy_(self.A_log, torch.log(states).expand_as(self.A_log))
         init.ones_(self.D)
         init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-        uniform = torch.rand(self.dt_proj.bias.shape, device=self.dt_proj.bias.device)
-        dt = (low * (high / low) ** uniform).clamp(min=config.time_step_floor)
-        init.copy_(self.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        init_step_bias(self.dt_proj.bias, config)
 
     def before(self, hidden_states: Tensor, vectors: dict[str, ScaledBasis]) -> tuple[Tensor, ...]:
         """Inputs of the convolution and the gate, (rows, tokens, channels) each."""

@@ -185,7 +185,8 @@ def places_of_model(stack: ModelStack) -> list[Place]:
 def specs_of(config: "MambaFormerConfig") -> list[LayerSpec]:
     """The specs of all layers, as the configuration describes them."""
     described = ((config.mixers(idx), config.window(idx)) for idx in range(config.num_hidden_layers))
-    return [LayerSpec("attention" in mixers, window, "recurrent" in mixers) for mixers, window in described]
+    has_state = {"recurrent", "short_conv"}
+    return [LayerSpec("attention" in mixers, window, not has_state.isdisjoint(mixers)) for mixers, window in described]
 
 
 def check_cache_fits(cache: "MambaFormerCache", places: list[Place]) -> None:

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_backends_mambaformer import run_kernel
-from .ops_reference_mambaformer import arithmetic_dtype, convolve, last_inputs, recur, scan, start_of_convolution
+from .ops_recurrence_mambaformer import recur
+from .ops_reference_mambaformer import arithmetic_dtype, convolve, last_inputs, scan, start_of_convolution
 from .ops_state_codes_mambaformer import scan_rounded
 
 
@@ -119,8 +120,9 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     positions: Tensor | None = None,
+    activation: str | None = "silu",
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of a depthwise convolution over each token and the K - 1 inputs before it (arXiv 2312.00752, figure 3).
+    """A depthwise convolution over each token and the K - 1 inputs before it (arXiv 2312.00752, figure 3), and SiLU.
 
     Args:
         x: (B, L, D). Row b holds `lengths[b]` real tokens and then padding, whose values are never used.
@@ -130,6 +132,7 @@ def causal_conv1d(
         lengths: (B,) integers from 0 to L; `None` means that every token is real.
         positions: (B, L) integers, the position of each token in its own sequence, where a row holds several; a
             token does not see inputs of the sequence before its own. `None` means that each row is one sequence.
+        activation: `"silu"`, or `None` for the sums themselves.
 
     Returns:
         y: (B, L, D) in the dtype of x; finite but meaningless at padding.
@@ -147,8 +150,8 @@ def causal_conv1d(
         positions=(positions, (rows, length)),
     )
     arguments = (x, weight, bias, initial_state, lengths, positions)
-    results = run_kernel("causal_conv1d", *arguments)
-    return convolve(*arguments) if results is None else results
+    results = None if activation is None else run_kernel("causal_conv1d", *arguments)
+    return convolve(*arguments, activation) if results is None else results
 
 
 def conv_window(
@@ -270,7 +273,8 @@ def matrix_recurrence(
     float64 if any input is.
 
     Args:
-        q, k: (B, L, H, K). Row b holds `lengths[b]` real tokens and then padding, whose values are never used.
+        q, k: (B, L, G, K), for G groups of H / G heads each: head h has group h div (H / G). Row b holds `lengths[b]`
+            real tokens and then padding, whose values are never used.
         v: (B, L, H, V).
         g: log decay, at most 0: (B, L, H), or (B, L, H, K) for a decay per channel.
         beta: (B, L, H), or `None`.
@@ -286,10 +290,12 @@ def matrix_recurrence(
     Raises:
         ValueError: shapes that contradict each other.
     """
-    (rows, length, heads, key_size), value_size = q.shape, v.shape[-1]
+    (rows, length, groups, key_size), (heads, value_size) = q.shape, v.shape[-2:]
     of_token = (rows, length, heads)
+    if heads % groups:
+        raise ValueError(f"v has {heads} heads, which must be a multiple of the {groups} groups of q and k.")
     _check_shapes(
-        k=(k, (*of_token, key_size)),
+        k=(k, q.shape),
         v=(v, (*of_token, value_size)),
         g=(g, of_token if g.ndim == 3 else (*of_token, key_size)),
         beta=(beta, of_token),
