@@ -82,6 +82,10 @@ class CacheStore(Protocol):
         """The shapes of `state(columns)`, in a cache for `layer` of the model."""
         ...
 
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of the keys, values and states that were fed, whatever form they are stored in."""
+        ...
+
     def buffers(self) -> dict[str, torch.Tensor]:
         """The tensors that hold the state by name, with all of their slots."""
         ...

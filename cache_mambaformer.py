@@ -473,14 +473,23 @@ class MambaFormerCache(Cache):
         """An independent cache that continues from here; both share the memory that neither writes."""
         return self.duplicate()
 
-    def duplicate(self) -> "MambaFormerCache":
-        """`fork`, allowed also in the middle of a forward."""
-        other = MambaFormerCache(self.config, self.options, self.resolve, self.model, specs=[])
+    def duplicate(self, options: CacheOptions | None = None) -> "MambaFormerCache":
+        """`fork`, allowed also in the middle of a forward.
+
+        Args:
+            options: of the copy, if not the same; they have the same storage and form of states. Parked states stay
+                behind then.
+        """
+        other = MambaFormerCache(self.config, options or self.options, self.resolve, self.model, specs=[])
         other.rollback_reach = self.rollback_reach
         other.specs, other.layers = self.specs, [layer.fork(other.lengths) for layer in self.layers]
         self.lengths.fork_into(other.lengths)
         other.history, other.provenance = self.history.fork(), self.provenance.fork()
-        other.parked = self.parked.fork()
+        if options is None:
+            other.parked = self.parked.fork()
+        else:
+            other.history.bounds.remember, other.provenance.policy = options.remember, options.on_expert_change
+            other.activate_past_recording(options.rollback_reach)
         other.prepared_expert_vectors = self.prepared_expert_vectors
         return other
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cache_buffers_mambaformer import check_count
+
 # A number of keys (an integer) or a share of the tokens so far (a float in (0, 1]).
 Budget: TypeAlias = int | float
 Budgets: TypeAlias = Budget | Sequence[Budget | None] | Mapping[int, Budget]
@@ -202,12 +204,6 @@ def round_scores(scores: Tensor) -> Tensor:
     bits = 2.0 ** (24 if scores.dtype == torch.float64 else 12)
     mantissa, exponent = torch.frexp(scores if scores.dtype == torch.float64 else scores.float())
     return torch.ldexp((mantissa * bits).round() / bits, exponent)
-
-
-def check_count(name: str, value: object, lowest: int) -> None:
-    """Raises `ValueError` if `value` is no integer of at least `lowest`."""
-    if type(value) is not int or value < lowest:
-        raise ValueError(f"`{name}` must be an integer of at least {lowest}, got {value!r}.")
 
 
 # Policies by their names in `make_cache(policy=...)`.

@@ -6,23 +6,28 @@ of a turn, where the next turn of the conversation continues, and a branch point
 sequence that is known, such as the end of a shared system prompt.
 """
 
+import functools
 import hashlib
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache_buffers_mambaformer import count_leading
+from .cache_buffers_mambaformer import check_count, count_leading
 from .cache_history_mambaformer import Encoding, Status
+from .cache_lock_mambaformer import ExclusiveLock
 from .cache_mambaformer import MambaFormerCache
-from .cache_parked_mambaformer import ParkedStates
+from .cache_options_mambaformer import CacheOptions
 from .cache_prefix_tree_mambaformer import Entry, Match, PrefixTree
+from .files_mambaformer import remove_abandoned
 from .inputs_mambaformer import check_cache_type, check_token_ids
 from .weights_version_mambaformer import weights_stamp
 
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 FILE_PREFIX = "prefix-"
-DEFAULT_POLICY = "recompute"  # of `make_cache(on_expert_change=...)`
 
 
 class PrefixCache:
@@ -48,19 +52,35 @@ class PrefixCache:
         model: the model whose caches are stored.
         max_bytes: bytes of all stored states.
         min_tokens: shorter prefixes are not stored.
+        cache_options: of the caches that requests get, as keywords of `model.make_cache`: `storage="quantized"`,
+            `policy=...`, `state_bits=8`, ... Only states in the same form are stored.
 
     Raises:
         TypeError: `model` is no MambaFormer.
-        ValueError: `max_bytes` or `min_tokens` is not a positive integer.
+        ValueError: `max_bytes` or `min_tokens` is not a positive integer, static storage, or options that `make_cache`
+            refuses.
     """
 
-    def __init__(self, model: "MambaFormerPreTrainedModel", max_bytes: int, min_tokens: int = 16):
-        for name, value in (("max_bytes", max_bytes), ("min_tokens", min_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    def __init__(
+        self, model: "MambaFormerPreTrainedModel", max_bytes: int, min_tokens: int = 16, **cache_options: object
+    ):
+        check_count("max_bytes", max_bytes, 1)
+        check_count("min_tokens", min_tokens, 1)
         if not hasattr(model, "make_cache"):
             raise TypeError(f"A prefix cache is made for a MambaFormer model, got {type(model).__name__}.")
         self.model, self.max_bytes, self.min_tokens = model, max_bytes, min_tokens
+        self._make_cache = functools.partial(
+            cast("Callable[..., MambaFormerCache]", model.make_cache), **cache_options
+        )
+        self.options = self._make_cache().options
+        if self.options.max_cache_len is not None:
+            raise ValueError(
+                "Static storage has fixed addresses and shares no memory with a stored prefix: leave "
+                "storage='static' out, or use storage='dense' or 'quantized'."
+            )
+        # An entry has all of its tokens and one expert vector.
+        self._options_of_entries = replace(self.options, remember=None, park_bytes=0)
+        self._operations_per_token = 2 * sum(weight.numel() for weight in model.base_model.layers.parameters())
         self._trees: dict[Encoding, PrefixTree] = {}
         self._entries: dict[Entry, tuple[Encoding, Tensor]] = {}
         self._lock = threading.RLock()
@@ -127,7 +147,9 @@ class PrefixCache:
 
         Rows that cannot answer a request are left out, and `report()` counts the reasons: embeddings, positions that
         were chosen by hand, padding, a sequence that several expert vectors or weights encoded, states of autocast,
-        static or quantized storage, more bytes than `max_bytes`.
+        tokens that were forgotten (`remember`), static storage, another form of keys, values or states than
+        `cache_options` say, more bytes than `max_bytes`. Keys under a pruning policy depend on the tokens so far
+        alone, so an entry answers at its own length, and shorter ones back to its last eviction.
         """
         if cache is None:
             raise TypeError("`insert` takes a cache of `model.make_cache()` that has been fed, got None.")
@@ -136,11 +158,8 @@ class PrefixCache:
         if reason is not None:
             self._count({f"not stored: {reason}": 1})
             return 0
-        token_ids = cache.token_ids
-        if token_ids is None:
-            return 0
         num_stored = 0
-        for row, ids in enumerate(token_ids):
+        for row, ids in enumerate(cache.history.read(cache.lengths).token_ids):
             num_stored += self._insert_row(cache, row, _as_ids(ids))
         return num_stored
 
@@ -178,8 +197,9 @@ class PrefixCache:
     def save(self, folder: str | os.PathLike) -> int:
         """Writes each entry as a session file into `folder`; returns how many there are.
 
-        Files are named by their content and written atomically, so a process that is killed leaves complete files
-        only. Files of entries that are gone are removed at the end.
+        Files are named by their content and written atomically, so a process that is killed leaves complete files of
+        entries, old and new, and a temporary file that the next `save` removes. Files of entries that are gone are
+        removed at the end.
 
         Raises:
             OSError: the folder cannot be written.
@@ -191,7 +211,8 @@ class PrefixCache:
             entries = [(entry, *key) for entry, key in self._entries.items() if key[0].weights == stamp]
         names_written = set()
         for entry, encoding, ids in entries:
-            content = f"{fingerprint} {encoding.expert_vector_key} ".encode() + ids.numpy().tobytes()
+            key = f"{fingerprint} {encoding.expert_vector_key} {_form_of(self.options)} "
+            content = key.encode() + ids.numpy().tobytes()
             path = folder / f"{FILE_PREFIX}{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
             if not path.exists():
                 entry.cache.save(path)
@@ -199,12 +220,14 @@ class PrefixCache:
         for path in folder.glob(f"{FILE_PREFIX}*.safetensors"):
             if path.name not in names_written:
                 path.unlink(missing_ok=True)
+        remove_abandoned(folder)
         return len(names_written)
 
     def load(self, folder: str | os.PathLike) -> int:
         """Stores the session files of `folder`, largest first; returns how many entries were stored.
 
-        Files of other weights and damaged files are left out with a warning.
+        Files of other weights and damaged files are left out with a warning; `report()` counts files of other
+        `cache_options`.
         """
         num_stored = 0
         paths = Path(folder).glob(f"{FILE_PREFIX}*.safetensors")
@@ -224,7 +247,7 @@ class PrefixCache:
 
     def _empty_cache(self, expert_vector: "ExpertVectorsLike | EllipsisType") -> MambaFormerCache:
         """An empty cache with the expert vector and the weights of a request in force."""
-        cache = self.model.make_cache()
+        cache = self._make_cache()
         if expert_vector is not ...:
             cache.set_expert_vector(expert_vector)
         weights = weights_stamp(self.model.base_model)
@@ -252,7 +275,7 @@ class PrefixCache:
             cache, entry = self._cropped_fork(match), match.entry
             if cache is None and entry is not None:
                 self._use(entry)
-                cache = entry.cache.fork()
+                cache = entry.cache.duplicate(self.options)
             if cache is None:
                 self._count({f"missed: {self._reason(encoding, ids, match.length)}": 1})
             return cache, match.length
@@ -263,7 +286,7 @@ class PrefixCache:
         if is_stored or not match.longer or not match.length:
             return None
         entry = min(match.longer, key=lambda each: each.num_tokens)
-        cache = entry.cache.fork()
+        cache = entry.cache.duplicate(self.options)
         cache.crop(match.length - entry.num_tokens)
         if cache.status != Status.CURRENT:
             return None
@@ -287,14 +310,11 @@ class PrefixCache:
 
     def _obstacle(self, cache: MambaFormerCache) -> str | None:
         """Why a cache cannot answer requests; `None` if it can."""
-        mask = cache.history.mask.tensor
-        obstacles = {
+        mask, form = cache.history.mask.tensor, _form_of(cache.options)
+        obstacles = {f"other `{name}`": value != form[name] for name, value in _form_of(self.options).items()} | {
             "static storage": cache.max_columns is not None,
-            "quantized keys and values": cache.options.kv_bits is not None,
-            "a pruning policy": cache.options.policy is not None,
-            "quantized recurrent states": cache.options.state_bits is not None,
             "nothing is cached": cache.lengths.is_empty,
-            "a bounded log of tokens": cache.options.remember is not None,
+            "tokens that were forgotten": cache.history.bounds.forgotten > 0,
             "embeddings": cache.history.has_embeddings,
             "positions chosen by hand": cache.history.position_ids.tensor is not None,
             "padding": mask is not None and not bool(mask[:, : cache.get_seq_length()].all()),
@@ -306,16 +326,15 @@ class PrefixCache:
 
     def _has_dtypes_of_model(self, cache: MambaFormerCache) -> bool:
         """Whether no state is narrower than the model's own activations, as autocast makes them."""
-        dtypes = {tensor.dtype for _, store in cache.stores() for tensor in store.buffers().values()}
+        dtypes = {dtype for _, store in cache.stores() for dtype in store.dtypes()}
         return dtypes <= {self.model.dtype, torch.float32, torch.float64}
 
     def _insert_row(self, cache: MambaFormerCache, row: int, ids: Tensor) -> bool:
         encoding = cache.provenance.in_force
         if len(ids) < self.min_tokens or self._is_stored(encoding, ids):
             return False  # a fork would make the cache copy its keys at its next token
-        stored = cache.fork()
-        # A request gets an ordinary cache, whoever stored its prefix.
-        stored.provenance.policy, stored.parked = DEFAULT_POLICY, ParkedStates()
+        with ExclusiveLock(cache.lock, "stored", changes=False):
+            stored = cache.duplicate(self._options_of_entries)
         if cache.batch_size > 1:
             stored.batch_select_indices(torch.tensor([row], device="cpu"))
         entry = Entry(stored, len(ids), stored.nbytes)
@@ -351,13 +370,14 @@ class PrefixCache:
     def _computation(self, num_tokens: int) -> float:
         """Floating point operations of encoding a sequence: products with the weights, and attention."""
         config = self.model.config
-        per_token = 2 * sum(weight.numel() for weight in self.model.base_model.layers.parameters())
         pairs = 0.0
         attending = [idx for idx in range(config.num_hidden_layers) if "attention" in config.mixers(idx)]
         for window in map(config.window, attending):
             seen = num_tokens if window is None else min(num_tokens, window)
             pairs += seen * (num_tokens - seen / 2)
-        return num_tokens * per_token + 4 * pairs * config.num_attention_heads * (config.head_dim or 0)
+        return num_tokens * self._operations_per_token + 4 * pairs * config.num_attention_heads * (
+            config.head_dim or 0
+        )
 
     def _evict(self) -> None:
         while self._entries and self.nbytes > self.max_bytes:
@@ -369,6 +389,12 @@ class PrefixCache:
             if not tree.root.children:
                 del self._trees[encoding]
             self._count({"evicted: entries": 1, "evicted: bytes": entry.nbytes})
+
+
+def _form_of(options: CacheOptions) -> dict[str, object]:
+    """The options that decide which numbers the states after some tokens are, as JSON."""
+    values = options.to_dict(options.rollback_reach)
+    return {name: values[name] for name in ("kv_bits", "state_bits", "policy")}
 
 
 def _as_ids(ids: Tensor) -> Tensor:

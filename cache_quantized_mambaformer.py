@@ -82,6 +82,9 @@ class QuantizedKeyValueStore(KeyValueStore):
         codecs = self.codecs["keys"], self.codecs["values"]
         return KeyValueSlots(self.keys.make_own(), self.values.make_own(), codecs)
 
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.activation_dtype}
+
     def spec(self, rows: int, columns: int, layer: torch.nn.Module) -> dict[str, StateSpec]:
         shape = (rows, self.row_shape[0], self.retention.num_slots(columns))
         codecs = self.codecs.items()

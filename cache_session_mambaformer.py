@@ -326,7 +326,8 @@ def _check_session(session: Session) -> None:
     if not 0 <= session.forgotten <= max(session.columns - 1, 0) or session.columns >= 2**53:
         raise ValueError(f"it has forgotten {session.forgotten} of {session.columns} columns.")
     options = check_types(session.options)
-    if session.forgotten and session.stored_columns > (options["remember"] or 0) + options["rollback_reach"]:
+    remember = options["remember"]
+    if session.forgotten if remember is None else session.stored_columns > remember + options["rollback_reach"]:
         raise ValueError(f"it has forgotten {session.forgotten} columns and remembers {options['remember']}.")
     if not 0 <= session.overshoot < 2**31:
         raise ValueError(f"its `overshoot` is {session.overshoot} tokens.")

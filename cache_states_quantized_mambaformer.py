@@ -75,6 +75,9 @@ class QuantizedRecurrentStore(RecurrentStore):
         self.wide_names = {name for name, tensor in state.items() if tensor.dtype is torch.int8}
         super().load_state(state, columns)
 
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.dtype if name in self.wide_names else state.dtype for name, state in self.states.items()}
+
     def spec(self, rows: int, columns: int, layer: nn.Module) -> dict[str, StateSpec]:
         specs = self.specs_of(layer)
         exact = {name: spec for name, spec in super().spec(rows, columns, layer).items() if not specs[name].is_wide}

@@ -358,7 +358,7 @@ def test_damaged_files_and_files_of_other_weights_are_left_out_with_a_warning(tm
 
 @pytest.mark.parametrize("options", [{"max_bytes": 0}, {"max_bytes": 1.5}, {"max_bytes": True}, {"min_tokens": 0}])
 def test_sizes_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match="positive integer"):
+    with pytest.raises(ValueError, match="integer of at least 1"):
         make_prefixes("everything", **options)
 
 

@@ -171,6 +171,24 @@ def test_a_forward_that_fails_after_a_reset_keeps_what_cannot_be_encoded_again()
     read_on(model, cache, [row])
 
 
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_the_reach_may_exceed_what_is_remembered(in_a_file, tmp_path):
+    """After speculation, which extends the reach, `save` refused the cache: its reach exceeded `remember`."""
+    model, rows = shared_model("everything"), rows_of("everything", 5, (40, 31))
+    cache = model.make_cache(remember=3)
+    feed(model, cache, [one_turn([row[:25] for row in rows])])
+    cache.activate_past_recording(9)
+    if in_a_file:
+        cache.save(tmp_path / "session")
+        cache = model.load_cache(tmp_path / "session")
+        assert (cache.rollback_reach, cache.token_ids.shape[1]) == (9, 3)
+    feed(model, cache, ragged_turns(random.Random(0), [row[25:] for row in rows], 3))
+    feed(model, cache, [one_turn(random_rows(6, (6, 6)))])
+    cache.crop(-6)
+    assert cache.token_ids.shape[1] == 3
+    read_on(model, cache, rows)
+
+
 def test_a_session_of_other_weights_is_refused(tmp_path):
     model, cache, _ = long_cache("paper")
     cache.save(tmp_path / "session")
@@ -193,10 +211,9 @@ def test_parked_states_are_dropped_with_the_columns_that_they_need():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"remember": 0}, "positive number of columns"),
-        ({"remember": 2.0}, "positive number of columns"),
-        ({"remember": True}, "positive number of columns"),
-        ({"remember": 3, "rollback_reach": 4}, "at least `rollback_reach`"),
+        ({"remember": 0}, "integer of at least 1"),
+        ({"remember": 2.0}, "integer of at least 1"),
+        ({"remember": True}, "integer of at least 1"),
         ({"remember": 3, "storage": "static", "max_cache_len": 9}, "leave `remember` out"),
     ],
 )

@@ -155,6 +155,22 @@ def test_a_fork_rolls_back_alone(pattern, reach):
     text.feed([3, 3], is_padded=False)
 
 
+@pytest.mark.parametrize("pattern", ["mamba", "hybrid", "everything"])
+@pytest.mark.parametrize("options", [{}, {"state_bits": 8}])
+def test_a_fork_that_returns_to_a_checkpoint_leaves_the_origins_checkpoint(pattern, options):
+    """The fork took the checkpoint's states as its own, and wrote the states of its next tokens into both."""
+    model, row = shared_model(pattern), rows_of(pattern, 7, [26])[0]
+    cache = model.make_cache(rollback_reach=3, **options)
+    feed_row(model, cache, row[:20])
+    fork = cache.fork()
+    fork.crop(-3)
+    feed_row(model, fork, [1, 2])
+    cache.crop(-2)
+    assert cache.status == "current"
+    found = feed_row(model, cache, row[20:])
+    assert_same_logits(found, expected(model, [row[:18] + row[20:]], **options)[0][18:])
+
+
 @pytest.mark.parametrize("pattern", ["mamba", "hybrid_sliding", "everything", *TRAINED_SMALL])
 def test_embeddings_come_back_within_the_reach_and_nothing_changes_beyond_it(pattern):
     """What was fed as embeddings is not remembered, so beyond the reach there is nothing to encode again."""

@@ -134,6 +134,12 @@ def as_index(values: torch.Tensor | Sequence[int] | Sequence[bool]) -> torch.Ten
     return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
 
 
+def check_count(name: str, value: object, lowest: int) -> None:
+    """Raises `ValueError` if `value` is no integer of at least `lowest`."""
+    if type(value) is not int or value < lowest:
+        raise ValueError(f"`{name}` must be an integer of at least {lowest}, got {value!r}.")
+
+
 def check_rows(rows: torch.Tensor, num_rows: int, owner: str) -> None:
     """Raises `ValueError` if `rows` is no selection of the `num_rows` rows of `owner`."""
     # On a GPU a check of the values would synchronize host and device at every step of a beam search.

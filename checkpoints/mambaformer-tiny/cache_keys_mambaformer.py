@@ -203,6 +203,9 @@ class KeyValueStore:
         shape = (rows, heads, self.retention.num_slots(columns), head_dim)
         return {"keys": StateSpec(shape), "values": StateSpec(shape)}
 
+    def dtypes(self) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self.buffers().values()}
+
     def buffers(self) -> dict[str, torch.Tensor]:
         tensors = {"keys": self.keys.tensor, "values": self.values.tensor}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,10 +1,11 @@
 """The options of a cache: one field for each, with its checks."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import cast, get_args, get_origin
 
+from .cache_buffers_mambaformer import check_count
 from .cache_history_mambaformer import check_policy
 from .cache_layers_mambaformer import STORAGES
 from .cache_policies_mambaformer import Budget, PruningPolicy, policy_fields, resolve_policy
@@ -60,8 +61,8 @@ class CacheOptions:
             raise ValueError(
                 "`max_cache_len` (columns that the storage holds) belongs to storage='static': pass both or neither."
             )
-        if self.max_cache_len is not None and not _is_count(self.max_cache_len, 1):
-            raise ValueError(f"`max_cache_len` must be a positive integer, got {self.max_cache_len!r}.")
+        if self.max_cache_len is not None:
+            check_count("max_cache_len", self.max_cache_len, 1)
         check_policy(self.on_expert_change)
         check_reach(self.rollback_reach)
         self._check_park_bytes()
@@ -76,8 +77,7 @@ class CacheOptions:
         object.__setattr__(self, "kv_bits", resolve_kv_bits(self.kv_bits, is_quantized=self.storage == "quantized"))
 
     def _check_park_bytes(self) -> None:
-        if not _is_count(self.park_bytes, 0):
-            raise ValueError(f"`park_bytes` must be an integer of at least 0, got {self.park_bytes!r}.")
+        check_count("park_bytes", self.park_bytes, 0)
         if self.park_bytes and self.on_expert_change != "recompute":
             raise ValueError(
                 f"`park_bytes` saves encoding a sequence again, which on_expert_change={self.on_expert_change!r} "
@@ -100,13 +100,7 @@ class CacheOptions:
     def _check_remember(self) -> None:
         if self.remember is None:
             return
-        if not _is_count(self.remember, 1):
-            raise ValueError(f"`remember` must be a positive number of columns, got {self.remember!r}.")
-        if self.remember < self.rollback_reach:
-            raise ValueError(
-                f"A rollback of {self.rollback_reach} tokens would reach behind the {self.remember} columns that are "
-                "remembered: make `remember` at least `rollback_reach`."
-            )
+        check_count("remember", self.remember, 1)
         if self.max_cache_len is not None:
             raise ValueError(
                 "Static storage holds `max_cache_len` columns of everything: leave `remember` out, or use "
@@ -120,7 +114,8 @@ class CacheOptions:
 
     def to_dict(self, rollback_reach: int) -> dict[str, object]:
         """The options as JSON, of a cache whose reach has grown to `rollback_reach`."""
-        options: dict[str, object] = asdict(replace(self, rollback_reach=rollback_reach))
+        options: dict[str, object] = asdict(self)
+        options["rollback_reach"] = rollback_reach
         options["policy"] = None if self.pruning is None else policy_fields(self.pruning)
         return options
 
@@ -147,8 +142,7 @@ class CacheOptions:
 
 def check_reach(reach: object) -> None:
     """Raises `ValueError` if `reach` is not a number of tokens."""
-    if not _is_count(reach, 0):
-        raise ValueError(f"`rollback_reach` counts tokens and must be an integer of at least 0, got {reach!r}.")
+    check_count("rollback_reach", reach, 0)
 
 
 def check_types(options: dict) -> dict:
@@ -170,10 +164,6 @@ def _types_of(annotation: object) -> tuple[type, ...]:
     """`int | dict[str, int] | None` -> `(int, dict, NoneType)`."""
     parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     return tuple(cast(type, get_origin(part) or part) for part in parts)
-
-
-def _is_count(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
 __all__ = ["CacheOptions", "check_reach", "check_types"]

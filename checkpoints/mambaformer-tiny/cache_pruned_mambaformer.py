@@ -222,6 +222,9 @@ class PrunedKeyValueStore:
             specs["queries"] = StateSpec(shape)
         return specs
 
+    def dtypes(self) -> set[torch.dtype]:
+        return self.store.dtypes()
+
     def buffers(self) -> dict[str, Tensor]:
         return self.store.buffers() | ({} if self.queries is None else {"queries": self.queries})
 

@@ -205,6 +205,9 @@ class RecurrentStore:
         """The states of the layer's mixer, with the shape of one row."""
         return next(each for each in layer.modules() if isinstance(each, HasStateSpecs)).state_specs()  # or wrapped
 
+    def dtypes(self) -> set[torch.dtype]:
+        return {state.dtype for state in self.states.values()}
+
     def buffers(self) -> dict[str, torch.Tensor]:
         return dict(self.states)
 
@@ -260,7 +263,8 @@ class RecurrentStore:
         return segment.advance(states, segment.inputs, segment.lengths)
 
     def crop(self, plan: tuple[States, list[ReplaySegment]]) -> None:
-        self.states, self.segments = plan
+        states, self.segments = plan
+        self.states = dict(states)  # which may be a checkpoint that a fork has too
 
 
 def _can_overwrite(old: torch.Tensor, new: torch.Tensor) -> bool:

@@ -130,9 +130,9 @@ class MambaFormerPreTrainedModel(CountsReplacements, ExpertRuntimeMixin, SavingM
         resolve = functools.partial(resolve_with_key, self._expert_library)
         return MambaFormerCache(self.config, options, resolve, self.base_model)
 
-    def make_prefix_cache(self, max_bytes: int, min_tokens: int = 16) -> PrefixCache:
-        """A `PrefixCache` for this model, for `generate(prefix_cache=...)`."""
-        return PrefixCache(self, max_bytes, min_tokens)
+    def make_prefix_cache(self, max_bytes: int, min_tokens: int = 16, **cache_options) -> PrefixCache:
+        """A `PrefixCache` for this model, for `generate(prefix_cache=...)`; `cache_options` as of `make_cache`."""
+        return PrefixCache(self, max_bytes, min_tokens, **cache_options)
 
     def load_cache(
         self, path: str, on_weights_change: str = "error", max_cache_len: int | None = None, **unknown
