@@ -15,7 +15,7 @@ from ..files_folders_mambaformer import staged_folder
 from ..modeling_mambaformer import MambaFormerForCausalLM
 from .families import Family, check_rope
 from .gguf import source_of_gguf
-from .mamba_delta import MambaDelta, config_of, is_delta_tensor, load_mamba_delta, mamba_fields
+from .mamba_delta import MAMBA_FIELDS, MambaDelta, config_of, is_delta_tensor, load_mamba_delta
 from .sources import Source, Tokenizer, Weights, check_output_dir, source_of_folder, source_of_model
 
 # The type of an attention layer after a Mamba mixer was added to it.
@@ -126,7 +126,7 @@ def _load_delta(path: str | os.PathLike, upcycle: object, window: object, sinks:
 def _as_arguments(delta: MambaDelta, layer_types: list[str]) -> tuple[list[int], int | None, int, dict[str, object]]:
     """Arguments of `convert` that create the layers of the delta."""
     layers = [idx for idx, kind in enumerate(delta.layer_types) if kind in UPCYCLED.values()]
-    mamba = {name: delta.fields[name] for name in mamba_fields()}
+    mamba = {name: delta.fields[name] for name in MAMBA_FIELDS}
     if "sliding_attention" in layer_types:  # the window is the source's own
         return layers, None, 0, mamba
     window, sinks = (delta.fields[name] for name in ("sliding_window", "num_sink_tokens"))
@@ -234,9 +234,9 @@ def _new_mamba_fields(
 ) -> dict[str, object]:
     if not mamba:
         return {}
-    unknown = sorted(set(mamba) - set(mamba_fields()))
+    unknown = sorted(set(mamba) - set(MAMBA_FIELDS))
     if unknown:
-        raise ValueError(f"`mamba` has unknown fields {unknown}: choose from {sorted(mamba_fields())}.")
+        raise ValueError(f"`mamba` has unknown fields {unknown}: choose from {sorted(MAMBA_FIELDS)}.")
     if not new_layers:
         raise ValueError("`mamba` describes new Mamba mixers but there are none: pass the layers as `upcycle`.")
     if "linear_attention" in layer_types:

@@ -21,6 +21,9 @@ from ..modeling_mambaformer import MambaFormerForCausalLM
 DELTA_FORMAT, FORMAT_VERSION = "mambaformer-blocks", 1  # named in version 0.1, which called a delta blocks
 # Fields that a hybrid has and its source has not.
 OWN_FIELDS = ("layer_types", "sliding_window", "num_sink_tokens")
+# The fields of Mamba-1.
+MAMBA_FIELDS = ("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank", "mamba_conv_bias", "mamba_proj_bias")
+MAMBA_FIELDS += ("mamba_inner_norms", "time_step_min", "time_step_max", "time_step_floor")
 HEADER_PARTS = ("fields", "beside", "metadata")
 MAX_NORM = 1e30  # the sum of squares of larger values is infinite
 WEIGHTS_TOLERANCE = 0.05  # relative, of the Frobenius norm; quantizing to 4 bits changes it by far less
@@ -66,11 +69,6 @@ def is_delta_tensor(name: str) -> bool:
     return ".mamba." in name or ".mamba_layernorm." in name
 
 
-def mamba_fields() -> list[str]:
-    """Fields of the configuration that describe Mamba mixers."""
-    return [name for name in MambaFormerConfig().to_dict() if name.startswith(("mamba_", "time_step_"))]
-
-
 def save_mamba_delta(
     model: MambaFormerForCausalLM,
     path: str | os.PathLike,
@@ -93,7 +91,7 @@ def save_mamba_delta(
     header = {
         "format": DELTA_FORMAT,
         "version": str(FORMAT_VERSION),
-        "fields": json.dumps({name: getattr(config, name) for name in (*OWN_FIELDS, *mamba_fields())}),
+        "fields": json.dumps({name: getattr(config, name) for name in (*OWN_FIELDS, *MAMBA_FIELDS)}),
         "beside": json.dumps(_attention_norms(model)),
         "metadata": json.dumps(dict(metadata or {}), allow_nan=False),
     }
@@ -123,7 +121,7 @@ def _check_delta(delta: MambaDelta) -> None:
     """Raises a `ValueError` unless fields, tensors and norms describe the same layers: sizes come from tensors."""
     if not all(isinstance(part, dict) for part in (delta.fields, delta.attention_norms, delta.metadata)):
         raise ValueError(f"{list(HEADER_PARTS)} of its header are not JSON objects.")
-    if delta.fields.keys() != {*OWN_FIELDS, *mamba_fields()}:
+    if delta.fields.keys() != {*OWN_FIELDS, *MAMBA_FIELDS}:
         raise ValueError(f"its fields are {sorted(delta.fields)[:20]}.")
     kinds = delta.fields.get("layer_types")
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in LAYER_MIXERS for kind in kinds):
@@ -146,7 +144,7 @@ def _check_sizes(delta: MambaDelta, prefix: str) -> None:
     shapes = {name: tuple(delta.tensors[f"{prefix}.{name}"].shape) for name in names}
     sizes = {"num_attention_heads": 1, "num_hidden_layers": 1}
     sizes["hidden_size"] = shapes["in_proj.weight"][-1] if shapes["in_proj.weight"] else 0
-    config = config_of(sizes | {name: delta.fields[name] for name in mamba_fields()})
+    config = config_of(sizes | {name: delta.fields[name] for name in MAMBA_FIELDS})
     channels = config.mamba_intermediate_size
     described = {
         "A_log": (channels, config.mamba_d_state),
