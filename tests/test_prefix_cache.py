@@ -372,7 +372,7 @@ def test_generate_refuses_another_cache_beside_a_prefix_cache(options):
     with pytest.raises(ValueError, match="looks up token ids"):
         embeds = model.get_input_embeddings()(ids)
         model.generate(inputs_embeds=embeds, prefix_cache=prefixes, max_new_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="leave `position_ids` out"):
+    with pytest.raises(ValueError, match="`position_ids` out"):
         model.generate(ids, prefix_cache=prefixes, position_ids=torch.arange(9)[None], max_new_tokens=2, **GREEDY)
     with pytest.raises(TypeError, match="make_prefix_cache"):
         model.generate(ids, prefix_cache="all of them", max_new_tokens=2, **GREEDY)
@@ -385,6 +385,8 @@ def test_generate_refuses_another_cache_beside_a_prefix_cache(options):
         prefixes.insert(None)
     with pytest.raises(TypeError, match="MambaFormer model"):
         PrefixCache("everything", PLENTY)
+    with pytest.raises(ValueError, match="needs the evidence of the prefix"):
+        model.generate(ids, prefix_cache=prefixes, expert_posterior=[None], max_new_tokens=2, **GREEDY)
     assert prefixes.report()["requests"]["all"] == 0
 
 

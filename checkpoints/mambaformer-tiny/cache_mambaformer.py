@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_buffers_mambaformer import as_index, check_rows
+from .cache_contract_mambaformer import CacheContractMixin
 from .cache_history_mambaformer import (
     Action,
     CacheLengths,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 DEFAULT_REACH = 64
 
 
-class MambaFormerCache(Cache):
+class MambaFormerCache(CacheContractMixin, Cache):
     """The state of one request: recurrent states, keys and values, tokens, expert vector, version of the weights.
 
     Make one with `model.make_cache(...)`. Rows are independent of each other. A cache changes no other cache and no
@@ -320,11 +321,6 @@ class MambaFormerCache(Cache):
         return -1 if self.lengths.rows is None else self.lengths.rows
 
     @property
-    def max_batch_size(self) -> int:
-        """The same as `batch_size`: rows are added and removed by selecting rows."""
-        return self.batch_size
-
-    @property
     def max_cache_len(self) -> int:
         """Columns that static storage holds, or -1."""
         return self.get_max_length()
@@ -337,11 +333,6 @@ class MambaFormerCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return not self.lengths.is_empty
-
-    @property
-    def is_croppable(self) -> bool:
-        """`crop` always restores the state before the removed tokens; it may encode the remaining ones again."""
-        return True
 
     @property
     def is_linear(self) -> list[bool]:
@@ -439,8 +430,8 @@ class MambaFormerCache(Cache):
             ValueError: there is no such row.
         """
         index = as_index(rows).long()
-        if self._num_rows():
-            check_rows(index, self._num_rows(), "cache")
+        if self.num_selectable_rows():
+            check_rows(index, self.num_selectable_rows(), "cache")
         if self.provenance.select_rows(index, self.resolve):
             self.prepared_expert_vectors = None
         if self.lengths.is_empty:
@@ -452,17 +443,7 @@ class MambaFormerCache(Cache):
         self.each_layer("select_rows", index)
         self.provenance.encoded = encoded
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows([row for row in range(self._num_rows()) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: torch.Tensor | Sequence[int] | Sequence[bool]) -> None:
-        index = as_index(indices)
-        self.select_rows(index.nonzero().flatten() if index.dtype == torch.bool else index)
-
-    def _num_rows(self) -> int:
+    def num_selectable_rows(self) -> int:
         """Rows of the sequence, or of the expert vectors before the first forward; 0 if neither has any yet."""
         if self.lengths.rows is not None:
             return self.lengths.rows
@@ -492,9 +473,6 @@ class MambaFormerCache(Cache):
             other.activate_past_recording(options.rollback_reach)
         other.prepared_expert_vectors = self.prepared_expert_vectors
         return other
-
-    def __deepcopy__(self, memo) -> "MambaFormerCache":
-        return self.fork()
 
     # ---- sessions
 

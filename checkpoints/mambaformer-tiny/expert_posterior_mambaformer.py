@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache_buffers_mambaformer import as_index, check_rows
+from .cache_contract_mambaformer import CacheContractMixin
 from .cache_lock_mambaformer import CacheLock, FeedLock, not_while_fed
 from .expert_beliefs_mambaformer import Beliefs, resolve_log_prior
 from .expert_candidates_mambaformer import CandidateRows
@@ -30,7 +31,7 @@ MOST_LOGITS = 2**26  # of all candidates in one forward; longer sequences are fe
 TOKENS_PER_DROP = 64  # fed between two looks at the candidates, if improbable ones are dropped
 
 
-class ExpertPosterior(Cache):
+class ExpertPosterior(CacheContractMixin, Cache):
     """The posterior probability of each candidate expert vector, given the tokens fed so far; rows are independent.
 
     P(k | x) ~ prior_k prod_t P_k(x_t | x_<t), where P_k is the model under candidate k, and the mixture predicts
@@ -348,10 +349,6 @@ class ExpertPosterior(Cache):
         return False
 
     @property
-    def is_croppable(self) -> bool:
-        return True
-
-    @property
     def is_linear(self) -> list[bool]:
         """See `MambaFormerCache.is_linear`."""
         return self.rows.cache.is_linear
@@ -364,10 +361,6 @@ class ExpertPosterior(Cache):
     def batch_size(self) -> int:
         """Rows of the sequences, or -1 before the first tokens."""
         return -1 if self.rows.token_ids is None else self.rows.token_ids.shape[0]
-
-    @property
-    def max_batch_size(self) -> int:
-        return self.batch_size
 
     def activate_past_recording(self, reach: int = TOKENS_PER_DROP) -> None:
         """Makes `crop` of up to `reach` tokens cheap; see `MambaFormerCache.activate_past_recording`."""
@@ -428,7 +421,7 @@ class ExpertPosterior(Cache):
             ValueError: there is no such row.
         """
         index = as_index(rows).long()
-        check_rows(index, self._num_rows(), "posterior")
+        check_rows(index, self.num_selectable_rows(), "posterior")
         if len(self.log_prior) > 1:
             self.log_prior = self.log_prior[index.to(self.log_prior.device)]
         if self.log_probabilities is None or self.log_evidences is None:
@@ -438,19 +431,9 @@ class ExpertPosterior(Cache):
         self.log_probabilities = self.log_probabilities[on_device]
         self.log_evidences = self.log_evidences[on_device]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select_rows([row for row in range(self._num_rows()) for _ in range(repeats)])
-
-    def _num_rows(self) -> int:
+    def num_selectable_rows(self) -> int:
         """Rows of the sequences, or of the prior before the first tokens."""
         return self.batch_size if self.batch_size != -1 else len(self.log_prior)
-
-    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
-        index = as_index(indices)
-        self.select_rows(index.nonzero().flatten() if index.dtype == torch.bool else index)
 
     @not_while_fed("reset")
     def reset(self) -> None:
@@ -464,9 +447,6 @@ class ExpertPosterior(Cache):
         other = copy.copy(self)
         other.rows, other.active, other.lock = self.rows.fork(), list(self.active), CacheLock()
         return other
-
-    def __deepcopy__(self, memo) -> "ExpertPosterior":
-        return self.fork()
 
     def _take_from(self, other: "ExpertPosterior") -> None:
         self.__dict__.update({name: value for name, value in vars(other).items() if name != "lock"})

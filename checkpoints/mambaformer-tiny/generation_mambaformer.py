@@ -113,13 +113,18 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
             kwargs["resolved_schedule"] = ExpertSchedule(entries, length)
         if num_repeated:
             kwargs["num_embeds_cached"] = num_repeated
-        if prefix_cache is not None:
-            cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
         if expert_posterior is not None:
             options = [kwargs, *configs]
-            if entries or prefix_cache is not None:
-                raise ValueError("`expert_posterior` brings a cache and expert vectors: leave other ones out.")
+            if prefix_cache is not None:
+                raise ValueError(
+                    "`expert_posterior` needs the evidence of the prefix, which a prefix cache does not store: leave "
+                    "`prefix_cache` out, and pass the `fork()` of a posterior that has observed the prefix."
+                )
+            if entries:
+                raise ValueError("`expert_posterior` brings its expert vectors: leave other ones out.")
             cache = self._continue_posterior(expert_posterior, posterior_mode, prompt, cache, options)
+        if prefix_cache is not None:
+            cache = self._continue_prefix(prefix_cache, prompt, cache, entries.get(0, ...), [kwargs, *configs])
         with GenerateLock(cache):
             output = self.library_generate(inputs, generation_config, *args, cache=cache, **kwargs)
         if prefix_cache is not None and prompt is not None and cache is not None and cache.batch_size == len(prompt):
@@ -151,21 +156,7 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
             kind = type(prefix_cache).__name__
             raise TypeError(f"`prefix_cache` is a {kind}: make one with `model.make_prefix_cache(max_bytes)`.")
         option = functools.partial(_first_of, [each if isinstance(each, dict) else vars(each) for each in options])
-        if prompt is None or option("inputs_embeds") is not None:
-            raise ValueError(
-                "`prefix_cache` looks up token ids: pass the prompt as `input_ids`, or leave `prefix_cache` out."
-            )
-        if option("position_ids") is not None:
-            raise ValueError(
-                "A prefix cache stores sequences at the positions that the model counts: leave `position_ids` out, or "
-                "`prefix_cache`."
-            )
-        implementation = option("cache_implementation")
-        if cache is not None or option("use_cache") is False or implementation not in (None, "dynamic"):
-            raise ValueError(
-                "`prefix_cache` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
-                "`use_cache=False` out, or pass `cache=prefix_cache.fetch(input_ids)` without `prefix_cache`."
-            )
+        prompt = _check_brings_cache("prefix_cache", prompt, cache, option)
         cache = prefix_cache.fetch(prompt, _mask_of(prompt, option), expert_vector)
         if max(option("num_beams") or 1, option("num_return_sequences") or 1) > 1:
             prefix_cache.encode(prompt, cache)
@@ -181,17 +172,7 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
     ) -> MambaFormerCache:
         """The cache that generation under a posterior continues from; `options` as in `_continue_prefix`."""
         option = functools.partial(_first_of, [each if isinstance(each, dict) else vars(each) for each in options])
-        if prompt is None or option("inputs_embeds") is not None or option("position_ids") is not None:
-            raise ValueError(
-                "A posterior observes token ids at the positions that the model counts: pass the prompt as "
-                "`input_ids`, without `inputs_embeds` and `position_ids`."
-            )
-        implementation = option("cache_implementation")
-        if cache is not None or option("use_cache") is False or implementation not in (None, "dynamic"):
-            raise ValueError(
-                "`expert_posterior` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and "
-                "`use_cache=False` out."
-            )
+        prompt = _check_brings_cache("expert_posterior", prompt, cache, option)
         mask = _mask_of(prompt, option)
         model = cast("MambaFormerForCausalLM", self)
         return cast(MambaFormerCache, cache_under_posterior(model, posterior, mode, prompt, mask))
@@ -405,6 +386,28 @@ class MambaFormerGenerationMixin(GenerationHooks, Model):
 def _first_of(options: list[Keywords], name: str):
     """The first value of this name that is not `None`."""
     return next((option[name] for option in options if option.get(name) is not None), None)
+
+
+def _check_brings_cache(
+    name: str,
+    prompt: torch.Tensor | None,
+    cache: MambaFormerCache | None,
+    option: Callable[[str], object],
+) -> torch.Tensor:
+    """The prompt, if nothing contradicts the argument `name` of `generate`, which brings a cache of its own."""
+    if prompt is None or option("inputs_embeds") is not None or option("position_ids") is not None:
+        raise ValueError(
+            f"`{name}` looks up token ids at the positions that the model counts: pass the prompt as `input_ids`, and "
+            f"leave `inputs_embeds` and `position_ids` out, or leave `{name}` out."
+        )
+    implementation = option("cache_implementation")
+    if cache is not None or option("use_cache") is False or implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"`{name}` brings a dynamic cache of its own: leave `cache`, `cache_implementation` and `use_cache=False` "
+            "out. The storage of a prefix cache is chosen by `model.make_prefix_cache(max_bytes, storage=...)`, and "
+            "`cache=prefix_cache.fetch(input_ids)` is such a cache."
+        )
+    return prompt
 
 
 def _mask_of(prompt: torch.Tensor, option: Callable[[str], torch.Tensor | int | None]) -> torch.Tensor | None:
