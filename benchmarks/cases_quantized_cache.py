@@ -1,11 +1,14 @@
 """Quantized keys and values of SmolLM2 against dense float32: bytes, losses, and the time of a decode step."""
 
 import argparse
+import copy
 import functools
 import inspect
 import os
 import pydoc_data.topics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoTokenizer
@@ -29,6 +32,16 @@ BARS = {"8": (0.28, 0.1), "6-4": (0.17, 0.5)}  # of bytes against float32, and o
 @functools.lru_cache(maxsize=1)
 def model() -> MambaFormerForCausalLM:
     return convert(smollm2(Size()))
+
+
+@functools.lru_cache(maxsize=1)
+def model_in_int8() -> MambaFormerForCausalLM:
+    """With all projections and the head in 8 bits, by torchao."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantized = copy.deepcopy(model())
+    quantize_(quantized, Int8WeightOnlyConfig())
+    return quantized
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,41 +92,66 @@ def bytes_of_keys(cache: MambaFormerCache) -> int:
 
 
 @torch.inference_mode()
-def filled(kv_bits: int | Mapping[str, int] | None, num_tokens: int) -> MambaFormerCache:
+def filled(kv_bits: int | Mapping[str, int] | None, num_tokens: int, rows: int = 1) -> MambaFormerCache:
     """A cache of the right size whose keys and values are random: what a step costs does not depend on them."""
     cache = model().make_cache() if kv_bits is None else model().make_cache("quantized", kv_bits=kv_bits)
-    model()(random_ids(model(), 1, 1), cache=cache)
-    numbers = torch.randn(1, *next(iter(cache.stores()))[1].row_shape, num_tokens).transpose(2, 3).contiguous()
+    model()(random_ids(model(), rows, 1), cache=cache)
+    numbers = torch.randn(rows, *next(iter(cache.stores()))[1].row_shape, num_tokens).transpose(2, 3).contiguous()
     for _, store in cache.stores():
         store.load_state({name: store.encode(name, numbers) for name in ("keys", "values")}, num_tokens)
     cache.lengths.columns = num_tokens
     return cache
 
 
-def decode_steps() -> dict[str, Callable[[], object]]:
-    caches = {"dense": filled(None, CONTEXT), "empty": filled(None, 1)}
-    caches |= {mix: filled(kv_bits, CONTEXT) for mix, kv_bits in MIXES.items()}
-    return {name: step(model(), cache) for name, cache in caches.items()}
+@dataclass(frozen=True)
+class DecodeSteps:
+    """Decode steps after `CONTEXT` tokens: dense float32 keys and values against codes, with the same weights."""
 
+    threads: int
+    rows: int = 1
+    has_int8_weights: bool = False
+    mixes: tuple[str, ...] = tuple(MIXES)
+    most_step: float | None = None  # the bar of the time of a complete step
 
-def decode(threads: int) -> Callable[[], dict[str, Figure]]:
     @torch.inference_mode()
-    def run() -> dict[str, Figure]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            found = in_rounds(decode_steps(), ROUNDS, CALLS)
-        finally:
-            torch.set_num_threads(before)
-        figures = {f"step, {mix}": Figure(fastest(found, mix) / fastest(found, "dense"), "x") for mix in MIXES}
-        dense = fastest(found, "dense") - fastest(found, "empty")
-        for mix in MIXES:
-            own = fastest(found, mix) - fastest(found, "empty")
-            figures[f"attention, {mix}"] = Figure(own / dense, "x", at_most(0.6))
+    def measure(self) -> dict[str, Figure]:
+        with threads_of_torch(self.threads):
+            found = in_rounds(self.by_storage(), ROUNDS, CALLS)
+        bar = None if self.most_step is None else at_most(self.most_step)
+        dense, empty = fastest(found, "dense"), fastest(found, "empty")
+        figures = {f"step, {mix}": Figure(fastest(found, mix) / dense, "x", bar) for mix in self.mixes}
+        for mix in self.mixes:
+            attention = (fastest(found, mix) - empty) / (dense - empty)
+            figures[f"attention, {mix}"] = Figure(attention, "x", at_most(0.6))
         return figures
 
-    run.__doc__ = f"Time of a decode step after {CONTEXT:,} tokens against dense float32, {threads} threads."
+    def by_storage(self) -> dict[str, Callable[[], object]]:
+        own = model_in_int8() if self.has_int8_weights else model()
+        caches = {"dense": filled(None, CONTEXT, self.rows), "empty": filled(None, 1, self.rows)}
+        caches |= {mix: filled(MIXES[mix], CONTEXT, self.rows) for mix in self.mixes}
+        return {name: step(own, cache, self.rows) for name, cache in caches.items()}
+
+
+def decode(steps: DecodeSteps) -> Callable[[], dict[str, Figure]]:
+    def run() -> dict[str, Figure]:
+        return steps.measure()
+
+    weights = "int8" if steps.has_int8_weights else "float32"
+    run.__doc__ = (
+        f"Time of a decode step after {CONTEXT:,} tokens against dense float32, {weights} weights, "
+        f"batch of {steps.rows}, {steps.threads} threads."
+    )
     return run
+
+
+@contextmanager
+def threads_of_torch(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fastest(found: Rounds, name: str) -> float:
@@ -121,4 +159,11 @@ def fastest(found: Rounds, name: str) -> float:
 
 
 CASES = {f"quantized-{mix}": quantized(mix) for mix in MIXES}
-CASES |= {f"quantized-decode-{threads}": decode(threads) for threads in (1, 2) if threads <= (os.cpu_count() or 1)}
+for threads in range(1, min(os.cpu_count() or 1, 2) + 1):
+    CASES[f"quantized-decode-{threads}"] = decode(DecodeSteps(threads))
+    CASES[f"quantized-decode-int8-{threads}"] = decode(
+        DecodeSteps(threads, has_int8_weights=True, mixes=("8", "6-4"), most_step=0.6)
+    )
+    CASES[f"quantized-decode-batch-{threads}"] = decode(
+        DecodeSteps(threads, rows=4, mixes=("8", "6-4"), most_step=0.6)
+    )

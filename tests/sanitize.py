@@ -26,6 +26,7 @@ FILES = (
     "test_cpu_scan.py",
     "test_cpu_decode.py",
     "test_kernels_for_codes.py",
+    "test_quantized_states.py",
 )
 # The preloaded library forwards C++ exceptions to the real function, which it finds only if libstdc++ is loaded too.
 PRELOADED = ("libasan.so", "libstdc++.so")

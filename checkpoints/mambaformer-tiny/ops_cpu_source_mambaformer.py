@@ -930,12 +930,22 @@ template <> ALWAYS_INLINE void sums_of_four<float>(const Vec<float> v[TOGETHER],
 }
 #endif
 
+// Asks for the codes that are read KEYS_AT_A_TIME vectors after these `count` ones. The address may lie after the last
+// vector, which such a request permits.
+static ALWAYS_INLINE void prefetch_codes(const uint8_t *vectors, Long nbytes, int count) {
+#ifdef __GNUC__
+    const uintptr_t ahead = (uintptr_t)vectors + KEYS_AT_A_TIME * nbytes;
+    for (Long byte = 0; byte < count * nbytes; byte += 64) __builtin_prefetch((const void *)(ahead + byte));
+#endif
+}
+
 // q . L of one group, from `first` to `last`, for some lines and `count` vectors: dots (LINES, KEYS_AT_A_TIME).
 template <typename A, int BITS, int LINES>
 static void dot_levels(const A *queries, const uint8_t *vectors, Long nbytes, Long width, Long first, Long last,
                        int count, A (*dots)[KEYS_AT_A_TIME]) {
     for (int i = 0; i < count; i += TOGETHER) {
         Vec<A> totals[LINES][TOGETHER] = {};
+        if (!first) prefetch_codes(vectors + i * nbytes, nbytes, TOGETHER);
         const uint8_t *codes[TOGETHER];  // of fewer vectors, the last one stands for those that are missing
         for (int k = 0; k < TOGETHER; k++) codes[k] = vectors + least(i + k, count - 1) * nbytes;
         for (Long c = first; c < last; c += Lanes<A>::count) {
@@ -959,11 +969,13 @@ static ALWAYS_INLINE void mix_columns(const A (*weights)[KEYS_AT_A_TIME], const 
     for (int line = 0; line < LINES; line++)
         for (int v = 0; v < COLUMNS; v++)
             sums[line][v] = load<A>(mixed + line * width + first + v * lanes) + constant[line];
-    for (int i = 0; i < count; i++)
+    for (int i = 0; i < count; i++) {
+        if (!first) prefetch_codes(vectors + i * nbytes, nbytes, 1);
         for (int v = 0; v < COLUMNS; v++) {
             const Vec<A> levels = load_levels<BITS>(vectors + i * nbytes, width, first + v * lanes, (A)0);
             for (int line = 0; line < LINES; line++) sums[line][v] += weights[line][i] * levels;
         }
+    }
     for (int line = 0; line < LINES; line++)
         for (int v = 0; v < COLUMNS; v++) store<A>(sums[line][v], mixed + line * width + first + v * lanes);
 }
