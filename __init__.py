@@ -3,7 +3,16 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache_mambaformer import MambaFormerCache
-from .cache_policies_mambaformer import TOVA, KeyDiff, KeyNorm, PruningPolicy, SinksAndWindow, SnapKV
+from .cache_policies_mambaformer import (
+    TOVA,
+    ExpectedAttention,
+    KeyDiff,
+    KeyNorm,
+    PruningPolicy,
+    SinksAndWindow,
+    SnapKV,
+    split_budget,
+)
 from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_mamba_delta  # from here on `convert` is the function, not the package
@@ -28,6 +37,7 @@ AutoModelForSequenceClassification.register(MambaFormerConfig, MambaFormerForSeq
 __all__ = [
     "TOVA",
     "DirichletPrior",
+    "ExpectedAttention",
     "ExpertPosterior",
     "ExpertSwitchLogitsProcessor",
     "ExpertVector",
@@ -46,4 +56,5 @@ __all__ = [
     "SnapKV",
     "convert",
     "save_mamba_delta",
+    "split_budget",
 ]

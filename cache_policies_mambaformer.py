@@ -178,6 +178,46 @@ class SnapKV(PruningPolicy):
 
 
 @dataclass(frozen=True)
+class ExpectedAttention(PruningPolicy):
+    """Keeps the keys to which coming queries are expected to attend, by the values they carry (arXiv 2510.00636).
+
+    Queries are taken for Gaussian, with the moments of the newest `window` queries. An attention logit is Gaussian
+    then, and the mean of its exponential is `exp(mean + variance / 2)` (section 3). Normalized over the keys and
+    averaged over a group's heads, plus `epsilon`, it multiplies the L2 norm of the value. The paper rotates the
+    moments to coming positions; here the queries keep the rotations of their own positions.
+
+    Args:
+        window: newest queries whose moments are taken, at most `interval`.
+        epsilon: weight of the value of a key that gets no attention.
+    """
+
+    window: int = 64
+    epsilon: float = 0.02
+
+    name: ClassVar[str] = "expected_attention"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("window", self.window, 1)
+        if self.window > self.interval:
+            raise ValueError(
+                f"ExpectedAttention reads at most `interval` ({self.interval}) queries, got a `window` of "
+                f"{self.window}."
+            )
+        if type(self.epsilon) not in (int, float) or not 0 <= self.epsilon < float("inf"):
+            raise ValueError(f"`epsilon` must be a finite number of at least 0, got {self.epsilon!r}.")
+
+    @property
+    def query_window(self) -> int:
+        return self.window
+
+    def score(self, keys: Tensor, values: Tensor, queries: Tensor) -> Tensor:
+        logits = queries @ keys[:, :, None].transpose(-1, -2)  # (rows, heads, group, window, slots)
+        expected = logits.mean(dim=-2) + logits.var(dim=-2, correction=0) / 2
+        return (expected.softmax(dim=-1).mean(dim=2) + self.epsilon) * values.norm(dim=-1)
+
+
+@dataclass(frozen=True)
 class SinksAndWindow(PruningPolicy):
     """Keeps the sinks and the newest keys (StreamingLLM, arXiv 2309.17453)."""
 
@@ -208,7 +248,7 @@ def round_scores(scores: Tensor) -> Tensor:
 
 # Policies by their names in `make_cache(policy=...)`.
 POLICIES: dict[str, type[PruningPolicy]] = {
-    policy.name: policy for policy in (KeyNorm, KeyDiff, TOVA, SnapKV, SinksAndWindow)
+    policy.name: policy for policy in (KeyNorm, KeyDiff, TOVA, SnapKV, ExpectedAttention, SinksAndWindow)
 }
 
 
@@ -242,6 +282,33 @@ def resolve_policy(
     return kind(**chosen)  # type: ignore[arg-type]  (checked by the class)
 
 
+def split_budget(budget: int, losses: Sequence[float], context: int, least: int) -> list[Budget | None]:
+    """Budgets of layers, `budget` keys on average: the layers that lose most by pruning keep all keys of `context`.
+
+    The other layers keep `least` keys, but for one, which takes the rest.
+
+    Args:
+        budget: mean number of keys per layer.
+        losses: for each layer, the loss that pruning its keys alone to `least` causes, in any unit.
+        context: tokens of the longest sequence.
+        least: keys that every layer keeps.
+
+    Raises:
+        ValueError: `least <= budget <= context` does not hold, or there are no losses.
+    """
+    if not losses or not 0 < least <= budget <= context:
+        raise ValueError(
+            f"A split needs losses of all layers and 0 < `least` <= `budget` <= `context`, got {len(losses)} losses, "
+            f"{least}, {budget} and {context}."
+        )
+    spare, budgets = (budget - least) * len(losses), cast(list[Budget | None], [least] * len(losses))
+    for layer in sorted(range(len(losses)), key=lambda layer: -losses[layer]):
+        added = min(context - least, spare)
+        budgets[layer] = None if least + added == context else least + added
+        spare -= added
+    return budgets
+
+
 def policy_fields(policy: PruningPolicy) -> dict[str, object]:
     """The name and the fields of a policy, as JSON has them."""
     name = getattr(policy, "name", None)
@@ -255,6 +322,7 @@ __all__ = [
     "TOVA",
     "Budget",
     "Budgets",
+    "ExpectedAttention",
     "KeyDiff",
     "KeyNorm",
     "PruningPolicy",
@@ -263,4 +331,5 @@ __all__ = [
     "policy_fields",
     "resolve_policy",
     "round_scores",
+    "split_budget",
 ]

@@ -5,8 +5,8 @@ and judges everything that does. All of it is differentiable, so it judges gradi
 
 Sources: Mamba (arXiv 2312.00752, algorithm 2), Mamba-2 (2405.21060), Gated DeltaNet (2412.06464), MambaFormer
 (2402.04248), attention sinks (2309.17453), RoPE (2104.09864), RMSNorm (1910.07467), SVF experts (2501.06252, section
-3.1), KeyDiff (2504.15364), TOVA (2401.06104), SnapKV (2404.14469), key norm (2406.11430). Letters: D channels, N state
-size, K taps of the convolution.
+3.1), KeyDiff (2504.15364), TOVA (2401.06104), SnapKV (2404.14469), key norm (2406.11430), expected
+attention (2510.00636). Letters: D channels, N state size, K taps of the convolution.
 """
 
 import functools
@@ -244,6 +244,8 @@ class ReferenceRow:
             return {p: -float(key @ mean / ((key @ key) * (mean @ mean)).sqrt()) for p, key in keys.items()}
         if policy["name"] == "sinks_and_window":
             return {p: p for p in positions}
+        if policy["name"] == "expected_attention":
+            return self.expected_attention(layer, kv_head, keys, policy)
         window = {"tova": 1}.get(policy["name"]) or policy["window"]
         votes = dict.fromkeys(positions, 0.0)
         group = self.config["num_attention_heads"] // self.config["num_key_value_heads"]
@@ -258,6 +260,24 @@ class ReferenceRow:
         reach = policy["kernel_size"] // 2
         near = {p: positions[max(n - reach, 0) : n + reach + 1] for n, p in enumerate(positions)}
         return {p: max(votes[q] for q in near[p]) for p in positions}
+
+    def expected_attention(self, layer, kv_head, keys, policy):
+        """With the mean and the covariance matrix of the newest queries, head by head."""
+        group, size = self.config["num_attention_heads"] // self.config["num_key_value_heads"], self.config["head_dim"]
+        shares = dict.fromkeys(keys, 0.0)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            newest = range(self.position + 1 - policy["window"], self.position + 1)
+            queries = torch.stack([self.queries[layer][at][head] for at in newest])
+            mean, covariance = queries.mean(0), torch.cov(queries.T, correction=0).reshape(size, size)
+            logits = {
+                p: float(mean @ key / size**0.5 + key @ covariance @ key / (2 * size)) for p, key in keys.items()
+            }
+            highest = max(logits.values())
+            total = sum(math.exp(logit - highest) for logit in logits.values())
+            for p, logit in logits.items():
+                shares[p] += math.exp(logit - highest) / total / group
+        norms = {p: float(self.values[layer][p][kv_head].norm()) for p in keys}
+        return {p: (share + policy["epsilon"]) * norms[p] for p, share in shares.items()}
 
     def visible(self, kind, key_position):
         """Whether the newest token sees this earlier (or own) position."""

@@ -10,12 +10,14 @@ from mambaformer.cache_eviction_mambaformer import PrunedRetention
 from mambaformer.cache_policies_mambaformer import (
     POLICIES,
     TOVA,
+    ExpectedAttention,
     KeyDiff,
     KeyNorm,
     SinksAndWindow,
     SnapKV,
     policy_fields,
     resolve_policy,
+    split_budget,
 )
 
 KEYS = torch.tensor([[[[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 1.0]]]], dtype=torch.float64)  # (1, 1, 4, 2)
@@ -64,6 +66,16 @@ def test_snap_kv_votes_are_causal_and_pooled():
     torch.testing.assert_close(pooled[0, 0], torch.stack(wanted))
 
 
+def test_expected_attention_is_the_mean_of_exponentials_under_a_gaussian():
+    queries, values = queries_of([0.0, 1.0], [1.0, 0.0], [0.5, -1.0]), KEYS + torch.tensor([1.0, 0.0])
+    mean, covariance = queries[0, 0, 0].mean(0), torch.cov(queries[0, 0, 0].T, correction=0)
+    keys = KEYS[0, 0]
+    exponentials = torch.stack([(mean @ key + key @ covariance @ key / 2).exp() for key in keys])
+    wanted = (exponentials / exponentials.sum() + 0.1) * values[0, 0].norm(dim=-1)
+    policy = ExpectedAttention(window=3, epsilon=0.1)
+    torch.testing.assert_close(policy.score(KEYS, values, queries)[0, 0], wanted)
+
+
 def test_sinks_and_window_ranks_by_position():
     assert SinksAndWindow().score(KEYS, KEYS, NO_QUERIES).tolist() == [[[0.0, 1.0, 2.0, 3.0]]]
 
@@ -93,6 +105,16 @@ def test_budgets_of_layers_are_a_list_or_a_dict():
         KeyNorm(budget={3: 0.5}).budgets(3)
 
 
+def test_a_split_budget_keeps_all_keys_where_most_is_lost():
+    assert split_budget(40, [0.1, 0.9, 0.5, 0.2], context=100, least=10) == [10, None, 40, 10]
+    assert split_budget(10, [1.0, 2.0], context=100, least=10) == [10, 10]
+    assert split_budget(100, [1.0, 2.0], context=100, least=10) == [None, None]
+    assert KeyNorm(budget=split_budget(50, [1.0, 2.0], context=60, least=40)).budgets(2) == [40, None]
+    for budget, losses, context, least in ((5, [1.0], 10, 6), (11, [1.0], 10, 6), (5, [], 10, 1), (5, [1.0], 10, 0)):
+        with pytest.raises(ValueError, match="A split needs"):
+            split_budget(budget, losses, context, least)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_known_by_its_name_and_survives_json(name):
     policy = POLICIES[name](budget={2: 0.25}, interval=64)
@@ -115,10 +137,13 @@ def test_budgets_that_keep_nothing_or_too_little_are_refused(budget):
         (KeyNorm, {"recent": 1.0}),
         (SnapKV, {"window": 200}),
         (SnapKV, {"kernel_size": 4}),
+        (ExpectedAttention, {"window": 200}),
+        (ExpectedAttention, {"epsilon": -0.1}),
+        (ExpectedAttention, {"epsilon": float("nan")}),
     ],
 )
 def test_bad_fields_are_refused(kind, fields):
-    with pytest.raises(ValueError, match=r"must be an integer|SnapKV votes"):
+    with pytest.raises(ValueError, match=r"must be an integer|SnapKV votes|ExpectedAttention reads|must be a finite"):
         kind(**fields)
 
 

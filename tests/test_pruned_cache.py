@@ -18,6 +18,7 @@ VARIANTS = {
     "key_diff": {"budget": 0.5, "interval": 4, "sinks": 1, "recent": 2},
     "tova": {"budget": 3, "interval": 4, "sinks": 0, "recent": 1},
     "snap_kv": {"budget": 0.4, "interval": 6, "sinks": 1, "recent": 0, "window": 3, "kernel_size": 3},
+    "expected_attention": {"budget": 4, "interval": 5, "sinks": 1, "recent": 1, "window": 4},
     "sinks_and_window": {"budget": 5, "interval": 4, "sinks": 2, "recent": 0},
 }
 PATTERNS = ["full", "hybrid", "llama", "jamba", "paper", "everything"]

@@ -69,8 +69,10 @@ def random_storage(rng, config):
     if any(name in ("full_attention", "hybrid") for name in types) and rng.random() < 0.5:
         schedule = {"interval": rng.randint(2, 5), "sinks": rng.randint(0, 1), "recent": rng.randint(0, 2)}
         storage["policy"] = {"name": rng.choice(list(POLICIES)), "budget": rng.choice([3, 4, 0.4, 0.7]), **schedule}
+        if storage["policy"]["name"] in ("snap_kv", "expected_attention"):
+            storage["policy"]["window"] = rng.randint(1, schedule["interval"])
         if storage["policy"]["name"] == "snap_kv":
-            storage["policy"] |= {"window": rng.randint(1, schedule["interval"]), "kernel_size": rng.choice([1, 3])}
+            storage["policy"]["kernel_size"] = rng.choice([1, 3])
     return storage
 
 
