@@ -92,10 +92,16 @@ def bytes_of_keys(cache: MambaFormerCache) -> int:
 
 
 @torch.inference_mode()
-def filled(kv_bits: int | Mapping[str, int] | None, num_tokens: int, rows: int = 1) -> MambaFormerCache:
-    """A cache of the right size whose keys and values are random: what a step costs does not depend on them."""
-    cache = model().make_cache() if kv_bits is None else model().make_cache("quantized", kv_bits=kv_bits)
-    model()(random_ids(model(), rows, 1), cache=cache)
+def filled(
+    kv_bits: int | Mapping[str, int] | None, num_tokens: int, rows: int = 1, own: MambaFormerForCausalLM | None = None
+) -> MambaFormerCache:
+    """A cache of the right size whose keys and values are random: what a step costs does not depend on them.
+
+    A cache belongs to the weights of one model: `own`, by default SmolLM2 in float32.
+    """
+    own = own or model()
+    cache = own.make_cache() if kv_bits is None else own.make_cache("quantized", kv_bits=kv_bits)
+    own(random_ids(own, rows, 1), cache=cache)
     numbers = torch.randn(rows, *next(iter(cache.stores()))[1].row_shape, num_tokens).transpose(2, 3).contiguous()
     for _, store in cache.stores():
         store.load_state({name: store.encode(name, numbers) for name in ("keys", "values")}, num_tokens)
@@ -127,8 +133,8 @@ class DecodeSteps:
 
     def by_storage(self) -> dict[str, Callable[[], object]]:
         own = model_in_int8() if self.has_int8_weights else model()
-        caches = {"dense": filled(None, CONTEXT, self.rows), "empty": filled(None, 1, self.rows)}
-        caches |= {mix: filled(MIXES[mix], CONTEXT, self.rows) for mix in self.mixes}
+        caches = {"dense": filled(None, CONTEXT, self.rows, own), "empty": filled(None, 1, self.rows, own)}
+        caches |= {mix: filled(MIXES[mix], CONTEXT, self.rows, own) for mix in self.mixes}
         return {name: step(own, cache, self.rows) for name, cache in caches.items()}
 
 
