@@ -71,6 +71,15 @@ class KeySlotsOf:
     heads: int
     key_heads: int
     head_dim: int
+    has_moving_sinks: bool = False
+
+
+@dataclass(frozen=True)
+class RotatedQueries:
+    """Queries for `attend`: as they meet keys, and as they meet sinks that move."""
+
+    scaled: Intermediate
+    for_sinks: Intermediate | None
 
 
 @dataclass(frozen=True)
@@ -168,23 +177,34 @@ class ProgramBuilder:
     # ---- attention
 
     def rotate_and_store(
-        self, query: Intermediate, key: Intermediate, value: Intermediate, head_dim: int, scaling: Setting
-    ) -> tuple[Intermediate, KeySlotsOf]:
-        """Rotates queries and keys, and writes keys and values to the cache: queries for `attend`, and the slots."""
+        self,
+        query: Intermediate,
+        key: Intermediate,
+        value: Intermediate,
+        head_dim: int,
+        scaling: Setting,
+        moves_sinks: bool = False,
+    ) -> tuple[RotatedQueries, KeySlotsOf]:
+        """Rotates queries and keys, and writes keys and values to the cache: queries for `attend`, and the slots.
+
+        With `moves_sinks`, each query is rotated once more for the attention sinks.
+        """
         self._require(head_dim > 0 and head_dim % LANES[self.dtype] == 0)
         heads, key_heads = query.width // head_dim, key.width // head_dim
         self._require(query.width == heads * head_dim and key.width == value.width == key_heads * head_dim)
         self._require(key_heads > 0 and heads % key_heads == 0)
-        scaled, slots = Intermediate(query.width), KeySlotsOf(self.position, self.window, heads, key_heads, head_dim)
-        self._append(WriteKeysOp, query=query, key=key, value=value, scaled=scaled, heads=heads, key_heads=key_heads,
-                     head_dim=head_dim, scaling=scaling, key_slots=slots)  # fmt: skip
-        return scaled, slots
+        scaled, for_sinks = Intermediate(query.width), Intermediate(query.width) if moves_sinks else None
+        slots = KeySlotsOf(self.position, self.window, heads, key_heads, head_dim, moves_sinks)
+        self._append(WriteKeysOp, query=query, key=key, value=value, scaled=scaled, for_sinks=for_sinks, heads=heads,
+                     key_heads=key_heads, head_dim=head_dim, scaling=scaling, key_slots=slots)  # fmt: skip
+        return RotatedQueries(scaled, for_sinks), slots
 
-    def attend(self, scaled: Intermediate, slots: KeySlotsOf) -> Intermediate:
+    def attend(self, queries: RotatedQueries, slots: KeySlotsOf) -> Intermediate:
         """Attention of the queries of `rotate_and_store` on all keys that they see."""
+        scaled, for_sinks = queries.scaled, queries.for_sinks
         mixed, num_parts = Intermediate(scaled.width), min(MOST_PARTS, self.threads)
         scratch = Intermediate(slots.heads * num_parts * (2 + slots.head_dim))
-        self._append(AttendOp, scaled=scaled, mixed=mixed, scratch=scratch, heads=slots.heads,
+        self._append(AttendOp, scaled=scaled, for_sinks=for_sinks, mixed=mixed, scratch=scratch, heads=slots.heads,
                      key_heads=slots.key_heads, head_dim=slots.head_dim, key_slots=slots)  # fmt: skip
         return mixed
 

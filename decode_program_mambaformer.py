@@ -3,7 +3,7 @@
 At one token a layer takes as long in Python as in memory: modules, views, allocations and barriers cost more than
 arithmetic. So a model's layers are lowered once into a list of operations (`decode_builder_mambaformer`), which stays
 valid while weights and expert vectors stay. A decode step only adds settings, slots of keys, and states. Its results
-are those of the layers bit for bit.
+are those of the layers bit for bit, but for rounding where sinks move: modules rotate the sinks for a single query.
 
 A step of a layer that has no lowering runs as modules, between two parts of the program.
 """
@@ -307,8 +307,6 @@ class ProgramStep:
             return None
         if layout.sources is not None or attention.chunks or (mask is None and self.count > 1):
             return None  # keys that are staged or evicted on the way; a causal mask that attention makes by itself
-        if attention.sink_angles is not None:
-            return None  # the configuration was changed after the attention was lowered
         address, mask_strides = 0, (0, 0)
         if mask is not None:
             if not isinstance(mask, Tensor) or not takes_mask(mask, self.rows, self.count, layout.num_slots):
@@ -316,7 +314,24 @@ class ProgramStep:
             address, mask_strides = mask.data_ptr(), strides_of_mask(mask)
             self.pointed_to.append(mask)
         slot_fields = self._describe_slots(window, slots, layout.num_slots)
-        return None if slot_fields is None else [address, *mask_strides, layout.num_slots, *slot_fields]
+        sink_fields = self._describe_sinks(window, attention)
+        if slot_fields is None or sink_fields is None:
+            return None
+        return [address, *mask_strides, layout.num_slots, *slot_fields, *sink_fields]
+
+    def _describe_sinks(self, window: int | None, attention: AttentionMasks) -> tuple[int, int, int, int] | None:
+        """The number of sinks that move, the addresses of their cosines and sines, and the stride of these by row."""
+        angles = attention.sink_angles
+        if angles is None:
+            return 0, 0, 0, 0
+        slots = [each for each in self.linked.key_slots if each.window == window]
+        if not all(each.has_moving_sinks for each in slots):
+            return None  # the configuration was changed after the attention was lowered
+        if not all(_takes_angles(self.hidden_states, angles, each.head_dim) for each in slots):
+            return None
+        cos, sin = angles
+        self.pointed_to += cos, sin
+        return attention.num_sinks, cos.data_ptr(), sin.data_ptr(), self.count * cos.shape[2] * (cos.shape[0] > 1)
 
     def _describe_slots(self, window: int | None, slots: int | Tensor, num_slots: int) -> tuple[int, int, int] | None:
         """The first slot, the address of the slots, and the stride of its rows; notes how many slots there must be."""

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_eviction_mambaformer import PrunedLayout
 from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
-from .decode_builder_mambaformer import CannotLower, ProgramBuilder, Setting
+from .decode_builder_mambaformer import ProgramBuilder, Setting
 from .decode_workspace_mambaformer import Intermediate
 from .expert_bases_mambaformer import at_least_float32
 from .expert_linear_mambaformer import ScaledBasis, apply_expert_linear
@@ -132,7 +132,7 @@ class MambaFormerAttention(MambaFormerMixer):
         key = apply_expert_linear(self.k_proj, hidden_states, vectors.get("k_proj")).view(heads).transpose(1, 2)
         value = apply_expert_linear(self.v_proj, hidden_states, vectors.get("v_proj")).view(heads).transpose(1, 2)
         if position_embeddings is not None:
-            sink_angles = None if attention.num_sinks else attention.sink_angles
+            sink_angles = attention.sink_angles if attention.key_angles is None else None
             query = rotate_queries(query, position_embeddings, sink_angles)
             key = apply_rope(key, *position_embeddings)
         is_saved = cache is not None and any(states.requires_grad for states in (query, key, value))
@@ -147,8 +147,6 @@ class MambaFormerAttention(MambaFormerMixer):
     def lower(
         self, program: ProgramBuilder, hidden_states: Intermediate, vectors: dict[str, ScaledBasis]
     ) -> Intermediate:
-        if program.window is not None and self.config.has_moving_sinks:
-            raise CannotLower  # kernels have one rotation of a query
         query, key, value = program.linears(
             hidden_states,
             (self.q_proj, vectors.get("q_proj")),
@@ -156,8 +154,9 @@ class MambaFormerAttention(MambaFormerMixer):
             (self.v_proj, vectors.get("v_proj")),
         )
         program.only_if(self._has_no_dropout)
-        scaled, slots = program.rotate_and_store(query, key, value, self.head_dim, Setting(self, "scaling"))
-        return program.linear(program.attend(scaled, slots), self.o_proj, vectors.get("o_proj"))
+        moves_sinks, scaling = program.window is not None and self.config.has_moving_sinks, Setting(self, "scaling")
+        queries, slots = program.rotate_and_store(query, key, value, self.head_dim, scaling, moves_sinks)
+        return program.linear(program.attend(queries, slots), self.o_proj, vectors.get("o_proj"))
 
     def _has_no_dropout(self) -> bool:
         return not (self.attention_dropout and self.training)
@@ -170,8 +169,8 @@ class MambaFormerAttention(MambaFormerMixer):
             return self._attend_groups(query, key, value, masks.sequences.grouping, masks.groups, **kwargs), None
         if masks.is_sink is not None:
             key = separate_sinks(key, masks.is_sink)
-        elif masks.num_sinks and masks.sink_angles is not None:
-            key = turn_sinks(key, masks.num_sinks, masks.sink_angles)
+        elif masks.key_angles is not None:
+            key = turn_sinks(key, masks.num_sinks, masks.key_angles)
         dropout = self.attention_dropout if self.training else 0.0
         if masks.alignment is not None:
             kwargs["alignment"] = masks.alignment

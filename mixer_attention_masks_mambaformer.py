@@ -14,7 +14,7 @@ from .cache_retention_mambaformer import Layout, Retention, Span, make_uncached_
 from .configuration_mambaformer import MambaFormerConfig
 from .inputs_packing_mambaformer import Sequences
 from .inputs_padding_mambaformer import LeftAlignment
-from .mixer_attention_sinks_mambaformer import Angles, turns_keys
+from .mixer_attention_sinks_mambaformer import Angles, SinkAngles
 from .modeling_stack_mambaformer import Place
 
 # Implementations that apply the causal mask without a tensor; other masks are left to the first of them.
@@ -54,9 +54,11 @@ class AttentionMasks:
         alignment: restores the order of the tokens; present if attention weights are returned.
         blocks: replace the mask where there are many more tokens than a window has.
         sequences: the sequences of packed rows, with the masks of each of their groups in `groups`.
-        sink_angles: cosines and sines (rows or 1, queries, head_dim) by which queries meet sinks, and
-        is_sink: (rows or 1, keys), which keys these are; `None` where all keys have the same angles, and where
-        num_sinks: the first keys are sinks, which `sink_angles` turn for the only query.
+        sink_angles: cosines and sines (rows or 1, queries, head_dim) by which queries meet sinks; `None` where all
+            keys have the same angles.
+        num_sinks: with `sink_angles`, the number of sinks, which have the first slots of a cache.
+        is_sink: (rows or 1, keys), the sinks among the keys; `None` where
+        key_angles: turn the sinks for the only query instead.
         chunks: the masks of each chunk of a forward that evicts keys, by the retention of the layer. Empty where
             all layers have the same single chunk, whose mask is `mask`.
     """
@@ -70,6 +72,7 @@ class AttentionMasks:
     sink_angles: Angles | None = None
     is_sink: torch.Tensor | None = None
     num_sinks: int = 0
+    key_angles: Angles | None = None
     chunks: dict[PrunedRetention, tuple["AttentionMasks", ...]] = field(default_factory=dict)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "AttentionMasks":
@@ -78,10 +81,14 @@ class AttentionMasks:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        angles, is_sink = self.sink_angles, self.is_sink
+        def move_angles(angles: Angles | None) -> Angles | None:
+            return None if angles is None else (move(angles[0]), move(angles[1]))
+
+        is_sink = self.is_sink
         moved = replace(
             self,
-            sink_angles=None if angles is None else (move(angles[0]), move(angles[1])),
+            sink_angles=move_angles(self.sink_angles),
+            key_angles=move_angles(self.key_angles),
             is_sink=None if is_sink is None else move(is_sink),
         )
         if self.sequences is not None and self.groups:
@@ -103,7 +110,7 @@ def make_attention_masks(
     hidden_states: torch.Tensor,
     alignment: LeftAlignment | None,
     sequences: Sequences | None = None,
-    sink_angles: Angles | None = None,
+    sink_angles: SinkAngles | None = None,
 ) -> dict[int | None, AttentionMasks]:
     """The masks of the layers in these places, by their windows.
 
@@ -118,16 +125,16 @@ def make_attention_masks(
             retention, device = Retention.of(config, window), hidden_states.device
             layout = make_uncached_layout(retention, span, device) if cache is None else cache.layout(place.position)
             angles = None if window is None else sink_angles
-            is_one_query = turns_keys(config, span, sequences)
-            has_sinks = angles is not None and not is_one_query
+            has_sinks = angles is not None and angles.keys is None
             if cache is not None and isinstance(layout, PrunedLayout):
                 masks = _make_pruned_masks(places, config, cache, hidden_states, alignment)
             elif sequences is None:
                 masks = _make_masks(config, retention, layout, span, hidden_states, has_sinks)
             else:
                 masks = _make_packed_masks(config, retention, sequences, hidden_states, has_sinks)
-            num_sinks = 0 if angles is None or not is_one_query else retention.sinks
-            by_window[window] = replace(masks, alignment=alignment, sink_angles=angles, num_sinks=num_sinks)
+            if angles is not None:
+                masks = replace(masks, sink_angles=angles.queries, key_angles=angles.keys, num_sinks=retention.sinks)
+            by_window[window] = replace(masks, alignment=alignment)
     return by_window
 
 

@@ -106,18 +106,26 @@ static void share_out(A *scores, const uint8_t *mask, int count, Long width, A *
     *most = highest;
 }
 
-// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
-// values.
+// The queries of all lines. The first `sinks` keys have queries of their own, whose rotation differs.
+template <typename A> struct Queries {
+    const A *scaled, *for_sinks;
+    Long sinks;
+};
+
+// Some lines, from `offset` on, against keys [first, last): the highest score, the sum of the weights, and the
+// weighted sum of the values.
 template <typename A, int LINES, typename Vectors>
-static void attend_part(const A *queries, const Vectors &keys, const Vectors &values, const uint8_t *const *masks,
-                        Long first, Long last, A *most, A *weight, A *mixed) {
+static void attend_part(const Queries<A> &queries, Long offset, const Vectors &keys, const Vectors &values,
+                        const uint8_t *const *masks, Long first, Long last, A *most, A *weight, A *mixed) {
     const Long width = keys.width;
     A scores[LINES][KEYS_AT_A_TIME];
     for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
     memset(mixed, 0, LINES * width * sizeof(A));
-    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
-        const int count = least(KEYS_AT_A_TIME, last - start);
-        keys.template score<LINES>(queries, start, count, scores);
+    for (Long start = first, count; start < last; start += count) {
+        const bool are_sinks = start < queries.sinks;
+        count = least(KEYS_AT_A_TIME, (are_sinks && queries.sinks < last ? queries.sinks : last) - start);
+        const A *lines = (are_sinks ? queries.for_sinks : queries.scaled) + offset;
+        keys.template score<LINES>(lines, start, count, scores);
         for (int line = 0; line < LINES; line++)
             share_out(scores[line], masks[line] ? masks[line] + start : 0, count, width, most + line, weight + line,
                       mixed + line * width);
@@ -165,8 +173,8 @@ template <typename A> static A *place_of(A *scaled, const Shape &s, Long row, Lo
 // Attention of scaled queries: mixed (rows, queries, heads, width). `found` has room for the results of each part of
 // the keys: rows * heads * queries * parts * (2 + width) numbers.
 template <typename T, typename A, typename Storage>
-TEAM void attend(const A *scaled, const Storage &storage, const uint8_t *mask, const Shape &s, int threads, A *found,
-                 A *mixed) {
+TEAM void attend(const Queries<A> &queries, const Storage &storage, const uint8_t *mask, const Shape &s, int threads,
+                 A *found, A *mixed) {
     const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width, size = 2 + width;
     const Long parts = parts_of(s.keys, threads), step = (s.keys + parts - 1) / parts;
 #pragma omp for schedule(static) collapse(2)
@@ -180,9 +188,9 @@ TEAM void attend(const A *scaled, const Storage &storage, const uint8_t *mask, c
                 const uint8_t *masks[4];
                 for (int i = 0; i < 4; i++)
                     masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
-                const A *queries = scaled + (head * lines + line) * width;
+                const Long offset = (head * lines + line) * width;
                 A *most = here + line, *weight = here + lines + line, *sums = here + 2 * lines + line * width;
-#define ATTEND(N) attend_part<A, N>(queries, keys, values, masks, first, last, most, weight, sums)
+#define ATTEND(N) attend_part<A, N>(queries, offset, keys, values, masks, first, last, most, weight, sums)
                 const int count = least(4, lines - line);
                 if (count == 1) ATTEND(1);
                 if (count == 2) ATTEND(2);
@@ -237,7 +245,7 @@ static void attend_all(const T *query, const T *key, const T *value, const uint8
                 for (Long c = 0; c < s.width; c++) to[c] = to_float(from[c]) * (A)(scaling * LOG2_E);
             }
 #pragma omp parallel num_threads(threads) if (lines / s.group * s.keys * s.width > SMALL)
-    attend<T>(scaled, PlainStorage<T>{key, value}, mask, s, threads, found, mixed);
+    attend<T>(Queries<A>{scaled, 0, 0}, PlainStorage<T>{key, value}, mask, s, threads, found, mixed);
     free(found);
     free(scaled);
     narrowed(mixed, count, y);

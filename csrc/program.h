@@ -60,13 +60,21 @@ static void write_slot(A *from, Long width, const Codec &codec, Long slot, void 
     for (Long c = 0; c < width; c++) from_float(from[c], to + c);
 }
 
+// Scales one query for `attend`.
+template <typename A> static void scale_query(const A *from, Long width, A factor, bool is_coded, A *to) {
+    for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
+    if (is_coded) rotate_vector(to, width);
+}
+
 template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run<A> &run) {
     const ProgramInputs &inputs = run.inputs;
     const KeySlots &stored = inputs.key_slots[op.key_slots];
     const KeyLayout &layout = inputs.layouts[stored.layout];
     const Long width = op.head_dim, key_heads = op.key_heads;
     const A factor = (A)(inputs.settings[op.scaling] * LOG2_E);
-    A *query = run.at(op.query), *key = run.at(op.key), *value = run.at(op.value), *scaled = run.at(op.scaled);
+    A *query = run.at(op.query), *key = run.at(op.key), *value = run.at(op.value);
+    A *scaled = run.at(op.scaled), *for_sinks = run.at(op.for_sinks);
+    const bool is_coded = stored.key_codec.bits;
     Shape shape = {};
     shape.key_heads = key_heads, shape.group = op.heads / key_heads, shape.queries = inputs.tokens,
     shape.width = width;
@@ -79,14 +87,19 @@ template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run
                 A *from = is_query   ? query + (index * op.heads + head) * width
                           : is_value ? value + (index * key_heads + own) * width
                                      : key + (index * key_heads + own) * width;
+                if (is_query && layout.sinks) {
+                    const Long angle = row * layout.sink_angle_row + token * width;
+                    A *to = place_of(for_sinks, shape, row, head, token);
+                    turn<T>(from, width / 2, (const T *)layout.sink_cosines + angle,
+                            (const T *)layout.sink_sines + angle, to);
+                    scale_query(to, width, factor, is_coded, to);
+                }
                 if (inputs.cosines && !is_value) {
                     const Long angle = row * inputs.angle_row + token * width;
                     turn<T>(from, width / 2, (const T *)inputs.cosines + angle, (const T *)inputs.sines + angle, from);
                 }
                 if (is_query) {
-                    A *to = place_of(scaled, shape, row, head, token);
-                    for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
-                    if (stored.key_codec.bits) rotate_vector(to, width);
+                    scale_query(from, width, factor, is_coded, place_of(scaled, shape, row, head, token));
                 } else {
                     const Long place =
                         layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
@@ -106,14 +119,15 @@ template <typename T, typename A> TEAM void run(const AttendOp &op, const Run<A>
     const Shape shape = {run.inputs.rows,  op.key_heads, op.heads / op.key_heads, run.inputs.tokens,  layout.keys,
                          op.head_dim,      {},           {row, head, token},      {row, head, token}, layout.mask_row,
                          layout.mask_query};
-    A *scaled = run.at(op.scaled), *scratch = run.at(op.scratch), *mixed = run.at(op.mixed);
+    const Queries<A> queries = {run.at(op.scaled), run.at(op.for_sinks), layout.sinks};
+    A *scratch = run.at(op.scratch), *mixed = run.at(op.mixed);
     if (is_coded) {
         const uint8_t *keys = (const uint8_t *)stored.keys, *values = (const uint8_t *)stored.values;
         const CodedStorage<T> storage = {keys, values, stored.key_codec, stored.value_codec};
-        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+        attend<T>(queries, storage, layout.mask, shape, run.threads, scratch, mixed);
     } else {
         const PlainStorage<T> storage = {(const T *)stored.keys, (const T *)stored.values};
-        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+        attend<T>(queries, storage, layout.mask, shape, run.threads, scratch, mixed);
     }
 }
 

@@ -6,7 +6,7 @@
 typedef int64_t Long;
 
 // Increase it whenever a structure or a function changes.
-static const int INTERFACE_VERSION = 4;
+static const int INTERFACE_VERSION = 5;
 
 // Tokens that the scan processes at a time.
 static const int CHUNK = 32;
@@ -100,12 +100,15 @@ struct Shape {
 
 // Shared by the attention layers that retain the same keys: the mask with its strides as in `Shape`, the
 // number of keys with the new ones, and the slots of the new ones: from `first_slot` on, or `slots`
-// (rows or 1, tokens).
+// (rows or 1, tokens). Queries meet the first `sinks` keys by cosines and sines of their own, (rows or 1,
+// tokens, head_dim).
 struct KeyLayout {
     const uint8_t *mask;
     Long mask_row, mask_query, keys, first_slot;
     const Long *slots;
-    Long slots_row;
+    Long slots_row, sinks;
+    const void *sink_cosines, *sink_sines;
+    Long sink_angle_row;
 };
 
 // The codes of a vector: bits of each number, groups with a scale each, bytes of the vector, and whether
@@ -183,16 +186,17 @@ struct ScaleOp {
 };
 
 // Rotates queries and keys, scales queries for `AttendOp`, and writes keys and values to their slots.
+// `for_sinks` is like `scaled`, with the rotation that sinks are met with.
 struct WriteKeysOp {
     Op op;
-    Long query, key, value, scaled;
+    Long query, key, value, scaled, for_sinks;
     Long heads, key_heads, head_dim, scaling, key_slots;
 };
 
 // Attention of scaled queries; `scratch` holds the results of each part of the keys.
 struct AttendOp {
     Op op;
-    Long scaled, mixed, scratch;
+    Long scaled, for_sinks, mixed, scratch;
     Long heads, key_heads, head_dim, key_slots;
 };
 

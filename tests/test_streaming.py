@@ -1,11 +1,15 @@
 """Streaming without end: sinks at positions within the cache, and exact angles at any count of tokens."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
 
 from mambaformer import MambaFormerConfig, MambaFormerForCausalLM
+from mambaformer import decode_program_mambaformer as decode_program
+from mambaformer import ops_cpu_decode_mambaformer as ops_cpu_decode
+from mambaformer import ops_cpu_interface_mambaformer as interface
 from oracle import assert_same_logits, expected, read_on, uncached_logits
 from patterns import GREEDY, tiny_config
 from sequences import feed, feed_row, one_turn, padded_turn, ragged_turns, random_cut, random_rows, rows_for
@@ -103,6 +107,30 @@ def test_padding_anywhere_in_any_turn_equals_the_oracle(pattern, variant):
         cache = cache_of(model, variant)
         found = feed(model, cache, ragged_turns(random.Random(seed), rows, 4))
         assert_same_logits(found, expected(model, rows, **fields_of(cache)))
+
+
+@torch.no_grad()
+@every_window
+@every_variant
+@pytest.mark.parametrize("reach", [0, 4])
+def test_decode_programs_move_sinks(pattern, variant, reach, monkeypatch):
+    """Layers whose sinks move ran as modules between the parts of a program; heads of 12 numbers still do."""
+    model, rows = streaming_model(pattern, head_dim=16), rows_of(pattern, 2, (23, 18, 20))
+    cache = cache_of(model, variant, rollback_reach=reach)
+    found = [feed(model, cache, ragged_turns(random.Random(1), [row[:-7] for row in rows], 2))]
+    called, kernel = Counter(), interface.kernel_of
+
+    def counted(name, *stored):
+        called[name] += 1
+        return kernel(name, *stored)
+
+    for module in (ops_cpu_decode, decode_program):
+        monkeypatch.setattr(module, "kernel_of", counted)
+    found.append(feed(model, cache, [one_turn([[row[i]] for row in rows]) for i in range(-7, -3)]))
+    assert called["run_program"] == 4 and "attend" not in called
+    found.append(feed(model, cache, [padded_turn(random.Random(2), [row[-3:] for row in rows], extra=1)]))
+    logits = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    assert_same_logits(logits, expected(model, rows, **fields_of(cache)))
 
 
 @every_window

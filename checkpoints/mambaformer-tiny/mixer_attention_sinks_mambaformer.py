@@ -9,7 +9,7 @@ One product of doubled vectors gives both scores, whatever computes attention: a
 the window is [k, 0], a sink is [0, k]. For a single query the sinks are turned instead, in a copy of the keys.
 """
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from .inputs_packing_mambaformer import Sequences
 from .ops_mambaformer import apply_rope
 
 Angles: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines
+
+
+class SinkAngles(NamedTuple):
+    """The rotation by which queries meet sinks; for a single query also that of sinks which has the same effect."""
+
+    queries: Angles
+    keys: Angles | None
 
 
 def needs_sink_angles(config: MambaFormerConfig, span: Span, sequences: Sequences | None) -> bool:
@@ -58,9 +65,16 @@ def turn_sinks(key: Tensor, num_sinks: int, angles: Angles) -> Tensor:
     return torch.cat([apply_rope(sinks, cos, sin), others], dim=2)
 
 
-def split_angles(cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
-    """Cosines and sines (2, rows or 1, queries, head_dim) of both positions -> the angles of each."""
-    return (cos[0], sin[0]), (cos[1], sin[1])
+def stack_positions(config: MambaFormerConfig, positions: Tensor, tokens_before: Tensor, turns_keys: bool) -> Tensor:
+    """Positions (2 or 3, rows or 1, queries): of queries, of queries that meet sinks, and how far sinks are turned."""
+    for_sinks = positions_for_sinks(config, positions, tokens_before)
+    return torch.stack([positions, for_sinks, positions - for_sinks] if turns_keys else [positions, for_sinks])
+
+
+def split_angles(cos: Tensor, sin: Tensor) -> tuple[Angles, SinkAngles]:
+    """Cosines and sines of `stack_positions` -> the angles of queries, and those for sinks."""
+    turned = (cos[2], sin[2]) if cos.shape[0] == 3 else None
+    return (cos[0], sin[0]), SinkAngles((cos[1], sin[1]), turned)
 
 
 def _size(config: MambaFormerConfig) -> int:
@@ -82,11 +96,13 @@ def separate_sinks(key: Tensor, is_sink: Tensor) -> Tensor:
 
 __all__ = [
     "Angles",
+    "SinkAngles",
     "needs_sink_angles",
     "positions_for_sinks",
     "rotate_queries",
     "separate_sinks",
     "split_angles",
+    "stack_positions",
     "turn_sinks",
     "turns_keys",
 ]

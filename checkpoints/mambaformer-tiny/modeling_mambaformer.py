@@ -60,7 +60,7 @@ from .library_mambaformer import (
 )
 from .mixer_attention_mambaformer import MambaFormerAttention, MambaFormerRotaryEmbedding
 from .mixer_attention_masks_mambaformer import can_group, make_attention_masks
-from .mixer_attention_sinks_mambaformer import needs_sink_angles, positions_for_sinks, split_angles, turns_keys
+from .mixer_attention_sinks_mambaformer import needs_sink_angles, split_angles, stack_positions, turns_keys
 from .mixer_base_mambaformer import MambaFormerRMSNorm
 from .modeling_layer_mambaformer import MambaFormerLayer
 from .modeling_losses_mambaformer import causal_lm_loss, causal_loss_arguments, check_class_labels, classification_loss
@@ -270,10 +270,9 @@ class MambaFormerModel(MambaFormerPreTrainedModel):
             counted = span.positions(device) if sequences is None else sequences.positions
             positions = counted if chosen is None else alignment.align(chosen)
             if needs_sink_angles(self.config, span, sequences):
-                for_sinks = positions_for_sinks(self.config, positions, counted)
-                for_sinks = positions - for_sinks if turns_keys(self.config, span, sequences) else for_sinks
-                both = torch.stack([positions, for_sinks])
-                position_embeddings, sink_angles = split_angles(*self.rotary_emb(hidden_states, both))
+                is_one_query = turns_keys(self.config, span, sequences)
+                stacked = stack_positions(self.config, positions, counted, is_one_query)
+                position_embeddings, sink_angles = split_angles(*self.rotary_emb(hidden_states, stacked))
             else:
                 position_embeddings = self.rotary_emb(hidden_states, positions)
         shown = alignment if collector.wants_attention else None

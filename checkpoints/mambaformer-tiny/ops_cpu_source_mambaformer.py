@@ -65,7 +65,7 @@ SOURCE = r"""
 typedef int64_t Long;
 
 // Increase it whenever a structure or a function changes.
-static const int INTERFACE_VERSION = 4;
+static const int INTERFACE_VERSION = 5;
 
 // Tokens that the scan processes at a time.
 static const int CHUNK = 32;
@@ -159,12 +159,15 @@ struct Shape {
 
 // Shared by the attention layers that retain the same keys: the mask with its strides as in `Shape`, the
 // number of keys with the new ones, and the slots of the new ones: from `first_slot` on, or `slots`
-// (rows or 1, tokens).
+// (rows or 1, tokens). Queries meet the first `sinks` keys by cosines and sines of their own, (rows or 1,
+// tokens, head_dim).
 struct KeyLayout {
     const uint8_t *mask;
     Long mask_row, mask_query, keys, first_slot;
     const Long *slots;
-    Long slots_row;
+    Long slots_row, sinks;
+    const void *sink_cosines, *sink_sines;
+    Long sink_angle_row;
 };
 
 // The codes of a vector: bits of each number, groups with a scale each, bytes of the vector, and whether
@@ -242,16 +245,17 @@ struct ScaleOp {
 };
 
 // Rotates queries and keys, scales queries for `AttendOp`, and writes keys and values to their slots.
+// `for_sinks` is like `scaled`, with the rotation that sinks are met with.
 struct WriteKeysOp {
     Op op;
-    Long query, key, value, scaled;
+    Long query, key, value, scaled, for_sinks;
     Long heads, key_heads, head_dim, scaling, key_slots;
 };
 
 // Attention of scaled queries; `scratch` holds the results of each part of the keys.
 struct AttendOp {
     Op op;
-    Long scaled, mixed, scratch;
+    Long scaled, for_sinks, mixed, scratch;
     Long heads, key_heads, head_dim, key_slots;
 };
 
@@ -1150,18 +1154,26 @@ static void share_out(A *scores, const uint8_t *mask, int count, Long width, A *
     *most = highest;
 }
 
-// Some lines against keys [first, last): the highest score, the sum of the weights, and the weighted sum of the
-// values.
+// The queries of all lines. The first `sinks` keys have queries of their own, whose rotation differs.
+template <typename A> struct Queries {
+    const A *scaled, *for_sinks;
+    Long sinks;
+};
+
+// Some lines, from `offset` on, against keys [first, last): the highest score, the sum of the weights, and the
+// weighted sum of the values.
 template <typename A, int LINES, typename Vectors>
-static void attend_part(const A *queries, const Vectors &keys, const Vectors &values, const uint8_t *const *masks,
-                        Long first, Long last, A *most, A *weight, A *mixed) {
+static void attend_part(const Queries<A> &queries, Long offset, const Vectors &keys, const Vectors &values,
+                        const uint8_t *const *masks, Long first, Long last, A *most, A *weight, A *mixed) {
     const Long width = keys.width;
     A scores[LINES][KEYS_AT_A_TIME];
     for (int line = 0; line < LINES; line++) most[line] = -INFINITY, weight[line] = 0;
     memset(mixed, 0, LINES * width * sizeof(A));
-    for (Long start = first; start < last; start += KEYS_AT_A_TIME) {
-        const int count = least(KEYS_AT_A_TIME, last - start);
-        keys.template score<LINES>(queries, start, count, scores);
+    for (Long start = first, count; start < last; start += count) {
+        const bool are_sinks = start < queries.sinks;
+        count = least(KEYS_AT_A_TIME, (are_sinks && queries.sinks < last ? queries.sinks : last) - start);
+        const A *lines = (are_sinks ? queries.for_sinks : queries.scaled) + offset;
+        keys.template score<LINES>(lines, start, count, scores);
         for (int line = 0; line < LINES; line++)
             share_out(scores[line], masks[line] ? masks[line] + start : 0, count, width, most + line, weight + line,
                       mixed + line * width);
@@ -1209,8 +1221,8 @@ template <typename A> static A *place_of(A *scaled, const Shape &s, Long row, Lo
 // Attention of scaled queries: mixed (rows, queries, heads, width). `found` has room for the results of each part of
 // the keys: rows * heads * queries * parts * (2 + width) numbers.
 template <typename T, typename A, typename Storage>
-TEAM void attend(const A *scaled, const Storage &storage, const uint8_t *mask, const Shape &s, int threads, A *found,
-                 A *mixed) {
+TEAM void attend(const Queries<A> &queries, const Storage &storage, const uint8_t *mask, const Shape &s, int threads,
+                 A *found, A *mixed) {
     const Long lines = s.group * s.queries, heads = s.rows * s.key_heads, width = s.width, size = 2 + width;
     const Long parts = parts_of(s.keys, threads), step = (s.keys + parts - 1) / parts;
 #pragma omp for schedule(static) collapse(2)
@@ -1224,9 +1236,9 @@ TEAM void attend(const A *scaled, const Storage &storage, const uint8_t *mask, c
                 const uint8_t *masks[4];
                 for (int i = 0; i < 4; i++)
                     masks[i] = mask ? mask + row * s.mask_row + (line + i) % s.queries * s.mask_query : 0;
-                const A *queries = scaled + (head * lines + line) * width;
+                const Long offset = (head * lines + line) * width;
                 A *most = here + line, *weight = here + lines + line, *sums = here + 2 * lines + line * width;
-#define ATTEND(N) attend_part<A, N>(queries, keys, values, masks, first, last, most, weight, sums)
+#define ATTEND(N) attend_part<A, N>(queries, offset, keys, values, masks, first, last, most, weight, sums)
                 const int count = least(4, lines - line);
                 if (count == 1) ATTEND(1);
                 if (count == 2) ATTEND(2);
@@ -1281,7 +1293,7 @@ static void attend_all(const T *query, const T *key, const T *value, const uint8
                 for (Long c = 0; c < s.width; c++) to[c] = to_float(from[c]) * (A)(scaling * LOG2_E);
             }
 #pragma omp parallel num_threads(threads) if (lines / s.group * s.keys * s.width > SMALL)
-    attend<T>(scaled, PlainStorage<T>{key, value}, mask, s, threads, found, mixed);
+    attend<T>(Queries<A>{scaled, 0, 0}, PlainStorage<T>{key, value}, mask, s, threads, found, mixed);
     free(found);
     free(scaled);
     narrowed(mixed, count, y);
@@ -2316,13 +2328,21 @@ static void write_slot(A *from, Long width, const Codec &codec, Long slot, void 
     for (Long c = 0; c < width; c++) from_float(from[c], to + c);
 }
 
+// Scales one query for `attend`.
+template <typename A> static void scale_query(const A *from, Long width, A factor, bool is_coded, A *to) {
+    for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
+    if (is_coded) rotate_vector(to, width);
+}
+
 template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run<A> &run) {
     const ProgramInputs &inputs = run.inputs;
     const KeySlots &stored = inputs.key_slots[op.key_slots];
     const KeyLayout &layout = inputs.layouts[stored.layout];
     const Long width = op.head_dim, key_heads = op.key_heads;
     const A factor = (A)(inputs.settings[op.scaling] * LOG2_E);
-    A *query = run.at(op.query), *key = run.at(op.key), *value = run.at(op.value), *scaled = run.at(op.scaled);
+    A *query = run.at(op.query), *key = run.at(op.key), *value = run.at(op.value);
+    A *scaled = run.at(op.scaled), *for_sinks = run.at(op.for_sinks);
+    const bool is_coded = stored.key_codec.bits;
     Shape shape = {};
     shape.key_heads = key_heads, shape.group = op.heads / key_heads, shape.queries = inputs.tokens,
     shape.width = width;
@@ -2335,14 +2355,19 @@ template <typename T, typename A> TEAM void run(const WriteKeysOp &op, const Run
                 A *from = is_query   ? query + (index * op.heads + head) * width
                           : is_value ? value + (index * key_heads + own) * width
                                      : key + (index * key_heads + own) * width;
+                if (is_query && layout.sinks) {
+                    const Long angle = row * layout.sink_angle_row + token * width;
+                    A *to = place_of(for_sinks, shape, row, head, token);
+                    turn<T>(from, width / 2, (const T *)layout.sink_cosines + angle,
+                            (const T *)layout.sink_sines + angle, to);
+                    scale_query(to, width, factor, is_coded, to);
+                }
                 if (inputs.cosines && !is_value) {
                     const Long angle = row * inputs.angle_row + token * width;
                     turn<T>(from, width / 2, (const T *)inputs.cosines + angle, (const T *)inputs.sines + angle, from);
                 }
                 if (is_query) {
-                    A *to = place_of(scaled, shape, row, head, token);
-                    for (Long c = 0; c < width; c++) to[c] = from[c] * factor;
-                    if (stored.key_codec.bits) rotate_vector(to, width);
+                    scale_query(from, width, factor, is_coded, place_of(scaled, shape, row, head, token));
                 } else {
                     const Long place =
                         layout.slots ? layout.slots[row * layout.slots_row + token] : layout.first_slot + token;
@@ -2362,14 +2387,15 @@ template <typename T, typename A> TEAM void run(const AttendOp &op, const Run<A>
     const Shape shape = {run.inputs.rows,  op.key_heads, op.heads / op.key_heads, run.inputs.tokens,  layout.keys,
                          op.head_dim,      {},           {row, head, token},      {row, head, token}, layout.mask_row,
                          layout.mask_query};
-    A *scaled = run.at(op.scaled), *scratch = run.at(op.scratch), *mixed = run.at(op.mixed);
+    const Queries<A> queries = {run.at(op.scaled), run.at(op.for_sinks), layout.sinks};
+    A *scratch = run.at(op.scratch), *mixed = run.at(op.mixed);
     if (is_coded) {
         const uint8_t *keys = (const uint8_t *)stored.keys, *values = (const uint8_t *)stored.values;
         const CodedStorage<T> storage = {keys, values, stored.key_codec, stored.value_codec};
-        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+        attend<T>(queries, storage, layout.mask, shape, run.threads, scratch, mixed);
     } else {
         const PlainStorage<T> storage = {(const T *)stored.keys, (const T *)stored.values};
-        attend<T>(scaled, storage, layout.mask, shape, run.threads, scratch, mixed);
+        attend<T>(queries, storage, layout.mask, shape, run.threads, scratch, mixed);
     }
 }
 

@@ -17,7 +17,7 @@ class Constant(NamedTuple):
 
 
 CONSTANTS = {
-    "INTERFACE_VERSION": Constant(4, "Increase it whenever a structure or a function changes."),
+    "INTERFACE_VERSION": Constant(5, "Increase it whenever a structure or a function changes."),
     "CHUNK": Constant(32, "Tokens that the scan processes at a time."),
     "MOST_TAPS": Constant(16, "The largest kernel size of a convolution."),
     "MOST_ROWS": Constant(16, "The most rows of activations in a product."),
@@ -135,12 +135,15 @@ STRUCTURES = {
     "KeyLayout": Structure(
         "Shared by the attention layers that retain the same keys: the mask with its strides as in `Shape`, the\n"
         "number of keys with the new ones, and the slots of the new ones: from `first_slot` on, or `slots`\n"
-        "(rows or 1, tokens).",
+        "(rows or 1, tokens). Queries meet the first `sinks` keys by cosines and sines of their own, (rows or 1,\n"
+        "tokens, head_dim).",
         """
         const uint8_t *mask;
         Long mask_row, mask_query, keys, first_slot;
         const Long *slots;
-        Long slots_row;
+        Long slots_row, sinks;
+        const void *sink_cosines, *sink_sines;
+        Long sink_angle_row;
         """,
     ),
     "Codec": Structure(
@@ -228,10 +231,11 @@ STRUCTURES = {
         """,
     ),
     "WriteKeysOp": Structure(
-        "Rotates queries and keys, scales queries for `AttendOp`, and writes keys and values to their slots.",
+        "Rotates queries and keys, scales queries for `AttendOp`, and writes keys and values to their slots.\n"
+        "`for_sinks` is like `scaled`, with the rotation that sinks are met with.",
         """
         Op op;
-        Long query, key, value, scaled;
+        Long query, key, value, scaled, for_sinks;
         Long heads, key_heads, head_dim, scaling, key_slots;
         """,
     ),
@@ -239,7 +243,7 @@ STRUCTURES = {
         "Attention of scaled queries; `scratch` holds the results of each part of the keys.",
         """
         Op op;
-        Long scaled, mixed, scratch;
+        Long scaled, for_sinks, mixed, scratch;
         Long heads, key_heads, head_dim, key_slots;
         """,
     ),
