@@ -15,7 +15,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Compiled once, as long as their source stays as it is.
 export MAMBAFORMER_TEST_KERNELS ?= $(abspath $(VENV))/kernels
 
-.PHONY: demo test test-fast test-all test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-memory bench-speculation train-experts experts-sweep pretrain distill icl measure eval clean
+.PHONY: demo test test-fast test-all test-recipes test-long sanitize test-library test-cuda test-oldest test-newest test-versions test-laws test-bare test-wheel dist docs types lint sources folders check bench bench-memory bench-speculation train-experts experts-sweep pretrain distill icl measure eval eval-posterior clean
 
 demo: $(VENV)/.demo  ## SmolLM2 -> hybrid with experts -> saved -> speaks from a fresh process
 	$(BIN)/python examples/09_demo.py $(if $(PROMPT),--prompt "$(PROMPT)")
@@ -108,7 +108,7 @@ bench-memory: $(VENV)/.bench  ## bytes, losses and times of a cache's storages; 
 bench-speculation: $(VENV)/.demo  ## speculative decoding of SmolLM2's hybrid: same tokens, and the speed-up
 	$(BIN)/python benchmarks/speculation.py
 
-train-experts: $(VENV)/.dev  ## trains the two expert vectors of SmolLM2's hybrid; EXPERTS=FOLDER ARGS="--model smollm2" for SmolLM2 itself
+train-experts: $(VENV)/.dev  ## trains the expert vectors of SmolLM2's hybrid; EXPERTS=FOLDER ARGS="--model smollm2" for SmolLM2 itself
 	sh recipes/language/train_experts.sh $(BIN)/python $(or $(EXPERTS),checkpoints/expert-vectors) $(ARGS)
 
 experts-sweep: $(VENV)/.dev  ## gains of expert vectors by module family and rank, and of LoRAs of equal bytes; an hour, resumes
@@ -125,6 +125,9 @@ measure: $(VENV)/.dev  ## figures and card of the model that `make distill` trai
 
 eval: $(VENV)/.dev  ## computes the figures of the models in checkpoints/ and compares them with their cards; ARGS="--only tiny"
 	$(BIN)/python -m recipes.language.evaluate $(ARGS)
+
+eval-posterior: $(VENV)/.dev  ## how well the posterior finds the expert vector that fits, its calibration and its cost; resumes
+	$(BIN)/python -m recipes.language.measure_posterior $(ARGS)
 
 icl: $(VENV)/.dev  ## compares three architectures at in-context learning; two hours; ARGS="--tasks sparse_parity --seeds 1"
 	$(BIN)/python -m recipes.icl.run $(ARGS)

@@ -1,4 +1,5 @@
-"""The text to train on: files of Debian packages and of Python, as documents of three domains.
+"""The text to train on: files of Debian packages and of Python, as documents of three domains, and of three more for
+expert vectors.
 
 Every twentieth document of each source (a chapter, a source file, a manual page) is held out and never trained on. A
 domain has one file a split, `{domain}-{split}.jsonl`, with one document a line: `{"name": ..., "text": ...}`.
@@ -10,7 +11,7 @@ import re
 import subprocess
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 DOMAINS = ("bible", "python", "manual")
+MORE_DOMAINS = ("french", "changelog", "c")  # for expert vectors; no model is trained on them from scratch
 HELD_OUT_EVERY = 20
 CHAPTER_LENGTH = 16_000  # characters; how a book that is one file is cut
+CHANGELOG_LENGTH = 400_000  # characters
+WITH_CHANGELOGS = ("apt", "bash", "coreutils", "curl", "dpkg", "libc6", "openssl", "w3m")
 # Neither tests nor what programs have written: tables of characters, and the manual as one string.
 NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 VERSE = re.compile(r"(\S+?)(\d+):\d+ (.*)")
@@ -88,6 +92,31 @@ def debian_books() -> Iterator[Document]:
                 yield f"{path.name} {number}", chapter
 
 
+def french_books() -> Iterator[Document]:
+    """Cut into chapters as the English ones are."""
+    for path in _files("debian-reference-fr", "developers-reference-fr"):
+        if path.name == "debian-reference.fr.txt.gz" or path.name.endswith(".rst.txt"):
+            text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
+            for number, chapter in enumerate(_chapters(text)):
+                yield f"{path.name} {number}", chapter
+
+
+def changelogs() -> Iterator[Document]:
+    """The newest entries of each, cut between paragraphs."""
+    for path in _files(*WITH_CHANGELOGS):
+        if path.name in ("changelog.gz", "changelog.Debian.gz"):
+            text = gzip.decompress(path.read_bytes()).decode(errors="replace")[:CHANGELOG_LENGTH]
+            for number, chapter in enumerate(_chapters(text)):
+                yield f"{path.parent.name} {number}", chapter
+
+
+def kernel_headers() -> Iterator[Document]:
+    """The interface of the Linux kernel to programs, a header a document."""
+    for path in _files("linux-libc-dev"):
+        if path.suffix == ".h":
+            yield str(path.relative_to("/usr/include")), path.read_text(errors="replace")
+
+
 def _chapters(text: str) -> Iterator[str]:
     paragraphs, length = [], 0
     for paragraph in re.split(r"\n\s*\n", text):
@@ -127,16 +156,50 @@ SOURCES = (
 )
 
 
+MORE_SOURCES = (
+    Source(
+        "Debian Reference and Developer's Reference in French",
+        "french",
+        "GPL-2.0-or-later",
+        french_books,
+        ("debian-reference-fr", "developers-reference-fr"),
+    ),
+    Source(
+        "Changelogs of Debian packages",
+        "changelog",
+        "those of the packages, all free software (most GPL-2.0-or-later)",
+        changelogs,
+        WITH_CHANGELOGS,
+    ),
+    Source(
+        "Headers of the Linux kernel",
+        "c",
+        "GPL-2.0 WITH Linux-syscall-note",
+        kernel_headers,
+        ("linux-libc-dev",),
+    ),
+)
+
+
 def collect(folder: Path) -> None:
     """Writes all domains to `folder`.
 
     Raises:
         ValueError: sources are missing; the message says what to install.
     """
-    check_installed()
+    _collect(folder, SOURCES)
+
+
+def collect_more(folder: Path) -> None:
+    """`collect` for `MORE_DOMAINS`."""
+    _collect(folder, MORE_SOURCES)
+
+
+def _collect(folder: Path, sources: Sequence[Source]) -> None:
+    check_installed(sources)
     folder.mkdir(parents=True)
-    files = {(domain, split): [] for domain in DOMAINS for split in ("train", "held_out")}
-    for source in SOURCES:
+    files: dict[tuple[str, str], list[Document]] = {}
+    for source in sources:
         documents = list(source.read())
         if len(documents) < HELD_OUT_EVERY:
             raise ValueError(
@@ -145,14 +208,14 @@ def collect(folder: Path) -> None:
             )
         for number, document in enumerate(documents):
             split = "held_out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY // 2 else "train"
-            files[source.domain, split].append(document)
+            files.setdefault((source.domain, split), []).append(document)
     for (domain, split), documents in files.items():
         lines = (json.dumps({"name": name, "text": text}) for name, text in documents)
         (folder / f"{domain}-{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def check_installed() -> None:
-    packages = [package for source in SOURCES for package in source.packages]
+def check_installed(sources: Sequence[Source]) -> None:
+    packages = [package for source in sources for package in source.packages]
     try:
         command = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *packages]
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, Trainer, set_seed
 
 from mambaformer import ExpertVector, MambaFormerConfig, MambaFormerForCausalLM, convert
 from mambaformer.convert import find_smollm2
-from recipes.language.texts import DOMAINS, collect
+from recipes.language.texts import DOMAINS, MORE_DOMAINS, collect, collect_more
 from recipes.language.training import Checkpoints, arguments, go_on, keep_settings, make_once
 from recipes.language.tuners import ExpertTuner, numbers_of
 
@@ -28,6 +28,7 @@ SMOLLM2, HYBRID = "smollm2", "smollm2-hybrid"  # models that are put together on
 MAMBA_DELTA = Path(__file__).resolve().parents[2] / "checkpoints/smollm2-hybrid/mamba_delta.safetensors"
 HELD_OUT_EVERY = 20  # every so many blocks of a text file, one is never trained on
 TEXTS = Path("runs/pretrain/data/texts")  # where `make pretrain` has the domains too
+MORE_TEXTS = Path("runs/experts/texts")  # the further domains
 # Settings that identify a run; it cannot resume with other values.
 SETTINGS = ("domain", "model", "dtype", "rank", "modules", "steps", "batch_size", "length", "learning_rate", "seed")
 
@@ -144,8 +145,15 @@ def train(args: argparse.Namespace) -> ExpertVector:
 def blocks(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Dataset]:
     if args.domain is None:
         return blocks_of_file(args.text, tokenizer, args.length)
-    make_once(args.texts, collect)
-    return blocks_of_domain(args.texts, args.domain, tokenizer, args.length)
+    texts = args.texts or texts_of(args.domain)
+    return blocks_of_domain(texts, args.domain, tokenizer, args.length)
+
+
+def texts_of(domain: str) -> Path:
+    """The folder with the documents of a domain, which is made if it is not there."""
+    folder, make = (TEXTS, collect) if domain in DOMAINS else (MORE_TEXTS, collect_more)
+    make_once(folder, make)
+    return folder
 
 
 def _batch(row: dict, device: torch.device) -> dict[str, torch.Tensor]:
@@ -156,8 +164,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", type=Path, help="text file to train on, in UTF-8")
-    text.add_argument("--domain", choices=DOMAINS, help="train on the documents of this domain")
-    parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the domains; made if it is not there")
+    text.add_argument("--domain", choices=DOMAINS + MORE_DOMAINS, help="train on the documents of this domain")
+    parser.add_argument("--texts", type=Path, help="folder of the domains; default: made if it is not there")
     parser.add_argument("--name", required=True, help="name of the expert")
     parser.add_argument("--output", type=Path, required=True, help="file of the expert (*.safetensors)")
     parser.add_argument("--model", default=SMOLLM2, help=f"{SMOLLM2!r}, {HYBRID!r}, or a model folder")
