@@ -145,8 +145,20 @@ class CandidateRows:
         last, in_cache = _last_real(self.mask)[:, -1], self.cache.get_seq_length()
         kept = min(int(torch.where(last >= 0, last, self.columns).min()), changed)
         if in_cache > kept:
-            self.cache.reset() if kept == 0 else self.cache.crop(kept - in_cache)
+            self._crop_cache(kept)
         self.predictions = None
+
+    def _crop_cache(self, columns: int) -> None:
+        """Keeps the first columns in the cache, or none of them if it has forgotten tokens that this would need."""
+        if columns == 0:
+            self.cache.reset()
+            return
+        try:
+            self.cache.crop(columns - self.cache.get_seq_length())
+        except ValueError:  # all tokens are in `token_ids`, so the next forward feeds them again
+            if not self.cache.history.bounds.forgotten:
+                raise
+            self.cache.reset()
 
     def select_rows(self, rows: Tensor) -> None:
         count = len(self.candidates)

@@ -257,8 +257,20 @@ class ExpertPosterior(CacheContractMixin, Cache):
         mask = attention_mask[:, -num_tokens:].bool().to(input_ids.device)
         return input_ids.masked_fill(~mask, 0), mask
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Observes all columns again if weights have changed since they were observed.
+
+        Evidence of other weights is never used: `feed`, `choose`, `sample`, `blend` and `save` call this first.
+        `probabilities`, `log_evidence` and `history` are those of the last observation.
+
+        Raises:
+            ValueError: an expert vector is merged into the weights, so that no candidate can be run.
+        """
+        with FeedLock(self.lock):
+            self._observe_again_if_weights_changed()
+
     def _observe_again_if_weights_changed(self) -> None:
-        """Evidence of other weights is of no use: all columns are observed again."""
         weights = stamps_of(self.model)
         if self.weights == weights:
             return
@@ -275,14 +287,17 @@ class ExpertPosterior(CacheContractMixin, Cache):
 
     def choose(self) -> tuple["MambaFormerCache", list[ExpertVector | None]]:
         """The most probable candidate of each row, and a cache of the sequences under them: no second pass."""
+        self.refresh()
         return self._under(self.probabilities.argmax(-1))
 
     def sample(self, generator: torch.Generator | None = None) -> tuple["MambaFormerCache", list[ExpertVector | None]]:
         """A candidate for each row, drawn from the posterior (Thompson sampling), and the cache under them."""
+        self.refresh()
         return self._under(self.probabilities.multinomial(1, generator=generator)[:, 0])
 
     def blend(self) -> list[ExpertVector | None]:
         """For each row, the average of the candidates by their probabilities: `z = sum_k p_k z_k`."""
+        self.refresh()
         blends: list[ExpertVector | None] = []
         for row in self.probabilities.tolist():
             parts = [(p, each) for p, each in zip(row, self.candidates, strict=True) if each is not None]
@@ -313,6 +328,7 @@ class ExpertPosterior(CacheContractMixin, Cache):
             OSError: the file cannot be written.
             ValueError: weights are offloaded, so that the file cannot name them by content.
         """
+        self.refresh()
         save_posterior(self, path)
 
     @classmethod

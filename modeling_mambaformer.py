@@ -470,9 +470,10 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         prior: object = None,
         switching: float = 0.0,
         drop_below: float = 0.0,
+        **cache_options,
     ) -> ExpertPosterior:
-        """An `ExpertPosterior` over candidates, for `generate(expert_posterior=...)`."""
-        return ExpertPosterior(self, candidates, prior, switching, drop_below)
+        """An `ExpertPosterior` over candidates, for `generate(expert_posterior=...)`; options as of `make_cache`."""
+        return ExpertPosterior(self, candidates, prior, switching, drop_below, **cache_options)
 
     def decode_step(self, cache: MambaFormerCache) -> DecodeStep:
         """One decode step after the sequence of a static cache, as a module for `torch.export`."""

@@ -20,9 +20,9 @@ def candidates_of(pattern):
     return [None, shared_expert(pattern, 1), shared_expert(pattern, 2, 3)]
 
 
-def brute_force(model, row, candidates, prior, switching=0.0):
+def brute_force(model, row, candidates, prior, switching=0.0, **cache_fields):
     """Predictions (tokens, vocabulary) and probabilities (tokens, candidates) after each token, and the evidence."""
-    logs = [expected(model, [row], [each])[0].log_softmax(-1) for each in candidates]
+    logs = [expected(model, [row], [each], **cache_fields)[0].log_softmax(-1) for each in candidates]
     p, evidence, predictions, probabilities = list(prior), 0.0, [], []
     for t, token in enumerate(row):
         if t:
