@@ -16,6 +16,7 @@ from .cache_policies_mambaformer import (
 from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_mamba_delta  # from here on `convert` is the function, not the package
+from .expert_laplace_mambaformer import fit_isotropic, fit_laplace
 from .expert_posterior_mambaformer import ExpertPosterior
 from .expert_prior_mambaformer import DirichletPrior
 from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLibrary
@@ -55,6 +56,8 @@ __all__ = [
     "SinksAndWindow",
     "SnapKV",
     "convert",
+    "fit_isotropic",
+    "fit_laplace",
     "save_mamba_delta",
     "split_budget",
 ]

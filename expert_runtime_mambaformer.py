@@ -21,6 +21,7 @@ from .cache_mambaformer import MambaFormerCache
 from .configuration_mambaformer import MambaFormerConfig
 from .expert_bases_mambaformer import SingularBases, SingularBasis
 from .expert_linear_mambaformer import ScaledBasis, merged_weight, scale_basis
+from .expert_spectra_mambaformer import check_spectrum, spectrum_of
 from .expert_vectors_mambaformer import (
     ExpertKey,
     ExpertVector,
@@ -29,10 +30,8 @@ from .expert_vectors_mambaformer import (
     ExpertVectorsLike,
     ResolvedExpertVector,
     check_expert_vector,
-    check_spectrum,
     expert_key,
     resolve_expert_vector,
-    spectrum_of,
 )
 from .inputs_mambaformer import check_cache_type
 from .library_mambaformer import is_every_operation_seen

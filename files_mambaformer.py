@@ -236,11 +236,14 @@ def _sync_folder(folder: Path) -> None:
 # ---- reading
 
 
-def read_tensors(path: Path, file_format: str, version: int, save_again: str) -> tuple[dict[str, Tensor], dict]:
+def read_tensors(
+    path: Path, file_format: str, version: int, save_again: str, oldest: int | None = None
+) -> tuple[dict[str, Tensor], dict]:
     """Tensors (copies, on the CPU) and header of a file of `file_format` and `version`.
 
     Args:
         save_again: the call that writes a file of this format, for messages about other files.
+        oldest: the first version that is read too; by default only `version` is.
 
     Raises:
         ValueError: the file is damaged, or of another format or version.
@@ -251,7 +254,7 @@ def read_tensors(path: Path, file_format: str, version: int, save_again: str) ->
     try:
         with open(path, "rb") as file:  # opened once: it may be replaced while it is read
             table, header, start = _read_header(file)
-            _check_header(path, header, file_format, version, save_again)
+            _check_header(path, header, file_format, range(oldest or version, version + 1), save_again)
             _check_sizes(table, os.fstat(file.fileno()).st_size - start)
             file.seek(0)
             return from_safetensors(file.read()), header
@@ -298,20 +301,20 @@ def _described(path: Path, error: Exception, save_again: str) -> ValueError:
     )
 
 
-def _check_header(path: Path, header: Mapping[str, str], file_format: str, newest: int, save_again: str) -> None:
+def _check_header(path: Path, header: Mapping[str, str], file_format: str, versions: range, save_again: str) -> None:
     if header.get("format") != file_format:
         raise ValueError(
             f"{path} is a safetensors file, but not of format {file_format!r} (its header says "
             f"{header.get('format')!r}): pass a file that {save_again} wrote."
         )
-    version = header.get("version", "")
+    version, newest = header.get("version", ""), versions[-1]
     is_number = version.isdecimal() and len(version) < 10
     if is_number and int(version) > newest:
         raise ValueError(
             f"{path} has version {version} of format {file_format!r}, and this mambaformer reads versions up to "
             f"{newest}: upgrade mambaformer."
         )
-    if version != str(newest):
+    if version not in map(str, versions):
         raise ValueError(f"{path} has the unknown version {version!r} of format {file_format!r}: save it again.")
 
 

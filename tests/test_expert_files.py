@@ -66,7 +66,8 @@ def header_with(**changes):
     [
         (None, "not of format"),
         ({"format": "pt"}, "not of format"),
-        (header_with(version="2"), "upgrade"),
+        (header_with(version="2"), "neither a vector"),
+        (header_with(version="3"), "upgrade"),
         (header_with(version="17"), "upgrade"),
         (header_with(version="one"), "unknown version"),
         (header_with(version=None), "unknown version"),

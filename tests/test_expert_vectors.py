@@ -11,12 +11,11 @@ from loops import normal
 from mambaformer.expert_bases_mambaformer import (
     compute_basis,
 )
+from mambaformer.expert_spectra_mambaformer import check_spectrum, spectrum_of
 from mambaformer.expert_vectors_mambaformer import (
     BASE_FINGERPRINT,
     ExpertVector,
     check_expert_vector,
-    check_spectrum,
-    spectrum_of,
 )
 from tiny_models import small_expert
 

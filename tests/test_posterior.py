@@ -57,7 +57,7 @@ def assert_is_bayes(posterior, found, rows, prior, switching=0.0):
 
 @without_kernels_too
 @every_pattern
-@pytest.mark.parametrize("switching", [0.0, 0.1])
+@pytest.mark.parametrize("switching", [0.0, 0.1, 1.0])
 def test_a_posterior_of_ragged_turns_equals_brute_force(pattern, switching):
     model, rows = shared_model(pattern), rows_of(pattern, 1)
     posterior = ExpertPosterior(model, candidates_of(pattern), torch.tensor(PRIOR, dtype=torch.float64), switching)
@@ -352,7 +352,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match="`prior`"):
         model.make_posterior([None, expert], 0.5)
     for rates in (
-        {"switching": 1.0},
+        {"switching": 1.1},
+        {"drop_below": 1.0},
         {"switching": -0.1},
         {"drop_below": True},
         {"switching": 0.1, "drop_below": 0.1},

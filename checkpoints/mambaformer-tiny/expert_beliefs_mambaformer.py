@@ -48,7 +48,8 @@ class Beliefs:
             )
         log_probabilities = joint - gained[:, None]
         if switching:
-            kept, drawn = log_probabilities + math.log1p(-switching), log_prior + math.log(switching)
+            log_kept = math.log1p(-switching) if switching < 1 else -math.inf
+            kept, drawn = log_probabilities + log_kept, log_prior + math.log(switching)
             log_probabilities = torch.logaddexp(kept, drawn.expand_as(kept))
         return Beliefs(
             torch.where(is_observed[:, None], log_probabilities, self.log_probabilities),

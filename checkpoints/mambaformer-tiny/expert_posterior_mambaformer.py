@@ -45,7 +45,8 @@ class ExpertPosterior(CacheContractMixin, Cache):
         prior: `None` (uniform), `{name: probability}`, a tensor (candidates,) or (rows, candidates), or a posterior
             over the same candidates, whose probabilities are the prior.
         switching: probability, per token, that the next token is drawn with a new candidate from the prior; with it,
-            the posterior follows a sequence that changes its subject.
+            the posterior follows a sequence that changes its subject. 1 keeps the prior: predictions are averaged with
+            its weights, as over `expert_vector.sample(n)`.
         drop_below: a candidate with a smaller probability in all rows is dropped and no longer computed. Let m be the
             sum of the dropped probabilities: the loss of a whole sequence grows by at most -log(1 - m) nats against a
             mixture in which the dropped candidates never recover, and the evidence that they would have added later is
@@ -480,8 +481,10 @@ def stamps_of(model: "MambaFormerForCausalLM") -> tuple[object, ...]:
 
 def _check_rates(switching: object, drop_below: object) -> None:
     for name, value in (("switching", switching), ("drop_below", drop_below)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ValueError(f"`{name}` must be a probability from 0 to below 1, got {value!r}.")
+        is_certain = name == "drop_below" and value == 1
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1 or is_certain:
+            limit = "1" if name == "switching" else "below 1"
+            raise ValueError(f"`{name}` must be a probability from 0 to {limit}, got {value!r}.")
     if switching and drop_below:
         raise ValueError(
             "With `switching`, the prior brings every candidate back after each token, so none can be dropped: leave "

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_mambaformer import FILE_NAME
-from .expert_bases_mambaformer import SingularBasis, at_least_float32
+from .expert_bases_mambaformer import at_least_float32
+from .expert_deviations_mambaformer import check_deviations, draw_scales, join_tensors, split_tensors
+from .expert_spectra_mambaformer import check_spectra, described
 from .files_header_mambaformer import json_of
-from .files_mambaformer import read_tensors, write_tensors
+from .files_mambaformer import digest_of, read_tensors, write_tensors
 from .weights_version_mambaformer import version_of
 
 EXPERT_FORMAT = "mambaformer.expert_vector"
-FORMAT_VERSION = 1
-SPECTRUM_LENGTH = 4
-SPECTRUM_TOLERANCE = 0.05
+FORMAT_VERSION, VERSION_WITH_DEVIATIONS = 1, 2
 MOST_MISSPELT = 5  # an expert vector with more unknown modules belongs to another model
 # A gated MLP multiplies three scaled modules and the next norm squares the result: MAX_SCALE**6 = 1e24, times weights
 # and activations, stays within the 3.4e38 of float32.
@@ -102,12 +102,21 @@ class ExpertVector:
             keep scale 1. Stored as copies on the CPU, in float32 (float64 if passed as a tensor or array of float64);
             tensors that require grad are stored as they are.
         name, metadata: labels, which equality ignores; `metadata` must fit into JSON.
+        deviations: module name -> standard deviations (rank,) of `z` under the posterior, as `fit_laplace` computes
+            them; modules that are left out have none. Equality ignores them too.
 
     Raises:
-        TypeError, ValueError: a vector that is not finite, floating-point and of shape (rank,), rank >= 1.
+        TypeError, ValueError: a vector that is not finite, floating-point and of shape (rank,), rank >= 1; deviations
+            that are negative or do not belong to the vectors.
     """
 
-    def __init__(self, vectors: Mapping[str, VectorLike], name: str | None = None, metadata: dict | None = None):
+    def __init__(
+        self,
+        vectors: Mapping[str, VectorLike],
+        name: str | None = None,
+        metadata: dict | None = None,
+        deviations: Mapping[str, VectorLike] | None = None,
+    ):
         if not isinstance(vectors, Mapping):
             raise TypeError(f"`vectors` must map module names to tensors, got {type(vectors).__name__}.")
         if name is not None and not isinstance(name, str):
@@ -117,8 +126,32 @@ class ExpertVector:
             _check_vector(key, vector)
         self._vectors = {key: z if z.requires_grad else _copy_of_vector(z) for key, z in tensors.items()}
         self._fingerprint: tuple[list[int | torch.SymInt], str] | None = None
+        self._deviations = {key: _copy_of_vector(_as_tensor(key, each)) for key, each in (deviations or {}).items()}
+        check_deviations(self._deviations, self._vectors)
         self.name = name
         self.metadata = _checked_metadata(metadata)
+
+    @property
+    def deviations(self) -> Mapping[str, Tensor]:
+        """Module name -> standard deviations of `z`, read-only; empty if the vector has no posterior."""
+        return MappingProxyType(self._deviations)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> list["ExpertVector"]:
+        """`n` expert vectors drawn from the posterior of this one; pass them as the rows of a batch.
+
+        `ExpertPosterior(model, vector.sample(8), switching=1.0)` averages the predictions of the samples.
+
+        Raises:
+            ValueError: the vector has no deviations, or `n` is below 1.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"`n` must be the number of samples, at least 1, got {n!r}.")
+        if not self._deviations:
+            raise ValueError(f"{described(self.name)} has no deviations to draw from: call `fit_laplace` first.")
+        names = [self.name and f"{self.name}-sample-{i}" for i in range(n)]
+        return [
+            type(self)(draw_scales(self._vectors, self._deviations, generator), name, self.metadata) for name in names
+        ]
 
     @property
     def vectors(self) -> Mapping[str, Tensor]:
@@ -180,13 +213,16 @@ class ExpertVector:
         """Writes a safetensors file, atomically: if writing fails, an older file stays as it was."""
         header = {
             "format": EXPERT_FORMAT,
-            "version": str(FORMAT_VERSION),
+            "version": str(VERSION_WITH_DEVIATIONS if self._deviations else FORMAT_VERSION),
             "name": json.dumps(self.name),
             "metadata": json.dumps(_checked_metadata(self.metadata)),
             "fingerprint": self.fingerprint,
         }
         header["labels"] = _digest_of_labels(header)
         tensors = {key: _copy_of_vector(vector) for key, vector in self._vectors.items()}
+        if self._deviations:  # version 1 holds the vectors alone, and older readers refuse version 2 by its number
+            header["deviations"] = digest_of(self._deviations)
+            tensors = join_tensors(tensors, self._deviations)
         write_tensors(Path(path), tensors, header)
 
     @classmethod
@@ -195,16 +231,21 @@ class ExpertVector:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is a pickle, damaged, cut, of another kind or of a newer version, or its vectors do
-                not have the fingerprint in its header.
+            ValueError: the file is a pickle, damaged, cut, of another kind or of a newer version, or its vectors or
+                deviations do not have the fingerprint in its header.
         """
         path = Path(path)
         if path.is_dir():
             raise ValueError(f"{path} is a folder: load it into an `ExpertVectorLibrary`, or pass one of its files.")
-        vectors, header = read_tensors(path, EXPERT_FORMAT, FORMAT_VERSION, "`ExpertVector(vectors).save(path)`")
+        save_again = "`ExpertVector(vectors).save(path)`"
+        vectors, header = read_tensors(path, EXPERT_FORMAT, VERSION_WITH_DEVIATIONS, save_again, FORMAT_VERSION)
         try:
-            expert_vector = cls(vectors, json_of(header["name"]), json_of(header["metadata"]))
+            is_joined = header["version"] == str(VERSION_WITH_DEVIATIONS)
+            vectors, deviations = split_tensors(vectors) if is_joined else (vectors, None)
+            expert_vector = cls(vectors, json_of(header["name"]), json_of(header["metadata"]), deviations)
             expected = header["fingerprint"]
+            if is_joined and header["deviations"] != digest_of(expert_vector.deviations):
+                raise ValueError("its deviations are other ones than were saved")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a valid expert vector: {error}") from error
         if expert_vector.fingerprint != expected:
@@ -276,21 +317,8 @@ def _checked_metadata(metadata: dict | None) -> dict:
         copy = json_of(json.dumps(metadata or {}, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"`metadata` must fit into JSON: {error}.") from error
-    _check_spectra(copy.get("spectrum", {}))
+    check_spectra(copy.get("spectrum", {}))
     return copy
-
-
-def _check_spectra(spectra: object):
-    lists = list(spectra.values()) if isinstance(spectra, dict) else [None]
-    if not all(isinstance(values, list) and all(map(_is_size, values)) for values in lists):
-        raise ValueError(
-            "`metadata['spectrum']` must map names of modules to lists of their first singular values (finite numbers "
-            "of at least 0), as `model.spectrum(names)` returns them: leave it out, or use another key."
-        )
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool and 0 <= value < 1e300
 
 
 def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
@@ -306,55 +334,25 @@ def _blend(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 def check_expert_vector(expert_vector: ExpertVector, sizes: Mapping[str, tuple[int, int]]):
     """Refuses an expert vector that does not fit a model whose linear modules have `sizes`: name -> (out, in)."""
-    unknown = [name for name in expert_vector.vectors if name not in sizes]
+    subject, unknown = described(expert_vector.name), [name for name in expert_vector.vectors if name not in sizes]
     if len(unknown) > MOST_MISSPELT:
         raise ValueError(
-            f"{_named(expert_vector)} has vectors for {len(unknown)} modules that this model does not have, such as "
+            f"{subject} has vectors for {len(unknown)} modules that this model does not have, such as "
             f"{unknown[0]!r}: it was made for another model."
         )
     if unknown:
         close = sorted({hint for name in unknown for hint in difflib.get_close_matches(name, sizes, n=2)})
         hint = f" Did you mean {close}?" if close else f" The model has {list(sizes)[:3]} and others."
         raise ValueError(
-            f"{_named(expert_vector)} has vectors for modules that this model does not have: {unknown}.{hint} The "
+            f"{subject} has vectors for modules that this model does not have: {unknown}.{hint} The "
             "expert vector may belong to another model."
         )
     for name, vector in expert_vector.vectors.items():
         if vector.numel() > min(sizes[name]):
             raise ValueError(
-                f"{_named(expert_vector)} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
+                f"{subject} has {vector.numel()} scales for `{name}`, whose weight {sizes[name]} has "
                 f"only {min(sizes[name])} singular values: it was made for another model."
             )
-
-
-def _named(expert_vector: ExpertVector) -> str:
-    return "The expert vector" if expert_vector.name is None else f"The expert vector {expert_vector.name!r}"
-
-
-def spectrum_of(bases: Mapping[str, SingularBasis]) -> dict[str, list[float]]:
-    """The first singular values of each module, for `metadata["spectrum"]`."""
-    return {name: basis.values[:SPECTRUM_LENGTH].tolist() for name, basis in bases.items()}
-
-
-def check_spectrum(expert_vector: ExpertVector, name: str, values: Tensor):
-    """Refuses an expert vector whose spectrum shows that it was trained on other weights than module `name` has.
-
-    `values` are the module's singular values; `metadata["spectrum"]` has its singular values at training. A deviation
-    of more than 5% in one of the first values is refused. Without a spectrum, nothing is checked.
-    """
-    spectra = expert_vector.metadata.get("spectrum", {})
-    _check_spectra(spectra)  # `metadata` is mutable
-    expected = spectra.get(name)
-    if not expected:
-        return
-    first = values[:SPECTRUM_LENGTH].tolist()
-    # Much smaller values than the first one are noise.
-    floor = 1e-3 * abs(expected[0])
-    if any(not abs(a - b) <= max(SPECTRUM_TOLERANCE * abs(b), floor) for a, b in zip(first, expected, strict=False)):
-        raise ValueError(
-            f"{_named(expert_vector)} was trained on other weights: the singular values of `{name}` start with "
-            f"{first}, and with {expected} in the weights of its training. Use it with the model of its training."
-        )
 
 
 def is_expert_vector(value: object) -> TypeGuard[ExpertVector]:
@@ -488,7 +486,8 @@ def checked_name(name: object) -> str:
 
 
 def _with_name(expert_vector: ExpertVector, name: str) -> ExpertVector:
-    return ExpertVector(expert_vector.vectors, name, expert_vector.metadata)
+    deviations = getattr(expert_vector, "deviations", None)  # a vector of an older copy of this module has none
+    return ExpertVector(expert_vector.vectors, name, expert_vector.metadata, deviations)
 
 
 def resolve_expert_vector(
@@ -571,11 +570,9 @@ __all__ = [
     "ResolvedExpertVector",
     "VectorLike",
     "check_expert_vector",
-    "check_spectrum",
     "checked_name",
     "collapsed_key",
     "expert_key",
     "is_expert_vector",
     "resolve_expert_vector",
-    "spectrum_of",
 ]

@@ -5,12 +5,12 @@ which opens and closes the cache's transaction and checks that the weights are t
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -25,6 +25,7 @@ from .cache_retention_mambaformer import Span
 from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import DecodePrograms
+from .expert_laplace_mambaformer import fit_isotropic, fit_laplace
 from .expert_linear_mambaformer import apply_expert_linear
 from .expert_posterior_mambaformer import ExpertPosterior
 from .expert_runtime_mambaformer import (
@@ -34,7 +35,7 @@ from .expert_runtime_mambaformer import (
     is_compiled_step,
     resolve_with_key,
 )
-from .expert_vectors_mambaformer import ExpertVectorLike
+from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLike
 from .files_mambaformer import digest_of
 from .generation_export_mambaformer import DecodeStep
 from .generation_mambaformer import MambaFormerGenerationMixin
@@ -474,6 +475,14 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
     ) -> ExpertPosterior:
         """An `ExpertPosterior` over candidates, for `generate(expert_posterior=...)`; options as of `make_cache`."""
         return ExpertPosterior(self, candidates, prior, switching, drop_below, **cache_options)
+
+    def fit_laplace(self, expert_vector: ExpertVector, batches: Iterable[Tensor], **options) -> ExpertVector:
+        """`fit_laplace(model, expert_vector, batches, num_tokens, generator)`: the vector with its deviations."""
+        return fit_laplace(self, expert_vector, batches, **options)
+
+    def fit_isotropic(self, expert_vector: ExpertVector, batches: Sequence[Tensor], **options) -> ExpertVector:
+        """`fit_isotropic(model, expert_vector, batches, tolerance, samples, seed)`, which needs no gradients."""
+        return fit_isotropic(self, expert_vector, batches, **options)
 
     def decode_step(self, cache: MambaFormerCache) -> DecodeStep:
         """One decode step after the sequence of a static cache, as a module for `torch.export`."""
