@@ -23,11 +23,12 @@ LAST_LINES = {
     "04_save_and_resume_a_session": "first process:  'And it came to pass",
     "05_batch_of_chats": "Each row of the batch equals the chat run alone.",
     "06_convert_a_model": "of their scale before training.",
+    "10_which_expert_vector": "was base before the language changed, and is french now.",
 }
 CASES = [
     "01_generate",
     "04_save_and_resume_a_session",
-    *(pytest.param(name, marks=pytest.mark.long) for name in LAST_LINES if name[:2] in ("02", "03", "05")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in LAST_LINES if name[:2] in ("02", "03", "05", "10")),
 ]
 TESTED_ELSEWHERE = {"07_chat", "08_serve", "09_demo"}
 
