@@ -16,6 +16,7 @@ from .cache_policies_mambaformer import (
 from .cache_prefix_mambaformer import PrefixCache
 from .configuration_mambaformer import MambaFormerConfig
 from .convert import convert, save_mamba_delta  # from here on `convert` is the function, not the package
+from .expert_fitting_mambaformer import FitProgress, fit_expert_vector
 from .expert_laplace_mambaformer import fit_isotropic, fit_laplace
 from .expert_posterior_mambaformer import ExpertPosterior
 from .expert_prior_mambaformer import DirichletPrior
@@ -43,6 +44,7 @@ __all__ = [
     "ExpertSwitchLogitsProcessor",
     "ExpertVector",
     "ExpertVectorLibrary",
+    "FitProgress",
     "KeyDiff",
     "KeyNorm",
     "MambaFormerCache",
@@ -56,6 +58,7 @@ __all__ = [
     "SinksAndWindow",
     "SnapKV",
     "convert",
+    "fit_expert_vector",
     "fit_isotropic",
     "fit_laplace",
     "save_mamba_delta",

@@ -25,6 +25,7 @@ from .cache_retention_mambaformer import Span
 from .cache_transaction_mambaformer import CacheTransaction, UncachedForward
 from .configuration_mambaformer import MambaFormerConfig
 from .decode_program_mambaformer import DecodePrograms
+from .expert_fitting_mambaformer import fit_expert_vector
 from .expert_laplace_mambaformer import fit_isotropic, fit_laplace
 from .expert_linear_mambaformer import apply_expert_linear
 from .expert_posterior_mambaformer import ExpertPosterior
@@ -483,6 +484,8 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
     def fit_isotropic(self, expert_vector: ExpertVector, batches: Sequence[Tensor], **options) -> ExpertVector:
         """`fit_isotropic(model, expert_vector, batches, tolerance, samples, seed)`, which needs no gradients."""
         return fit_isotropic(self, expert_vector, batches, **options)
+
+    fit_expert_vector = fit_expert_vector
 
     def decode_step(self, cache: MambaFormerCache) -> DecodeStep:
         """One decode step after the sequence of a static cache, as a module for `torch.export`."""
