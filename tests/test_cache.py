@@ -316,7 +316,7 @@ def test_caches_of_other_models_and_other_libraries_are_refused():
         ({"storage": "paged"}, "storage"),
         ({"storage": "static"}, "max_cache_len"),
         ({"max_cache_len": 5}, "max_cache_len"),
-        ({"storage": "static", "max_cache_len": 0}, "positive"),
+        ({"storage": "static", "max_cache_len": 0}, "`max_cache_len` must be an integer of at least 1"),
         ({"on_expert_change": "ignore"}, "on_expert_change"),
     ],
 )

@@ -53,6 +53,7 @@ SETTINGS = {
     "Rollback and speculation": DEEP,
     "Weights in int8 and int4": PATH + "from transformers import AutoModelForCausalLM\n",
     "Sessions": DEFAULT + SESSIONS,
+    "How sure one vector is": DEFAULT + "batches = [ids]\n",
     "mambaformer-tiny": 'path = "checkpoints/mambaformer-tiny"\n',
     "smollm2-hybrid": "from transformers import AutoModelForCausalLM\n",
 }

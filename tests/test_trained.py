@@ -73,7 +73,7 @@ def test_the_mamba_states_of_a_text_move_the_logits(name, state):
 
     each = [moved_by_zeroing(slice(n, n + 1)) for n in range(num_states)]
     assert min(each) > MOVED[name], f"of the logit scale, for each of the states: {each}"
-    assert moved_by_zeroing(slice(None)) > 10 * MOVED[name]
+    assert moved_by_zeroing(slice(None)) > 5 * MOVED[name]
 
 
 # ------------------------------------------------------------------------------------------------- laws on long texts

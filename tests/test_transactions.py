@@ -163,8 +163,8 @@ def test_a_misfit_expert_vector_is_refused_before_the_sequence_is_dropped():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda cache: cache.activate_past_recording(9.5), "counts tokens"),
-        (lambda cache: cache.activate_past_recording(-3), "counts tokens"),
+        (lambda cache: cache.activate_past_recording(9.5), "`rollback_reach` must be an integer of at least 0"),
+        (lambda cache: cache.activate_past_recording(-3), "`rollback_reach` must be an integer of at least 0"),
         (lambda cache: cache.crop("x"), "takes -k"),
         (lambda cache: cache.crop(None), "takes -k"),
         (lambda cache: cache.crop([-1]), "takes -k"),

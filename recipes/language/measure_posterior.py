@@ -30,8 +30,8 @@ from recipes.language.train_expert import HYBRID, load, texts_of
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = ROOT / "checkpoints" / "expert-vectors"
 VECTOR_OF = {"bible": "king_james"}  # other vectors have the name of their domain
-PARTS, TOKENS = 24, 257  # of each domain; the first token is given
-PAIRS, HALF = 20, 128  # texts that change their subject, for each seed
+PARTS, TOKENS = 16, 257  # of each domain; the first token is given
+PAIRS, HALF = 12, 128  # texts that change their subject, for each seed
 SEEDS = (0, 1, 2)
 TUNING_PAIRS, RATES = 12, (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 DECIDED_AFTER = (16, 32, 64)

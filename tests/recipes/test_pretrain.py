@@ -169,7 +169,7 @@ def test_documents_are_never_split_and_a_missing_source_says_what_to_install(tmp
     documents = [(f"chapter {i}", f"text {i}") for i in range(45)]
     sources = [texts.Source(name, name, "none", lambda: iter(documents)) for name in DOMAINS]
     monkeypatch.setattr(texts, "SOURCES", sources)
-    monkeypatch.setattr(texts, "check_installed", lambda: None)
+    monkeypatch.setattr(texts, "check_installed", lambda sources: None)
     texts.collect(tmp_path / "texts")
     held_out, trained = (texts.read(tmp_path / "texts", "bible", split) for split in ("held_out", "train"))
     assert held_out == ["text 10", "text 30"] and sorted(held_out + trained) == sorted(text for _, text in documents)
