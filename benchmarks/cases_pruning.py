@@ -29,7 +29,8 @@ from models import Size, smollm2
 
 CONTEXT, PIECE = 4096, 512
 HALF, QUARTER = CONTEXT // 2, CONTEXT // 4
-NUM_TEXTS, DIGITS, LEAST = 10, 5, 256
+NUM_TEXTS, DIGITS = 10, 5
+LEAST = {HALF: 1536, QUARTER: 256}  # keys of each layer, so that six layers keep all of them
 # Nats per token of an answer, in thousandths, that a window of 256 tokens in each layer alone costs the first text.
 LAYER_LOSSES = (
     2, 0, 5, 12, 0, 13, 21, 1496, 37, 4, 4, 20, 0, 0, 43,
@@ -138,8 +139,8 @@ def split_half() -> dict[str, Figure]:
 
 
 def _split(budget: int) -> SnapKV:
-    """Layers that lose most keep all keys, the others the `LEAST` that SnapKV chooses."""
-    return SnapKV(budget=tuple(split_budget(budget, LAYER_LOSSES, CONTEXT, LEAST)))
+    """Layers that lose most keep all keys, the others those that SnapKV chooses."""
+    return SnapKV(budget=tuple(split_budget(budget, LAYER_LOSSES, CONTEXT, LEAST[budget])))
 
 
 def window_quarter() -> dict[str, Figure]:
