@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from .configuration_mambaformer import MIXERS_WITH_STATES
+
 if TYPE_CHECKING:
     from .cache_mambaformer import MambaFormerCache
     from .configuration_mambaformer import MambaFormerConfig
@@ -185,8 +187,10 @@ def places_of_model(stack: ModelStack) -> list[Place]:
 def specs_of(config: "MambaFormerConfig") -> list[LayerSpec]:
     """The specs of all layers, as the configuration describes them."""
     described = ((config.mixers(idx), config.window(idx)) for idx in range(config.num_hidden_layers))
-    has_state = {"recurrent", "short_conv"}
-    return [LayerSpec("attention" in mixers, window, not has_state.isdisjoint(mixers)) for mixers, window in described]
+    return [
+        LayerSpec("attention" in mixers, window, not MIXERS_WITH_STATES.isdisjoint(mixers))
+        for mixers, window in described
+    ]
 
 
 def check_cache_fits(cache: "MambaFormerCache", places: list[Place]) -> None:

@@ -23,6 +23,7 @@ LAYER_MIXERS = {
     "hybrid": ("attention", "recurrent"),
     "hybrid_sliding": ("attention", "recurrent"),
 }
+MIXERS_WITH_STATES = frozenset({"recurrent", "short_conv"})  # besides attention, which has keys and values
 # The style by which tensor parallelism splits each module of a mixer, by its name in a layer. A mixer without a row is
 # not split. `weights_parallel_mambaformer` defines the styles of Mamba. The table stands here because tools read the
 # plan from a configuration, before there is a model.

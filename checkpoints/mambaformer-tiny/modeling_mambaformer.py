@@ -5,12 +5,12 @@ which opens and closes the cache's transaction and checks that the weights are t
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -36,7 +36,7 @@ from .expert_runtime_mambaformer import (
     is_compiled_step,
     resolve_with_key,
 )
-from .expert_vectors_mambaformer import ExpertVector, ExpertVectorLike
+from .expert_vectors_mambaformer import ExpertVectorLike
 from .files_mambaformer import digest_of
 from .generation_export_mambaformer import DecodeStep
 from .generation_mambaformer import MambaFormerGenerationMixin
@@ -477,14 +477,8 @@ class MambaFormerForCausalLM(MambaFormerGenerationMixin, MambaFormerPreTrainedMo
         """An `ExpertPosterior` over candidates, for `generate(expert_posterior=...)`; options as of `make_cache`."""
         return ExpertPosterior(self, candidates, prior, switching, drop_below, **cache_options)
 
-    def fit_laplace(self, expert_vector: ExpertVector, batches: Iterable[Tensor], **options) -> ExpertVector:
-        """`fit_laplace(model, expert_vector, batches, num_tokens, generator)`: the vector with its deviations."""
-        return fit_laplace(self, expert_vector, batches, **options)
-
-    def fit_isotropic(self, expert_vector: ExpertVector, batches: Sequence[Tensor], **options) -> ExpertVector:
-        """`fit_isotropic(model, expert_vector, batches, tolerance, samples, seed)`, which needs no gradients."""
-        return fit_isotropic(self, expert_vector, batches, **options)
-
+    fit_laplace = fit_laplace
+    fit_isotropic = fit_isotropic
     fit_expert_vector = fit_expert_vector
 
     def decode_step(self, cache: MambaFormerCache) -> DecodeStep:

@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_reference_mambaformer import arithmetic_dtype, real_tokens, without_autocast, zero_padding
+from .ops_reference_mambaformer import (
+    DOUBLINGS,
+    EXPORTED_CHUNK,
+    arithmetic_dtype,
+    real_tokens,
+    without_autocast,
+    zero_padding,
+)
 
 LONGEST_CHUNK = 64
 LONGEST_CHANNEL_CHUNK = 16  # with a decay per channel, a chunk holds chunk x chunk x K numbers for each head
-EXPORTED_CHUNK, DOUBLINGS = 16, 20  # an exported recurrence of dynamic length takes at most 2**24 tokens
 
 
 def recur(
@@ -65,10 +71,12 @@ def _recur(
     if not is_symbolic and length == 1:
         return _recur_token(q, k, v, g, beta, state, positions)
     index = _exported_chunks(length, v.device) if is_symbolic else _chunks(operator.index(length), g.shape[-1] > 1)
-    starts = torch.zeros_like(v[:, :, :, :, :1]) if positions is None else (positions == 0)[:, None, None, :, None]
-    q, k, v, g, starts = (_split(each, index) for each in (q, k, v, g, starts))
+    q, k, v, g = (_split(each, index) for each in (q, k, v, g))
     beta = None if beta is None else _split(beta, index)
-    chunks = _Chunks.of(q, k, v, g, beta, None if positions is None else starts[..., 0].cumsum(-1))
+    sequence = None
+    if positions is not None:
+        sequence = _split((positions == 0)[:, None, None, :, None], index)[..., 0].cumsum(-1)
+    chunks = _Chunks.of(q, k, v, g, beta, sequence)
     entered, final = (_enter_by_doubling if is_symbolic else _enter)(chunks, state)
     y = chunks.read(entered).flatten(3, 4)
     return y.index_select(3, torch.arange(length, device=y.device)) if is_symbolic else y[:, :, :, :length], final

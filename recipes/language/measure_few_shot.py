@@ -21,11 +21,9 @@ import torch
 from mambaformer import ExpertVector, MambaFormerForCausalLM, fit_expert_vector
 from mambaformer.weights_quantized_modules_mambaformer import shape_of
 from recipes.language.texts import DOMAINS, MORE_DOMAINS, read
-from recipes.language.train_expert import HYBRID, load, texts_of
+from recipes.language.train_expert import HYBRID, VECTORS, load, texts_of, vector_of
 from recipes.language.tuners import LoraTuner, lora_of_numbers, modules_of
 
-VECTORS = Path(__file__).resolve().parents[2] / "checkpoints/expert-vectors"
-VECTOR_OF = {"bible": "king_james"}  # other vectors have the name of their domain
 FOUR = ("bible", "python", "french", "c")
 EXAMPLES, HELD_OUT, LENGTH = 32, 32, 64
 BATCH = 8
@@ -85,7 +83,7 @@ def loss_of_lora(
 
 def measure(model: MambaFormerForCausalLM, tokenizer, domain: str, seed: int = 0, **options) -> dict:
     """The row of one domain and seed: held-out losses in nats per token, and seconds."""
-    texts, own = texts_of(domain), VECTOR_OF.get(domain, domain)
+    texts, own = texts_of(domain), vector_of(domain)
     examples = passages(read(texts, domain, "train"), tokenizer, EXAMPLES, seed)
     held_out = passages(read(texts, domain, "held_out"), tokenizer, HELD_OUT, seed)
     vectors = [ExpertVector.load(path) for path in sorted(VECTORS.glob("*.safetensors")) if path.stem != own]

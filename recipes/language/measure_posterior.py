@@ -25,11 +25,9 @@ from mambaformer import MambaFormerForCausalLM
 from mambaformer.expert_beliefs_mambaformer import Beliefs
 from recipes.language.posterior_report import CALIBRATED_AFTER, write_report
 from recipes.language.texts import DOMAINS, MORE_DOMAINS, read
-from recipes.language.train_expert import HYBRID, load, texts_of
+from recipes.language.train_expert import HYBRID, VECTORS, load, texts_of, vector_of
 
 ROOT = Path(__file__).resolve().parents[2]
-VECTORS = ROOT / "checkpoints" / "expert-vectors"
-VECTOR_OF = {"bible": "king_james"}  # other vectors have the name of their domain
 PARTS, TOKENS = 16, 257  # of each domain; the first token is given
 PAIRS, HALF = 12, 128  # texts that change their subject, for each seed
 SEEDS = (0, 1, 2)
@@ -142,10 +140,6 @@ def changes(likelihoods: Tensor, domains: list[tuple[str, str]], names: list[str
     return {name: -(each / length).mean().item() for name, each in nats.items()}
 
 
-def vector_of(domain: str) -> str:
-    return VECTOR_OF.get(domain, domain)
-
-
 # ---- cost
 
 
@@ -195,13 +189,13 @@ def measure(model: MambaFormerForCausalLM, tokenizer, runs: Path) -> dict:
     tuning, _ = pairs_of("train", tokenizer, TUNING_PAIRS, seed=100)
     on_training = kept(runs / "tuning.pt", lambda: log_likelihoods(model, tuning, names))
     rate = max(RATES, key=lambda rate: beliefs_over(on_training, rate)[1][:, -1].mean().item())
-    changing = {}
+    changing, pairs = {}, {}
     for seed in SEEDS:
         ids, domains = pairs_of("held_out", tokenizer, PAIRS, seed)
-        likelihoods = kept(runs / f"pairs-{seed}.pt", lambda ids=ids: log_likelihoods(model, ids, names))
-        changing[str(seed)] = changes(likelihoods, domains, names, rate)
-    shown = beliefs_over(kept(runs / f"pairs-{SEEDS[0]}.pt", lambda: everything), rate)[0][0]
-    _, domains = pairs_of("held_out", tokenizer, PAIRS, SEEDS[0])
+        pairs[seed] = domains, kept(runs / f"pairs-{seed}.pt", lambda ids=ids: log_likelihoods(model, ids, names))
+        changing[str(seed)] = changes(pairs[seed][1], domains, names, rate)
+    domains, likelihoods = pairs[SEEDS[0]]
+    shown = beliefs_over(likelihoods, rate)[0][0]
     prompt = parts_of("python", "held_out", tokenizer, 1, PROMPT)
     return {
         "names": names,

@@ -18,25 +18,13 @@ import torch
 from torch import Tensor
 
 from mambaformer import ExpertVector, MambaFormerForCausalLM, fit_laplace
+from recipes.language.measures import calibration_error
 from recipes.language.texts import DOMAINS, collect
 from recipes.language.train_expert import HYBRID, TEXTS, blocks_of_split, load
 from recipes.language.training import make_once
 
 BINS = 15
 ROWS = 2  # of a forward
-
-
-def calibration_error(confidence: Tensor, is_right: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error: the distance of confidence from accuracy, averaged over bins by their sizes.
-
-    Args:
-        confidence: probability of the top token of each prediction, (predictions,).
-        is_right: whether the top token is the next token, (predictions,).
-    """
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    difference = torch.zeros(bins, dtype=torch.float64)
-    difference.index_add_(0, index, confidence.double() - is_right.double())
-    return difference.abs().sum().item() / len(confidence)
 
 
 def figures_of(log_probs: Tensor, ids: Tensor) -> dict[str, float]:
@@ -46,7 +34,7 @@ def figures_of(log_probs: Tensor, ids: Tensor) -> dict[str, float]:
     confidence, is_right = top.exp(), token == labels
     return {
         "loss": -log_probs.gather(-1, labels[:, None]).mean().item(),
-        "calibration_error": calibration_error(confidence, is_right),
+        "calibration_error": calibration_error(confidence, is_right, BINS),
         "overconfidence": (confidence.mean() - is_right.double().mean()).item(),
     }
 

@@ -1,4 +1,4 @@
-"""Measures of a language model: loss by length of context, recall of facts, bytes and time of its cache.
+"""Measures of a language model: loss by length of context, calibration, recall of facts, bytes and time of its cache.
 
 All of it is functions of a model and of tokens; nothing is kept, and nothing is random but for a seed.
 """
@@ -89,6 +89,22 @@ def cache_behind(model: PreTrainedModel, text: Tensor):
     for part in text[None].split(PART, 1):
         model(part, past_key_values=cache, logits_to_keep=1)
     return cache
+
+
+# ---- calibration
+
+
+def calibration_error(confidence: Tensor, is_right: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: the distance of confidence from accuracy, averaged over bins by their sizes.
+
+    Args:
+        confidence: probability of the top token of each prediction, (predictions,).
+        is_right: whether the top token is the next token, (predictions,).
+    """
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    difference = torch.zeros(bins, dtype=torch.float64)
+    difference.index_add_(0, index, confidence.double() - is_right.double())
+    return difference.abs().sum().item() / len(confidence)
 
 
 # ---- recall

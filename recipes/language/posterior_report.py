@@ -4,6 +4,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from recipes.language.measures import calibration_error
+
 START, END = "<!-- eval-posterior: start -->", "<!-- eval-posterior: end -->"
 CALIBRATED_AFTER = (1, 2, 4, 8, 16, 32, 64)  # tokens, whose top probabilities are judged together
 BINS = 10
@@ -29,14 +33,6 @@ class Line:
         return f"| {self.what} | {self.value:.3g}{self.unit} | {sign} {self.bar:g}{self.unit} | {verdict} |"
 
 
-def calibration_error(top: list[float], is_right: list[bool], bins: int = BINS) -> float:
-    """Expected calibration error: the gap between probability and share of hits, over bins of equal width."""
-    total = 0.0
-    for probabilities, hits in _binned(top, is_right, bins):
-        total += abs(sum(probabilities) - sum(hits))
-    return total / len(top)
-
-
 def _binned(top: list[float], is_right: list[bool], bins: int) -> list[tuple[list[float], list[bool]]]:
     found: dict[int, tuple[list[float], list[bool]]] = {}
     for probability, hit in zip(top, is_right, strict=True):
@@ -48,7 +44,8 @@ def _binned(top: list[float], is_right: list[bool], bins: int) -> list[tuple[lis
 
 def lines_of(found: dict) -> list[Line]:
     accuracy, mixture, cost = found["decisions"]["accuracy"], found["mixture"], found["cost"]
-    error = calibration_error(found["decisions"]["top"], found["decisions"]["is_right"])
+    top, is_right = (torch.tensor(found["decisions"][name]) for name in ("top", "is_right"))
+    error = calibration_error(top, is_right, BINS)
     changes = {
         name: statistics.fmean(each[name] for each in found["changes"].values()) for name in found["changes"]["0"]
     }
@@ -79,7 +76,7 @@ def write_report(found: dict, output: Path, page: Path) -> list[str]:
     table = ["| figure | measured | bar | |", "|---|---|---|---|", *map(str, lines)]
     domains = [
         "| domain | texts | right after 16 | 32 | 64 | mixture - best vector | mixture - base |",
-        "|---|" * 1 + "---|" * 6,
+        "|" + "---|" * 7,
     ]
     for name, number in found["texts"].items():
         accuracy, nats = found["by_domain"][name], found["mixture_by_domain"][name]
@@ -136,4 +133,4 @@ def _saved(figure, path: Path) -> Path:
     return path
 
 
-__all__ = ["CALIBRATED_AFTER", "calibration_error", "write_report"]
+__all__ = ["CALIBRATED_AFTER", "lines_of", "write_report"]

@@ -26,6 +26,7 @@ from recipes.language.tuners import ExpertTuner, numbers_of
 
 SMOLLM2, HYBRID = "smollm2", "smollm2-hybrid"  # models that are put together on the fly
 MAMBA_DELTA = Path(__file__).resolve().parents[2] / "checkpoints/smollm2-hybrid/mamba_delta.safetensors"
+VECTORS = MAMBA_DELTA.parents[1] / "expert-vectors"  # that come with the repository
 HELD_OUT_EVERY = 20  # every so many blocks of a text file, one is never trained on
 TEXTS = Path("runs/pretrain/data/texts")  # where `make pretrain` has the domains too
 MORE_TEXTS = Path("runs/experts/texts")  # the further domains
@@ -147,6 +148,11 @@ def blocks(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Dataset]:
         return blocks_of_file(args.text, tokenizer, args.length)
     texts = args.texts or texts_of(args.domain)
     return blocks_of_domain(texts, args.domain, tokenizer, args.length)
+
+
+def vector_of(domain: str) -> str:
+    """The name of the expert vector in `VECTORS` that was trained on a domain."""
+    return {"bible": "king_james"}.get(domain, domain)
 
 
 def texts_of(domain: str) -> Path:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mambaformer import ExpertVector
-from recipes.language.measure_uncertainty import calibration_error, figures_of, measure, predict
+from recipes.language.measure_uncertainty import figures_of, measure, predict
+from recipes.language.measures import calibration_error
 from tiny_models import new_model, random_expert
 
 

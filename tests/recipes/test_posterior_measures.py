@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recipes.language.measure_posterior import HALF, beliefs_over, changes, decisions, mixture
-from recipes.language.posterior_report import END, START, calibration_error, lines_of, write_report
+from recipes.language.measures import calibration_error
+from recipes.language.posterior_report import END, START, lines_of, write_report
 
 NAMES = [None, "king_james", "python"]
 
@@ -51,8 +52,11 @@ def test_with_switching_a_text_that_changes_its_subject_is_predicted_better_than
 
 
 def test_the_calibration_error_is_the_gap_between_probability_and_share_of_hits():
-    assert calibration_error([0.75] * 4, [True, True, True, False]) == 0
-    assert calibration_error([0.95] * 4 + [0.55] * 4, [True] * 2 + [False] * 2 + [True] * 4) == pytest.approx(0.45)
+    def error(top, is_right):
+        return calibration_error(torch.tensor(top), torch.tensor(is_right), 10)
+
+    assert error([0.75] * 4, [True, True, True, False]) == 0
+    assert error([0.95] * 4 + [0.55] * 4, [True] * 2 + [False] * 2 + [True] * 4) == pytest.approx(0.45)
 
 
 def test_a_report_has_a_verdict_for_each_bar_and_leaves_the_rest_of_the_page(tmp_path):
